@@ -1,0 +1,313 @@
+"""Every field of a run, with its unit and meaning, and its validation.
+
+The dataclasses below are the one description. `default_config()` turns them into a
+locked `ml_collections.ConfigDict`, which the files in configs/ override and the command
+line overrides further (`--config.sft.steps=200`); `resolve()` turns that back into a
+validated, frozen `RunConfig` at the door.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from dpr_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSection:
+  """What is trained, and how it is computed."""
+
+  pretrained: str = ""  # HF folder or .gguf; "" starts from random weights of the shape below.
+  dtype: str = "auto"  # of activations and matmuls; auto: bfloat16 on TPU and GPU, float32 on CPU.
+  remat: str = "full"  # none | dots | full: what the backward pass recomputes.
+  chunk_size: int = 128  # token columns whose logits live at a time.
+  # Shape of a random model; the vocabulary is that of the tokenizer. Ignored with `pretrained`.
+  hidden_size: int = 128
+  mlp_size: int = 384
+  num_layers: int = 4
+  num_heads: int = 4
+  num_kv_heads: int = 4
+  head_dim: int = 32
+  max_length: int = 2048  # tokens.
+  rope_theta: float = 10_000.0
+  tied_head: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSection:
+  """Demonstrations: the built-in tasks, or a file."""
+
+  demos: str = ""  # JSONL, JSON or Parquet; "" makes demonstrations of the built-in tasks.
+  format: str = "auto"  # auto | messages | prompt_response | alpaca | sharegpt | gsm8k.
+  on_empty: str = "error"  # error | drop: a demonstration with an empty response.
+  max_demos: int = 0  # use the first so many of the file; 0 uses all.
+  holdout: int = 256  # demonstrations kept for evaluation, disjoint in prompts.
+  template: str = ""  # a .jinja chat template; "" uses the tokenizer's own.
+  train_on: str = "all"  # all | last: assistant turns that are trained.
+  row_length: int = 64  # tokens a packed row.
+  overlong: str = "drop"  # drop | truncate | error: a demonstration longer than a row.
+  prompt_length: int = 48  # tokens; the budget of a prompt to be continued.
+  overlong_prompt: str = "error"  # error | drop: a prompt beyond that budget.
+  # Built-in tasks.
+  tasks: tuple[str, ...] = ()  # names of data/tasks.py; () takes all.
+  num_demos: int = 20_000  # training demonstrations.
+  corrupt: float = 0.0  # share of training demonstrations with a wrong answer.
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW. The step count is the stage's."""
+
+  learning_rate: float = 1e-3  # peak.
+  schedule: str = "cosine"  # constant | cosine | linear, after the warm-up.
+  final_fraction: float = 0.1  # of the peak, at the last step.
+  warmup_steps: int = 20
+  weight_decay: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  max_grad_norm: float = 1.0  # 0 does not clip.
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTSection:
+  """Stage `sft`: fine-tuning on demonstrations."""
+
+  steps: int = 600
+  batch_size: int = 32  # packed rows a step.
+  accumulation: int = 1  # micro-batches a step.
+  milestones: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75)  # fractions whose checkpoints are kept.
+  optimizer: OptimizerConfig = OptimizerConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceSection:
+  """Which checkpoint is pi_ref."""
+
+  fraction: float = 0.5  # of the SFT steps; must be among sft.milestones.
+
+
+@dataclasses.dataclass(frozen=True)
+class DPRSection:
+  """Stage `dpr`: Dense-Path REINFORCE. Its control `continued_sft` shares steps and optimizer."""
+
+  steps: int = 100
+  batch_size: int = 64  # rollouts a step.
+  samples_per_prompt: int = 1
+  accumulation: int = 1  # micro-batches a step.
+  max_new_tokens: int = 24
+  temperature: float = 1.0  # of the behaviour; anything but 1 biases the gradient.
+  top_k: int = 0  # 0 keeps all.
+  top_p: float = 1.0
+  reward: str = "baseline_relative"  # baseline_relative | log_likelihood | endogenous.
+  clip: float = 0.0  # clip token rewards to [-clip, clip] nats; 0 does not clip.
+  beta: float = 1.0  # weight of the KL to SFT; 1 / beta is the extrapolation strength.
+  gamma: float = 1.0  # discount.
+  returns: str = "reward_to_go"  # reward_to_go | full_return | per_token.
+  baseline: str = "position_mean"  # none | position_mean | leave_one_out | whiten.
+  normaliser: str = "tokens"  # tokens | sequences | constant.
+  truncated: str = "keep"  # keep | mask: rollouts that end without EOS.
+  optimizer: OptimizerConfig = OptimizerConfig(
+      learning_rate=1e-4, schedule="constant", warmup_steps=5
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSection:
+  """Stage `evaluate`: every system on the held-out prompts, sampled at temperature 1 and greedy."""
+
+  num_prompts: int = 256  # held-out prompts; 0 takes all.
+  batch_size: int = 64  # prompts decoded at a time.
+  max_new_tokens: int = 24
+  verifier: str = "auto"  # auto | tasks | exact | gsm8k.
+  contrastive_alpha: float = 0.0  # strength of contrastive decoding; 0 takes 1 / dpr.beta.
+  heatmaps: int = 8  # demonstrations and rollouts shown token by token in the report.
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSection:
+  """Device mesh; one axis may be -1, the rest of the devices."""
+
+  data: int = 1
+  fsdp: int = -1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSection:
+  every: int = 200  # steps between checkpoints of a stage; the last step is always saved.
+  keep: int = 1  # latest checkpoints kept, beside the milestones.
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSection:
+  every: int = 1  # steps between lines of metrics.jsonl.
+  progress: bool = True  # a progress bar on stderr, from process 0.
+  tensorboard: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """A run: its seed and its sections."""
+
+  seed: int = 0
+  seeds: int = 1  # number of seeds, counted up from `seed`; each gets a workdir of its own.
+  model: ModelSection = ModelSection()
+  data: DataSection = DataSection()
+  sft: SFTSection = SFTSection()
+  reference: ReferenceSection = ReferenceSection()
+  dpr: DPRSection = DPRSection()
+  eval: EvalSection = EvalSection()
+  mesh: MeshSection = MeshSection()
+  checkpoint: CheckpointSection = CheckpointSection()
+  log: LogSection = LogSection()
+
+
+# Sections that may differ between a run and its resumption: they do not change results.
+RESUMABLE = ("mesh", "log", "checkpoint")
+
+_CHOICES = {
+    "model.remat": ("none", "dots", "full"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "data.format": ("auto", "messages", "prompt_response", "alpaca", "sharegpt", "gsm8k"),
+    "data.on_empty": ("error", "drop"),
+    "data.train_on": ("all", "last"),
+    "data.overlong": ("drop", "truncate", "error"),
+    "data.overlong_prompt": ("error", "drop"),
+    "dpr.reward": ("baseline_relative", "log_likelihood", "endogenous"),
+    "dpr.returns": ("reward_to_go", "full_return", "per_token"),
+    "dpr.baseline": ("none", "position_mean", "leave_one_out", "whiten"),
+    "dpr.normaliser": ("tokens", "sequences", "constant"),
+    "dpr.truncated": ("keep", "mask"),
+    "eval.verifier": ("auto", "tasks", "exact", "gsm8k"),
+    "sft.optimizer.schedule": ("constant", "cosine", "linear"),
+    "dpr.optimizer.schedule": ("constant", "cosine", "linear"),
+}
+
+# Inclusive bounds (low, high or None).
+_BOUNDS = {
+    "seeds": (1, None),
+    "model.chunk_size": (1, None),
+    "data.corrupt": (0, 1),
+    "data.holdout": (1, None),
+    "data.num_demos": (1, None),
+    "data.row_length": (2, None),
+    "data.prompt_length": (1, None),
+    "sft.steps": (1, None),
+    "sft.batch_size": (1, None),
+    "sft.accumulation": (1, None),
+    "dpr.steps": (0, None),
+    "dpr.batch_size": (1, None),
+    "dpr.samples_per_prompt": (1, None),
+    "dpr.accumulation": (1, None),
+    "dpr.max_new_tokens": (1, None),
+    "dpr.temperature": (0, None),
+    "dpr.top_k": (0, None),
+    "dpr.top_p": (0, 1),
+    "dpr.beta": (0, None),
+    "dpr.gamma": (0, 1),
+    "dpr.clip": (0, None),
+    "eval.num_prompts": (0, None),
+    "eval.batch_size": (1, None),
+    "eval.max_new_tokens": (1, None),
+    "eval.heatmaps": (0, None),
+    "checkpoint.every": (1, None),
+    "checkpoint.keep": (1, None),
+    "log.every": (1, None),
+}
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """All fields at their defaults; a configs/*.py starts from it."""
+  return ml_collections.ConfigDict(dataclasses.asdict(RunConfig()))
+
+
+def _build(cls, values: Mapping[str, Any], prefix: str):
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  for name in values:
+    if name not in fields:
+      raise UserError(f"config.{prefix}{name} is not a field; known: {', '.join(sorted(fields))}")
+  out = {}
+  for name, field in fields.items():
+    if name not in values:
+      continue
+    value, kind = values[name], field.type
+    if dataclasses.is_dataclass(kind):
+      value = _build(kind, value, f"{prefix}{name}.")
+    elif kind is float:
+      value = float(value)
+    elif isinstance(value, list | tuple):
+      value = tuple(value)
+    elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+      raise UserError(f"config.{prefix}{name}={value!r} must be of type {kind.__name__}")
+    out[name] = value
+  return cls(**out)
+
+
+def _get(config: RunConfig, path: str):
+  for name in path.split("."):
+    config = getattr(config, name)
+  return config
+
+
+def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
+  """ConfigDict (or its JSON) -> validated RunConfig.
+
+  Raises:
+    UserError: an unknown field, a wrong type, a value out of its range; names the field.
+  """
+  values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+  run = _build(RunConfig, values, "")
+  for path, known in _CHOICES.items():
+    if _get(run, path) not in known:
+      raise UserError(f"config.{path}={_get(run, path)!r} is not one of {', '.join(known)}")
+  for path, (low, high) in _BOUNDS.items():
+    value = _get(run, path)
+    if value < low or (high is not None and value > high):
+      raise UserError(
+          f"config.{path}={value} is out of range; it must be at least {low}"
+          + (f" and at most {high}" if high is not None else "")
+      )
+  if run.dpr.batch_size % run.dpr.samples_per_prompt:
+    raise UserError(
+        f"config.dpr.batch_size={run.dpr.batch_size} is not a multiple of "
+        f"config.dpr.samples_per_prompt={run.dpr.samples_per_prompt}"
+    )
+  for stage in ("sft", "dpr"):
+    section = getattr(run, stage)
+    if section.batch_size % section.accumulation:
+      raise UserError(
+          f"config.{stage}.batch_size={section.batch_size} is not a multiple of "
+          f"config.{stage}.accumulation={section.accumulation}"
+      )
+  if run.dpr.baseline == "leave_one_out" and run.dpr.samples_per_prompt < 2:
+    raise UserError(
+        "config.dpr.baseline=leave_one_out needs config.dpr.samples_per_prompt of at least 2"
+    )
+  if run.dpr.temperature == 0:
+    raise UserError("config.dpr.temperature=0 never explores; use 1.0, the policy itself")
+  return run
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+  """A plain dict for config.json."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str | None:
+  """'field: old -> new' of the first field that differs outside of RESUMABLE, or None."""
+  for name in sorted({*old, *new}):
+    path = f"{prefix}{name}"
+    if path in RESUMABLE:
+      continue
+    a, b = old.get(name), new.get(name)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+      found = first_difference(a, b, f"{path}.")
+      if found:
+        return found
+    elif a != b:
+      return f"config.{path}: {a!r} there, {b!r} here"
+  return None

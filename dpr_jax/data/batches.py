@@ -1,0 +1,32 @@
+"""The batches that the data pipeline hands to a step.
+
+Dims: B rows of a batch, T token columns, P prompt columns.
+Every array is a host (numpy) array until the loader places it on the mesh.
+"""
+
+from typing import Any
+
+from flax import struct
+
+Array = Any  # np.ndarray on the host, jax.Array inside a jit.
+
+
+@struct.dataclass
+class SFTBatch:
+  """Packed demonstrations. All masks refer to the token at their own position.
+
+  The shift by one (position t predicts token t + 1) happens in
+  `models/logprobs.py` and nowhere else.
+  """
+
+  tokens: Array  # int32 [B, T], token ids; 0 where padded.
+  segment_ids: Array  # int32 [B, T], 0 padding, 1, 2, ... demonstrations packed in a row.
+  loss_mask: Array  # float32 [B, T], 1 where the token is trained (response tokens and EOS).
+
+
+@struct.dataclass
+class PromptBatch:
+  """Prompts to continue, left-aligned: row b is tokens[b, :lengths[b]]."""
+
+  tokens: Array  # int32 [B, P], token ids; 0 where padded.
+  lengths: Array  # int32 [B], number of prompt tokens; 0 marks a filler row.

@@ -1,0 +1,14 @@
+"""The one exception a user can cause.
+
+Anything that is wrong with a file, a flag, a config field or a checkpoint is
+raised as `UserError` with a single line that names the place (field, flag, or
+file and line) and says what would be right. The doors (`main`, `score`, ...)
+print that line and exit with code 2; in a notebook it is an ordinary exception.
+"""
+
+
+class UserError(ValueError):
+  """Bad input: one line that names the place and what would be right."""
+
+  def __init__(self, message: str):
+    super().__init__(" ".join(message.split()))

@@ -1,0 +1,113 @@
+"""Dense-Path REINFORCE: the policy gradient of token rewards with a KL to SFT.
+
+    loss = - sum_t m_t stop_gradient(A_t) log pi(y_t | s_t) / normaliser
+
+One update per batch of rollouts, so there is no importance ratio. Advantages are made
+once from the whole batch of rollouts (`reinforce_batch`), before it is split into
+micro-batches; the loss only weighs log-probabilities with them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dpr_jax.models.logprobs import token_logprobs
+from dpr_jax.rewards import returns as returns_lib
+from dpr_jax.rewards import token_rewards
+
+NORMALISERS = ("tokens", "sequences", "constant")
+
+
+@struct.dataclass
+class ReinforceBatch:
+  """Rollouts with their advantages. N response columns end the S columns of a row."""
+
+  tokens: Any  # int32 [B, S], prompt right-aligned in the first S - N columns.
+  segment_ids: Any  # int32 [B, S], 1 on prompt and response, 0 elsewhere.
+  mask: Any  # float32 [B, N], 1 on the response tokens that are trained (EOS included).
+  advantages: Any  # float32 [B, N], 0 outside of the mask.
+  behaviour_logp: Any  # float32 [B, N], log-probs of the policy that sampled.
+
+
+def reinforce_batch(
+    rollout,
+    *,
+    beta: float,
+    gamma: float = 1.0,
+    returns: str = "reward_to_go",
+    baseline: str = "none",
+    group_size: int = 1,
+    truncated: str = "keep",
+    transform=None,
+) -> tuple[ReinforceBatch, dict[str, jax.Array]]:
+  """Rollouts -> batch with advantages, and scalar metrics. Jittable.
+
+  Args:
+    rollout: a `rollout.Rollout`.
+    beta: weight of the KL to SFT in the reward, in reward nats per nat; 1 / beta is how far
+      the optimum extrapolates away from ref.
+    gamma: discount; the paper's objective is undiscounted.
+    returns, baseline, group_size: see `rewards.returns`.
+    truncated: what to do with a rollout that ended without EOS: "keep", or "mask" it.
+    transform: optional (rewards, mask) -> rewards, before the KL is added.
+  """
+  if truncated not in ("keep", "mask"):
+    raise ValueError(f"truncated={truncated!r} is not 'keep' or 'mask'")
+  mask = rollout.mask
+  if truncated == "mask":
+    mask = mask * rollout.hit_eos[:, None].astype(mask.dtype)
+  rewards = jnp.where(mask > 0, rollout.rewards, 0.0).astype(jnp.float32)
+  if transform is not None:
+    rewards = transform(rewards, mask)
+  shaped = token_rewards.kl_penalised(rewards, rollout.policy_logp, rollout.sft_logp, mask, beta)
+  g = returns_lib.returns(shaped, mask, returns, gamma)
+  advantages = returns_lib.advantages(g, mask, baseline, group_size)
+  tokens = jnp.maximum(jnp.sum(mask), 1.0)
+  mean = jnp.sum(advantages * mask) / tokens
+  metrics = {
+      "shaped_reward": jnp.sum(shaped) / jnp.maximum(jnp.sum(jnp.any(mask > 0, axis=1)), 1.0),
+      "advantage_mean": mean,
+      "advantage_std": jnp.sqrt(jnp.sum(jnp.square(advantages - mean) * mask) / tokens),
+  }
+  batch = ReinforceBatch(
+      tokens=rollout.tokens,
+      segment_ids=rollout.segment_ids,
+      mask=mask,
+      advantages=jax.lax.stop_gradient(advantages),
+      behaviour_logp=rollout.policy_logp,
+  )
+  return batch, metrics
+
+
+def make_reinforce_loss(model, *, normaliser: str = "tokens", chunk_size: int = 128):
+  """Returns loss_fn(variables, batch, rng) -> (loss_sum, weight, metrics).
+
+  Args:
+    normaliser: what the sum is divided by: "tokens" (of the batch), "sequences", or
+      "constant" (rows x response columns: no length preference through the weight).
+  """
+  if normaliser not in NORMALISERS:
+    raise ValueError(f"normaliser={normaliser!r} is not one of {NORMALISERS}")
+
+  def loss_fn(variables, batch: ReinforceBatch, rng):
+    rngs = None if rng is None else {"dropout": rng}
+    length = batch.mask.shape[1]
+    out = token_logprobs(
+        model,
+        variables,
+        batch.tokens,
+        batch.segment_ids,
+        start=batch.tokens.shape[1] - length,
+        chunk_size=chunk_size,
+        rngs=rngs,
+    )
+    weighted = jax.lax.stop_gradient(batch.advantages) * out.logp * batch.mask
+    rows = jnp.sum(jnp.any(batch.mask > 0, axis=1).astype(jnp.float32))
+    tokens = jnp.sum(batch.mask)
+    weight = {"tokens": tokens, "sequences": rows, "constant": rows * length}[normaliser]
+    drift = jnp.sum((out.logp - batch.behaviour_logp) * batch.mask)
+    return -jnp.sum(weighted), weight, {"tokens": tokens, "on_policy_drift": (drift, tokens)}
+
+  return loss_fn

@@ -1,0 +1,28 @@
+"""Supervised fine-tuning: the mean negative log-likelihood of response tokens.
+
+Also the IQ-Learn objective at gamma = 1 with logits as Q, by telescoping.
+"""
+
+import jax.numpy as jnp
+
+from dpr_jax.data.batches import SFTBatch
+from dpr_jax.models.logprobs import token_logprobs
+
+
+def make_sft_loss(model, *, chunk_size: int = 128):
+  """Returns loss_fn(variables, batch, rng) -> (loss_sum, weight, metrics).
+
+  loss_sum: nats summed over trained tokens; weight: their number. The mean is taken once,
+  over all devices and micro-batches, by the train step.
+  """
+
+  def loss_fn(variables, batch: SFTBatch, rng):
+    rngs = None if rng is None else {"dropout": rng}
+    out = token_logprobs(
+        model, variables, batch.tokens, batch.segment_ids, chunk_size=chunk_size, rngs=rngs
+    )
+    loss_sum = -jnp.sum(out.logp * batch.loss_mask)
+    weight = jnp.sum(batch.loss_mask)
+    return loss_sum, weight, {"tokens": weight}
+
+  return loss_fn

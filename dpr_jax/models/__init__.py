@@ -1,0 +1,16 @@
+"""The decoder and the log-probabilities that everything else is made of."""
+
+from dpr_jax.models.config import ModelConfig, Rope
+from dpr_jax.models.logprobs import TokenLogProbs, token_logprobs
+from dpr_jax.models.transformer import Cache, Transformer, init_cache, init_variables
+
+__all__ = [
+    "Cache",
+    "ModelConfig",
+    "Rope",
+    "TokenLogProbs",
+    "Transformer",
+    "init_cache",
+    "init_variables",
+    "token_logprobs",
+]

@@ -1,0 +1,115 @@
+"""The shape of a decoder: one dataclass for every family."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+GLOBAL, LOCAL = "global", "local"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """Rotary position embedding of one kind of layer."""
+
+  theta: float = 10_000.0
+  scaling: str = "none"  # none | linear | llama3
+  factor: float = 1.0  # linear, llama3: how many times longer than trained.
+  low_freq_factor: float = 1.0  # llama3: below it (in wavelengths of the original length) scale fully.
+  high_freq_factor: float = 4.0  # llama3: above it do not scale.
+  original_max_length: int = 8192  # llama3: tokens.
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Everything that decides a decoder's function and the shapes of its parameters.
+
+  Dims in the code: V vocab_size, D hidden_size, F mlp_size, N num_heads, K num_kv_heads,
+  H head_dim, L num_layers; B rows, T tokens, S cache slots, R repeats of a layer pattern.
+  """
+
+  vocab_size: int = 272
+  hidden_size: int = 128
+  mlp_size: int = 384
+  num_layers: int = 4
+  num_heads: int = 4
+  num_kv_heads: int = 4
+  head_dim: int = 32
+  max_length: int = 2048  # tokens; the longest sequence the weights were trained for.
+
+  activation: str = "silu"  # silu | gelu_tanh; gates the MLP.
+  norm_eps: float = 1e-6
+  norm_unit_offset: bool = False  # RMSNorm multiplies by (1 + w) instead of w (Gemma).
+  sandwich_norm: bool = False  # also normalise the output of attention and MLP (Gemma 3).
+  qk_norm: bool = False  # RMSNorm over head_dim of queries and keys (Qwen3, Gemma 3).
+  qkv_bias: bool = False  # Qwen2.
+  tied_head: bool = True  # the output head is the embedding table.
+  embed_scale: float = 1.0  # multiplies the embeddings (sqrt(D) for Gemma).
+  query_scale: float = 0.0  # multiplies q.k; 0 means head_dim ** -0.5.
+
+  # Which layers see everything and which a window; repeated over the layers.
+  layer_pattern: tuple[str, ...] = (GLOBAL,)
+  window: int = 0  # tokens a `local` layer sees, itself included.
+  rope: Rope = Rope()
+  local_rope: Rope | None = None  # rope of `local` layers where it differs.
+
+  # How it is computed, not what: free to differ between a checkpoint and its reader.
+  dtype: str = "float32"  # activations and matmuls; parameters keep their own dtype.
+  remat: str = "full"  # none | dots | full: what the backward pass recomputes in a layer.
+
+  def __post_init__(self):
+    object.__setattr__(self, "layer_pattern", tuple(self.layer_pattern))
+    for name in ("rope", "local_rope"):
+      if isinstance(getattr(self, name), Mapping):
+        object.__setattr__(self, name, Rope(**getattr(self, name)))
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+    if LOCAL in self.layer_pattern and self.window < 1:
+      raise ValueError("window must be at least 1 where layer_pattern has a local layer")
+    if not set(self.layer_pattern) <= {GLOBAL, LOCAL} or not self.layer_pattern:
+      raise ValueError(f"layer_pattern={self.layer_pattern}: its entries are 'global' or 'local'")
+    for name, known in (("activation", ("silu", "gelu_tanh")), ("remat", ("none", "dots", "full"))):
+      if getattr(self, name) not in known:
+        raise ValueError(f"{name}={getattr(self, name)!r} is not one of {known}")
+    jnp.dtype(self.dtype)
+
+  @property
+  def groups(self) -> tuple[tuple[tuple[str, ...], int], ...]:
+    """(pattern, repeats) of each scanned group: whole patterns, then what is left of one.
+
+    Gemma 3 4B (34 layers, 5 local + 1 global): ((5 local + 1 global, 5), (4 local, 1)).
+    """
+    whole, rest = divmod(self.num_layers, len(self.layer_pattern))
+    groups = [(self.layer_pattern, whole)] if whole else []
+    if rest:
+      groups.append((self.layer_pattern[:rest], 1))
+    return tuple(groups)
+
+  def rope_of(self, kind: str) -> Rope:
+    return self.local_rope if kind == LOCAL and self.local_rope is not None else self.rope
+
+  def to_dict(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
+    return cls(**fields)
+
+  @property
+  def num_params(self) -> int:
+    """Parameters of the model, the tied head counted once."""
+    d, f, h = self.hidden_size, self.mlp_size, self.head_dim
+    q, kv = self.num_heads * h, self.num_kv_heads * h
+    layer = d * (2 * q + 2 * kv) + 3 * d * f + (4 if self.sandwich_norm else 2) * d
+    layer += (q + 2 * kv) * self.qkv_bias + 2 * h * self.qk_norm
+    return self.num_layers * layer + (1 if self.tied_head else 2) * self.vocab_size * d + d
+
+
+def pattern_of(layer_types: Sequence[str]) -> tuple[str, ...]:
+  """The shortest pattern whose repetition (cut at the end) gives `layer_types`."""
+  types = tuple(layer_types)
+  for period in range(1, len(types) + 1):
+    if all(types[i] == types[i % period] for i in range(len(types))):
+      return types[:period]
+  return types

@@ -1,0 +1,126 @@
+"""Log-probabilities of tokens from hidden states: the one place of the shift by one.
+
+The state in which token t is chosen is summarised by the hidden state of column t - 1.
+Everything returned here is aligned with the chosen token, column t, so masks never
+shift. [B, T, V] in float32 never exists: columns go through the head in chunks, and
+the backward pass recomputes a chunk's logits from its hidden states.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dpr_jax.sharding import constrain
+
+
+@struct.dataclass
+class TokenLogProbs:
+  """Per token of columns [start, T), float32 [B, T - start]; 0 where a token has no past.
+
+  All at temperature 1 over the whole vocabulary.
+  """
+
+  logp: jax.Array  # log p(token_t | tokens before it in its segment), nats.
+  logsumexp: jax.Array  # V(s_t): logsumexp of the logits from which token t is chosen.
+  entropy: jax.Array  # of that distribution, nats, without gradient; 0 unless asked for.
+
+
+def chunk_logprobs(logits_BxCxV: jax.Array, targets_BxC: jax.Array, with_entropy: bool):
+  """(logp, logsumexp, entropy) of one chunk, float32 [B, C] each."""
+  logits_BxCxV = constrain(logits_BxCxV, "batch", "sequence", "vocab")
+  vocab_1x1xV = jnp.arange(logits_BxCxV.shape[-1], dtype=targets_BxC.dtype)[None, None, :]
+  # A where-sum, not a gather: it stays local on a head that is split over the vocabulary.
+  hit_BxCxV = vocab_1x1xV == targets_BxC[:, :, None]
+  target_BxC = jnp.sum(jnp.where(hit_BxCxV, logits_BxCxV, 0.0), axis=-1)
+  lse_BxC = jax.nn.logsumexp(logits_BxCxV, axis=-1)
+  entropy_BxC = jnp.zeros_like(lse_BxC)
+  if with_entropy:
+    fixed = jax.lax.stop_gradient(logits_BxCxV)
+    fixed_lse = jax.lax.stop_gradient(lse_BxC)
+    p_BxCxV = jnp.exp(fixed - fixed_lse[:, :, None])
+    entropy_BxC = fixed_lse - jnp.sum(p_BxCxV * fixed, axis=-1)
+  return target_BxC - lse_BxC, lse_BxC, entropy_BxC
+
+
+def hidden_logprobs(
+    unembed: Callable[[jax.Array], jax.Array],
+    hidden_BxTxD: jax.Array,
+    targets_BxT: jax.Array,
+    *,
+    chunk_size: int = 128,
+    with_entropy: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(logp, logsumexp, entropy) of targets, float32 [B, T]; hidden[:, t] predicts targets[:, t].
+
+  Args:
+    unembed: hidden [B, C, D] -> logits float32 [B, C, V].
+    chunk_size: columns whose logits live at a time; memory is about 3 * B * chunk * V * 4 bytes.
+  """
+  batch, length, _ = hidden_BxTxD.shape
+  body = jax.checkpoint(lambda h, y: chunk_logprobs(unembed(h), y, with_entropy))
+  if length <= chunk_size:
+    return body(hidden_BxTxD, targets_BxT)
+  chunks = -(-length // chunk_size)
+  # Even chunks: 130 columns at chunk_size 128 are 2 x 65, not 128 + 2 padded to 256.
+  size = -(-length // chunks)
+  pad = chunks * size - length
+
+  def split(x):  # [B, T, ...] -> [chunks, B, size, ...]
+    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(batch, chunks, size, *x.shape[2:]), 1, 0)
+
+  _, out = jax.lax.scan(
+      lambda carry, xs: (carry, body(*xs)), None, (split(hidden_BxTxD), split(targets_BxT))
+  )
+  join = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, chunks * size)[:, :length]
+  return jax.tree.map(join, out)
+
+
+def token_logprobs(
+    model: Any,
+    variables: Any,
+    tokens_BxT: jax.Array,
+    segment_ids_BxT: jax.Array | None = None,
+    positions_BxT: jax.Array | None = None,
+    *,
+    start: int = 0,
+    chunk_size: int = 128,
+    with_entropy: bool = False,
+    rngs: Any = None,
+) -> TokenLogProbs:
+  """Teacher-forced log-probabilities of the tokens in columns [start, T) of each row.
+
+  Args:
+    model: a `Transformer` or anything with its `apply` and `unembed`.
+    variables: {"params": ...} (and "lora").
+    segment_ids_BxT: 0 padding, 1, 2, ... packed rows; by default all 1.
+    start: first column wanted. A rollout passes its prompt length, so that the head never
+      sees prompt columns.
+    with_entropy: also the entropy of each distribution (one more pass over the logits).
+
+  Returns:
+    `TokenLogProbs` of shape [B, T - start]. A token that opens its segment (column 0, or
+    the first of a packed row) has no past: all its values are 0.
+  """
+  if segment_ids_BxT is None:
+    segment_ids_BxT = jnp.ones_like(tokens_BxT)
+  hidden_BxTxD, _ = model.apply(variables, tokens_BxT, positions_BxT, segment_ids_BxT, rngs=rngs)
+  first = max(start, 1)
+  unembed = lambda h: model.apply(variables, h, method="unembed")
+  out = hidden_logprobs(
+      unembed,
+      hidden_BxTxD[:, first - 1 : -1],
+      tokens_BxT[:, first:],
+      chunk_size=chunk_size,
+      with_entropy=with_entropy,
+  )
+  has_past = (segment_ids_BxT[:, first:] == segment_ids_BxT[:, first - 1 : -1]) & (
+      segment_ids_BxT[:, first:] != 0
+  )
+  out = [jnp.where(has_past, x, 0.0) for x in out]
+  if start == 0:
+    out = [jnp.pad(x, ((0, 0), (1, 0))) for x in out]
+  return TokenLogProbs(*out)

@@ -1,0 +1,344 @@
+"""One decoder for all families: a Linen module used as a pure function.
+
+    hidden_BxTxD, cache = Transformer(cfg).apply({"params": params}, tokens_BxT)
+    logits_BxTxV = Transformer(cfg).apply({"params": params}, hidden_BxTxD, method="unembed")
+
+Layers of one pattern are scanned, so that compile time and program size do not grow
+with depth. Every parameter names its logical axes (see `sharding.py`). The KV cache
+is an argument and a result.
+
+Parameter tree: embed/table [V, D], group_g/layer_j/{attention,mlp,...} with a leading
+axis of R repeats, final_norm/scale [D] and, untied, head/table [V, D]. The head is
+stored like the table, so that both use one matmul.
+
+Dims: see `models/config.py`.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dpr_jax.models import attention as attention_lib
+from dpr_jax.models.config import ModelConfig
+from dpr_jax.sharding import constrain
+
+
+@struct.dataclass
+class Cache:
+  """Keys and values of the tokens seen so far, written at slot `index` for all rows.
+
+  Rows of different lengths are right-aligned in the slots already used: a short row
+  has segment id 0 in its first slots.
+  """
+
+  keys: Any  # tuple over groups of tuples over layers: [R, B, S, K, H], compute dtype.
+  values: Any  # as keys.
+  segment_ids: jax.Array  # int32 [B, S]; 0 where nothing is stored.
+  lengths: jax.Array  # int32 [B], tokens stored; the next token's position.
+  index: jax.Array  # int32 [], the next slot to write.
+
+
+def init_cache(cfg: ModelConfig, batch_size: int, slots: int) -> Cache:
+  """An empty cache for `batch_size` rows of at most `slots` tokens."""
+
+  def zeros(repeats):
+    shape = (repeats, batch_size, slots, cfg.num_kv_heads, cfg.head_dim)
+    x = jnp.zeros(shape, cfg.dtype)
+    return constrain(x, "layers", "batch", "sequence", "kv_heads", "head_dim")
+
+  layers = lambda: tuple(tuple(zeros(r) for _ in pattern) for pattern, r in cfg.groups)
+  return Cache(
+      keys=layers(),
+      values=layers(),
+      segment_ids=constrain(jnp.zeros((batch_size, slots), jnp.int32), "batch", "sequence"),
+      lengths=jnp.zeros((batch_size,), jnp.int32),
+      index=jnp.zeros((), jnp.int32),
+  )
+
+
+def _param(module: nn.Module, name: str, init, axes: tuple[str | None, ...], shape: tuple[int, ...]):
+  return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * w over the last axis, in float32; w is stored less one under unit_offset."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, x):
+    cfg = self.cfg
+    init = nn.initializers.zeros if cfg.norm_unit_offset else nn.initializers.ones
+    scale = _param(self, "scale", init, ("norm",), (x.shape[-1],)).astype(jnp.float32)
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + cfg.norm_eps)
+    if cfg.norm_unit_offset:
+      scale = 1.0 + scale
+    return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Projection(nn.Module):
+  """A dense map from the last `len(in_axes)` dims to `out_shape`; the one place of a matmul weight."""
+
+  cfg: ModelConfig
+  out_shape: tuple[int, ...]
+  in_axes: tuple[str | None, ...]
+  out_axes: tuple[str | None, ...]
+  init_scale: float = 1.0  # variance times fan_in at initialisation.
+  use_bias: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    dtype, n_in = jnp.dtype(self.cfg.dtype), len(self.in_axes)
+    in_shape = x.shape[-n_in:]
+    init = nn.initializers.variance_scaling(
+        self.init_scale,
+        "fan_in",
+        "truncated_normal",
+        in_axis=tuple(range(n_in)),
+        out_axis=tuple(range(n_in, n_in + len(self.out_shape))),
+    )
+    kernel = _param(self, "kernel", init, self.in_axes + self.out_axes, in_shape + self.out_shape)
+    contract = (tuple(range(x.ndim - n_in, x.ndim)), tuple(range(n_in)))
+    y = jax.lax.dot_general(x, kernel.astype(dtype), (contract, ((), ())))
+    if self.use_bias:
+      bias = _param(self, "bias", nn.initializers.zeros, self.out_axes, self.out_shape).astype(dtype)
+      y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+    return y
+
+
+class Attention(nn.Module):
+  """Grouped-query self-attention of one layer, over the row or over the cache."""
+
+  cfg: ModelConfig
+  kind: str
+
+  @nn.compact
+  def __call__(self, x_BxTxD, kv, layer, shared):
+    cfg = self.cfg
+    project = lambda name, heads, axis: Projection(
+        cfg, (heads, cfg.head_dim), ("embed",), (axis, "head_dim"), use_bias=cfg.qkv_bias, name=name
+    )(x_BxTxD)
+    q = project("query", cfg.num_heads, "heads")
+    k = project("key", cfg.num_kv_heads, "kv_heads")
+    v = project("value", cfg.num_kv_heads, "kv_heads")
+    if cfg.qk_norm:
+      q, k = RMSNorm(cfg, name="query_norm")(q), RMSNorm(cfg, name="key_norm")(k)
+    cos, sin = shared["rope"][self.kind]
+    q, k = attention_lib.rotate(q, cos, sin), attention_lib.rotate(k, cos, sin)
+    q = constrain(q, "batch", "sequence", "heads", "head_dim")
+    k = constrain(k, "batch", "sequence", "kv_heads", "head_dim")
+    v = constrain(v, "batch", "sequence", "kv_heads", "head_dim")
+    if kv is not None:
+      # The cache of all repeats is carried through the scan and written in place: only the
+      # new slots are stored, and no copy of the other layers is made.
+      at = (layer, 0, shared["index"], 0, 0)
+      kv = tuple(
+          jax.lax.dynamic_update_slice(c, new[None].astype(c.dtype), at) for c, new in zip(kv, (k, v))
+      )
+      k, v = (jax.lax.dynamic_index_in_dim(c, layer, 0, keepdims=False) for c in kv)
+    scale = cfg.query_scale or cfg.head_dim**-0.5
+    out = attention_lib.attend(q, k, v, shared["mask"][self.kind], scale)
+    out = constrain(out, "batch", "sequence", "heads", "head_dim")
+    out = Projection(
+        cfg,
+        (cfg.hidden_size,),
+        ("heads", "head_dim"),
+        ("embed",),
+        init_scale=1.0 / (2 * cfg.num_layers),
+        name="out",
+    )(out)
+    return out, kv
+
+
+class MLP(nn.Module):
+  """Gated MLP: down(act(gate(x)) * up(x))."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BxTxD):
+    cfg = self.cfg
+    wide = lambda name: Projection(cfg, (cfg.mlp_size,), ("embed",), ("mlp",), name=name)(x_BxTxD)
+    gate, up = wide("gate"), wide("up")
+    act = jax.nn.silu if cfg.activation == "silu" else lambda a: jax.nn.gelu(a, approximate=True)
+    h = constrain(act(gate) * up, "batch", "sequence", "mlp")
+    return Projection(
+        cfg, (cfg.hidden_size,), ("mlp",), ("embed",), init_scale=1.0 / (2 * cfg.num_layers), name="down"
+    )(h)
+
+
+class Layer(nn.Module):
+  """Pre-norm residual layer; Gemma 3 also normalises what each branch adds."""
+
+  cfg: ModelConfig
+  kind: str
+
+  @nn.compact
+  def __call__(self, x_BxTxD, kv, layer, shared):
+    cfg = self.cfg
+    h, kv = Attention(cfg, self.kind, name="attention")(
+        RMSNorm(cfg, name="attention_norm")(x_BxTxD), kv, layer, shared
+    )
+    if cfg.sandwich_norm:
+      h = RMSNorm(cfg, name="attention_post_norm")(h)
+    x_BxTxD = x_BxTxD + h
+    h = MLP(cfg, name="mlp")(RMSNorm(cfg, name="mlp_norm")(x_BxTxD))
+    if cfg.sandwich_norm:
+      h = RMSNorm(cfg, name="mlp_post_norm")(h)
+    return constrain(x_BxTxD + h, "batch", "sequence", None), kv
+
+
+class Pattern(nn.Module):
+  """The layers of one pattern, the body of the scan."""
+
+  cfg: ModelConfig
+  pattern: tuple[str, ...]
+
+  @nn.compact
+  def __call__(self, carry, layer, shared):
+    x_BxTxD, caches = carry
+    new = []
+    for j, kind in enumerate(self.pattern):
+      kv = None if caches is None else caches[j]
+      x_BxTxD, kv = Layer(self.cfg, kind, name=f"layer_{j}")(x_BxTxD, kv, layer, shared)
+      new.append(kv)
+    return (x_BxTxD, None if caches is None else tuple(new)), None
+
+
+class Table(nn.Module):
+  """A [V, D] table: rows looked up as embeddings, or multiplied with as an output head."""
+
+  cfg: ModelConfig
+
+  def setup(self):
+    self.table = _param(
+        self,
+        "table",
+        nn.initializers.normal(0.02),
+        ("vocab", "embed"),
+        (self.cfg.vocab_size, self.cfg.hidden_size),
+    )
+
+  def _gathered(self):
+    # Cast while sharded, then gather D once: a lookup (or a matmul over D) on a table that is
+    # split over both axes makes the partitioner replicate it in full, twice.
+    return constrain(self.table.astype(self.cfg.dtype), "vocab", None)
+
+  def lookup(self, tokens_BxT):
+    # An id outside of the vocabulary gives NaN (the default of jnp.take), which is loud.
+    return jnp.take(self._gathered(), tokens_BxT, axis=0)
+
+  def logits(self, hidden):
+    contract = (((hidden.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(
+        hidden, self._gathered(), contract, preferred_element_type=jnp.float32
+    )
+
+
+class Transformer(nn.Module):
+  """Decoder-only language model. See the module docstring for use."""
+
+  cfg: ModelConfig
+
+  def setup(self):
+    cfg = self.cfg
+    policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+    body = Pattern
+    if cfg.remat != "none":
+      body = nn.remat(Pattern, policy=policies[cfg.remat], prevent_cse=False)
+    scanned = nn.scan(
+        body,
+        variable_axes={"params": 0, "lora": 0},
+        split_rngs={"params": True, "lora": True, "dropout": True},
+        in_axes=(0, nn.broadcast),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    self.embed = Table(cfg)
+    self.group = [scanned(cfg, pattern) for pattern, _ in cfg.groups]
+    self.final_norm = RMSNorm(cfg)
+    if not cfg.tied_head:
+      self.head = Table(cfg)
+
+  def __call__(self, tokens_BxT, positions_BxT=None, segment_ids_BxT=None, cache: Cache | None = None):
+    """Runs the decoder over T tokens a row, after those in the cache if one is given.
+
+    Args:
+      tokens_BxT: int32 token ids.
+      positions_BxT: int32 positions; by default counted within each segment, going on
+        from the cache.
+      segment_ids_BxT: int32, 0 padding, 1, 2, ... packed rows; by default all 1. A 0/1
+        attention mask is a valid value. Left and right padding both work.
+      cache: keys and values of earlier tokens of the same rows; one segment a row.
+
+    Returns:
+      (hidden_BxTxD after the final norm, in the compute dtype; the new cache or None).
+    """
+    cfg = self.cfg
+    if segment_ids_BxT is None:
+      segment_ids_BxT = jnp.ones_like(tokens_BxT)
+    if positions_BxT is None:
+      positions_BxT = attention_lib.positions_of(segment_ids_BxT)
+      if cache is not None:
+        positions_BxT = positions_BxT + cache.lengths[:, None]
+    tokens_BxT = constrain(tokens_BxT, "batch", "sequence")
+
+    index, kv_segments = 0, segment_ids_BxT
+    if cache is not None:
+      index = cache.index
+      kv_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids_BxT, (0, index))
+    kinds = sorted(set(cfg.layer_pattern))
+    shared = {
+        "index": index,
+        "rope": {
+            kind: attention_lib.rope_tables(cfg.rope_of(kind), cfg.head_dim, positions_BxT)
+            for kind in kinds
+        },
+        "mask": {
+            kind: attention_lib.attention_mask(
+                segment_ids_BxT, kv_segments, index, cfg.window if kind == "local" else 0
+            )
+            for kind in kinds
+        },
+    }
+
+    x_BxTxD = self.embed.lookup(tokens_BxT)
+    if cfg.embed_scale != 1.0:
+      # Rounded to the compute dtype first, as the published weights were trained.
+      x_BxTxD = x_BxTxD * jnp.asarray(cfg.embed_scale, x_BxTxD.dtype)
+    x_BxTxD = constrain(x_BxTxD, "batch", "sequence", None)
+    keys, values = [], []
+    for g, (_, repeats) in enumerate(cfg.groups):
+      caches = None if cache is None else tuple(zip(cache.keys[g], cache.values[g]))
+      layers = jnp.arange(repeats, dtype=jnp.int32)
+      (x_BxTxD, caches), _ = self.group[g]((x_BxTxD, caches), layers, shared)
+      if cache is not None:
+        keys.append(tuple(k for k, _ in caches))
+        values.append(tuple(v for _, v in caches))
+    hidden_BxTxD = self.final_norm(x_BxTxD)
+    if cache is not None:
+      cache = Cache(
+          keys=tuple(keys),
+          values=tuple(values),
+          segment_ids=kv_segments,
+          lengths=cache.lengths + jnp.sum(segment_ids_BxT != 0, axis=1, dtype=jnp.int32),
+          index=index + tokens_BxT.shape[1],
+      )
+    return hidden_BxTxD, cache
+
+  def unembed(self, hidden):
+    """Logits over the vocabulary, float32 [..., V], of hidden states [..., D]."""
+    return (self.embed if self.cfg.tied_head else self.head).logits(hidden)
+
+  def init_all(self, tokens_BxT):
+    """Touches every parameter, for `init`."""
+    hidden, _ = self(tokens_BxT)
+    return self.unembed(hidden[:, :1])
+
+
+def init_variables(cfg: ModelConfig, rng: jax.Array) -> dict[str, Any]:
+  """Random variables, boxed with their logical axes (see `sharding.shardings_of`)."""
+  return Transformer(cfg).init({"params": rng}, jnp.zeros((1, 2), jnp.int32), method="init_all")

@@ -1,0 +1,49 @@
+"""Token rewards recovered from a supervised model. Pure functions of [B, T] arrays.
+
+Arrays are float32 and aligned with the token they judge; `mask` is 1 on response tokens
+(EOS included) and 0 elsewhere, and every reward is 0 where it is 0.
+Source: arXiv 2510.02493; the notation is that of IQ-Learn (arXiv 2106.12142) with logits as Q.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def baseline_relative(logp_sft: jax.Array, logp_ref: jax.Array, mask: jax.Array) -> jax.Array:
+  """r(t) = log pi_sft(y_t | s_t) - log pi_ref(y_t | s_t), nats. The paper's reward.
+
+  It sums to the sequence log-ratio, and does not change when a function of the state is
+  added to either model's logits.
+  """
+  return jnp.where(mask > 0, logp_sft - logp_ref, 0.0).astype(jnp.float32)
+
+
+def log_likelihood(logp_sft: jax.Array, mask: jax.Array) -> jax.Array:
+  """r(t) = log pi_sft(y_t | s_t): the ablation without a reference."""
+  return jnp.where(mask > 0, logp_sft, 0.0).astype(jnp.float32)
+
+
+def endogenous(logp_sft: jax.Array, logsumexp_sft: jax.Array, mask: jax.Array) -> jax.Array:
+  """r(t) = Q(s_t, y_t) - V(s_{t+1}) with Q the logits and V their logsumexp; V(terminal) = 0.
+
+  Equals log pi_sft(y_t | s_t) + V(s_t) - V(s_{t+1}). Per token it depends on the gauge of
+  the logits (a constant added in one state moves reward between neighbours).
+
+  Args:
+    logsumexp_sft: V(s_t) of the state in which token t is chosen, [B, T]. The response must
+      be contiguous in its row.
+  """
+  value = jnp.where(mask > 0, logsumexp_sft, 0.0)
+  next_value = jnp.concatenate([value[:, 1:], jnp.zeros_like(value[:, :1])], axis=1)
+  return jnp.where(mask > 0, logp_sft + value - next_value, 0.0).astype(jnp.float32)
+
+
+def kl_penalised(
+    rewards: jax.Array, logp_policy: jax.Array, logp_sft: jax.Array, mask: jax.Array, beta: float
+) -> jax.Array:
+  """r~(t) = r(t) - beta (log pi_policy - log pi_sft), the KL to SFT inside the reward ("k1").
+
+  A constant for the gradient: returns of it weigh the score function.
+  """
+  kl = jax.lax.stop_gradient(logp_policy) - logp_sft
+  return jnp.where(mask > 0, rewards.astype(jnp.float32) - beta * kl, 0.0)

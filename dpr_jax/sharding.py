@@ -1,0 +1,147 @@
+"""Mesh, logical axis rules and checks: where every array of a run lives.
+
+One mesh with three axes, in `AxisType.Auto`, so that GSPMD propagates shardings
+and the model only names logical axes:
+
+  data    replicas: parameters are copied, the batch is split
+  fsdp    the batch is split and parameters are split; gathered when used
+  tensor  heads, MLP columns and the vocabulary are split
+
+A logical axis that a mesh axis does not divide (8 KV heads on tensor=16, a
+vocabulary of 261) is replicated rather than refused, so that one config runs on
+any mesh; `check_batch` refuses what cannot be replicated: the batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dpr_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str | None, Any] = {
+    None: None,
+    # Parameters.
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "norm": None,
+    "layers": None,
+    # Activations. Heads, MLP columns and vocabulary reuse the names above.
+    "batch": ("data", "fsdp"),
+    "sequence": None,
+}
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+  """Returns a mesh over `devices` (default: all); one axis may be -1, "the rest".
+
+  Raises:
+    UserError: the product of the axes is not the number of devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  free = [name for name, size in shape.items() if size == -1]
+  fixed = int(np.prod([size for size in shape.values() if size != -1]))
+  if len(free) > 1 or fixed < 1 or len(devices) % fixed:
+    raise UserError(
+        f"config.mesh: {shape} does not fit {len(devices)} devices; the axes must multiply to the "
+        "number of devices, and one of them may be -1 (the rest)"
+    )
+  if free:
+    shape[free[0]] = len(devices) // fixed
+  if int(np.prod(list(shape.values()))) != len(devices):
+    raise UserError(
+        f"config.mesh: {shape} multiplies to {int(np.prod(list(shape.values())))} but there are "
+        f"{len(devices)} devices; set one axis to -1 to take the rest"
+    )
+  return jax.make_mesh(
+      tuple(shape.values()), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3
+  )
+
+
+def resolve(names: Sequence[str | None], shape: Sequence[int], mesh) -> PartitionSpec:
+  """Logical axis names of an array -> PartitionSpec on `mesh` (concrete or abstract)."""
+  spec = []
+  for name, size in zip(names, shape, strict=True):
+    axes = RULES[name]
+    axes = (axes,) if isinstance(axes, str) else (axes or ())
+    axes = tuple(a for a in axes if a in mesh.shape)
+    ways = int(np.prod([mesh.shape[a] for a in axes]))
+    if not axes or size % ways:
+      spec.append(None)
+    else:
+      spec.append(axes if len(axes) > 1 else axes[0])
+  return PartitionSpec(*spec)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Constrains an activation to its logical axes; identity when no mesh is set."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, resolve(names, x.shape, mesh))
+
+
+def shardings_of(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
+  """NamedShardings of a tree of (abstract) arrays boxed with logical axis names.
+
+  Leaves without a box (step counters, rng keys, optimizer scalars) are replicated.
+  """
+
+  def leaf(x):
+    if isinstance(x, nn.LogicallyPartitioned):
+      return NamedSharding(mesh, resolve(x.names, x.value.shape, mesh))
+    return NamedSharding(mesh, PartitionSpec())
+
+  return jax.tree.map(leaf, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Rows of a batch over data and fsdp; all other dims replicated."""
+  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(mesh: jax.sharding.Mesh, **sizes: int) -> None:
+  """Raises UserError naming the config field whose row count the mesh does not divide."""
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  for field, size in sizes.items():
+    if size <= 0 or size % ways:
+      raise UserError(
+          f"config.{field.replace('__', '.')}={size} is not divisible by mesh.data * mesh.fsdp = "
+          f"{ways}; use a positive multiple of {ways}"
+      )
+
+
+def place(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Puts this process's rows of a host batch onto the mesh as global arrays."""
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def to_host(tree: Any) -> Any:
+  """Full copies of (possibly sharded) arrays as numpy, the same in every process."""
+
+  def leaf(x):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      if x.is_fully_replicated:
+        return np.asarray(x.addressable_data(0))
+      x = jax.jit(lambda a: a, out_shardings=replicated(x.sharding.mesh))(x)
+      return np.asarray(x.addressable_data(0))
+    return np.asarray(x)
+
+  return jax.tree.map(leaf, tree)

@@ -1,0 +1,94 @@
+"""The one training loop. It knows no algorithm: a step function maps (state, batch) to
+(state, metrics), and every stage (SFT, DPR, baselines) is such a function.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+
+from dpr_jax import sharding
+from dpr_jax.training.checkpoints import Checkpoints
+from dpr_jax.training.metrics import MetricsWriter
+from dpr_jax.training.steps import TrainState
+
+
+class Batches(Protocol):
+  """A batch source whose content is a pure function of (seed, step)."""
+
+  def __iter__(self) -> Iterator[Any]: ...
+  def __next__(self) -> Any: ...
+  def get_state(self) -> dict[str, Any]: ...
+  def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+def run_stage(
+    name: str,
+    step_fn: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]],
+    *,
+    make_state: Callable[[], TrainState],
+    abstract: TrainState,
+    batches: Batches,
+    steps: int,
+    directory,
+    mesh: jax.sharding.Mesh,
+    checkpoint_every: int,
+    checkpoint_keep: int = 1,
+    keep_steps: Sequence[int] = (),
+    log_every: int = 1,
+    progress: bool = True,
+    tensorboard_dir=None,
+    frozen: Any = None,
+    schedule: Callable[[int], Any] | None = None,
+) -> TrainState:
+  """Runs a stage to its last step, from its newest checkpoint if it has one.
+
+  Args:
+    name: of the stage, for logs.
+    step_fn: the algorithm.
+    make_state: the state at step 0; called only if there is no checkpoint.
+    abstract: the state's shapes and shardings.
+    batches: yields this process's rows of each batch; set to the restored position.
+    directory: of the stage; checkpoints/ and metrics.jsonl go here.
+    keep_steps: steps whose checkpoint is kept for ever.
+    schedule: learning rate by step, to be logged.
+
+  Returns:
+    The state after `steps` updates; it is saved.
+
+  Raises:
+    Diverged: the loss or the gradient was not finite. Nothing of that step is saved.
+  """
+  with Checkpoints(directory / "checkpoints", keep=checkpoint_keep, keep_steps=keep_steps) as checkpoints:
+    restored = checkpoints.restore(abstract, frozen)
+    if restored is None:
+      state, start = make_state(), 0
+    else:
+      state, data_state = restored
+      start = int(state.step)
+      batches.set_state(data_state)
+    if start >= steps:
+      return state
+    due = {*keep_steps, steps}
+    with MetricsWriter(
+        directory,
+        stage=name,
+        steps=steps,
+        start_step=start,
+        every=log_every,
+        tensorboard_dir=tensorboard_dir,
+        progress=progress,
+    ) as writer:
+      for step in range(start + 1, steps + 1):
+        batch = sharding.place(next(batches), mesh)
+        state, metrics = step_fn(state, batch)
+        if schedule is not None:
+          metrics = {**metrics, "learning_rate": schedule(step - 1)}
+        writer.write(step, metrics)
+        if step in due or step % checkpoint_every == 0:
+          # Metrics first: a step that is not finite raises here, and is not saved; and no
+          # checkpoint is ahead of its metrics.
+          writer.flush()
+          checkpoints.save(state, step, batches.get_state())
+    checkpoints.wait()
+  return state

@@ -1,0 +1,139 @@
+"""Metrics of a stage: metrics.jsonl, TensorBoard and a progress bar.
+
+Device scalars are fetched one step late, so that the device never waits for the host.
+Only process 0 writes. After a resume no step occurs twice: lines beyond the restored
+step are cut before the first new one.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class Diverged(RuntimeError):
+  """The loss or the gradient stopped being finite; the last checkpoint is from before."""
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """The lines of a metrics.jsonl; a torn last line is dropped."""
+  lines = []
+  if not os.path.exists(path):
+    return lines
+  with open(path, encoding="utf-8") as f:
+    for line in f:
+      try:
+        lines.append(json.loads(line))
+      except json.JSONDecodeError:
+        break
+  return lines
+
+
+class MetricsWriter:
+  """Writes the metrics of one stage; a context manager.
+
+  A line has `step`, `loss`, `tokens` (trained since the stage began), `seconds` (of the
+  stage, earlier runs included) and whatever the step reported.
+  """
+
+  def __init__(
+      self,
+      directory,
+      *,
+      stage: str,
+      steps: int,
+      start_step: int = 0,
+      every: int = 1,
+      tensorboard_dir=None,
+      progress: bool = True,
+  ):
+    self._stage, self._steps, self._every = stage, steps, every
+    self._pending: tuple[int, Any] | None = None
+    self._lead = jax.process_index() == 0
+    self._tokens, self._seconds = 0.0, 0.0
+    self._file = self._board = self._bar = None
+    path = Path(directory) / "metrics.jsonl"
+    kept = [line for line in read_metrics(path) if line["step"] <= start_step]
+    if kept:
+      self._tokens, self._seconds = kept[-1]["tokens"], kept[-1]["seconds"]
+    if self._lead:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      temporary = path.with_suffix(".tmp")
+      temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+      os.replace(temporary, path)
+      self._file = open(path, "a", encoding="utf-8")
+      if tensorboard_dir is not None:
+        from tensorboardX import SummaryWriter  # Slow to import, and only needed here.
+
+        self._board = SummaryWriter(str(tensorboard_dir), purge_step=start_step + 1)
+      if progress:
+        import tqdm
+
+        self._bar = tqdm.tqdm(
+            total=steps, initial=start_step, desc=stage, unit="step", dynamic_ncols=True, mininterval=0.5
+        )
+    self._run_tokens, self._started = 0.0, time.monotonic()
+    self._last = self._started
+    self.latest: dict[str, float] = {}
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, exc_type, *_):
+    try:
+      if exc_type is None:
+        self.flush()
+    finally:
+      for resource in (self._file, self._board, self._bar):
+        if resource is not None:
+          resource.close()
+
+  def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Takes the metrics of `step` (1-based) and writes those of the step before."""
+    self._emit()
+    self._pending = (step, metrics)
+
+  def flush(self) -> None:
+    """Writes what is pending, down to the disk."""
+    self._emit()
+    if self._file is not None:
+      self._file.flush()
+      os.fsync(self._file.fileno())
+
+  def _emit(self) -> None:
+    if self._pending is None:
+      return
+    (step, metrics), self._pending = self._pending, None
+    values = {k: float(np.asarray(v)) for k, v in jax.device_get(dict(metrics)).items()}
+    now = time.monotonic()
+    self._seconds += now - self._last
+    self._last = now
+    trained = values.pop("tokens", 0.0)
+    self._tokens += trained
+    self._run_tokens += trained
+    if values.pop("skipped", 0.0) or not math.isfinite(values["loss"]):
+      raise Diverged(
+          f"{self._stage}: the loss or gradient of step {step} is not finite (loss {values['loss']}); "
+          "the update was not applied. Lower the learning rate, or look at the batch."
+      )
+    line = {"step": step, "loss": values.pop("loss"), "tokens": self._tokens}
+    line |= {"seconds": round(self._seconds, 3), **values}
+    self.latest = line
+    if not self._lead:
+      return
+    if step % self._every == 0 or step == self._steps:
+      self._file.write(json.dumps(line) + "\n")
+      if self._board is not None:
+        for name, value in line.items():
+          if name != "step":
+            self._board.add_scalar(f"{self._stage}/{name}", value, step)
+    if self._bar is not None:
+      rate = self._run_tokens / max(now - self._started, 1e-9)
+      self._bar.set_postfix_str(f"loss {line['loss']:.4f}, {rate:,.0f} tokens/s", refresh=False)
+      self._bar.update(step - self._bar.n)

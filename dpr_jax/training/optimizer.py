@@ -1,0 +1,49 @@
+"""AdamW with clipping and a schedule, from a config section."""
+
+import jax
+import optax
+
+from dpr_jax.config import OptimizerConfig
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """Learning rate by step: linear warm-up, then constant, cosine or linear decay."""
+  peak, end = config.learning_rate, config.learning_rate * config.final_fraction
+  warmup = min(config.warmup_steps, steps)
+  rest = max(steps - warmup, 1)
+  after = {
+      "constant": lambda: optax.constant_schedule(peak),
+      "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction),
+      "linear": lambda: optax.linear_schedule(peak, end, rest),
+  }[config.schedule]()
+  if not warmup:
+    return after
+  # Counted from 1 / warmup, so that the first update is not lost to a rate of 0.
+  ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+  return optax.join_schedules([ramp, after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+  """Global-norm clipping, then AdamW; no decay on norms and biases (fewer than 2 dims a layer)."""
+
+  def decayed(params):
+    def leaf(path, x):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      return not name.endswith(("scale", "bias"))
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+  transforms = []
+  if config.max_grad_norm:
+    transforms.append(optax.clip_by_global_norm(config.max_grad_norm))
+  transforms.append(
+      optax.adamw(
+          make_schedule(config, steps),
+          b1=config.b1,
+          b2=config.b2,
+          eps=config.eps,
+          weight_decay=config.weight_decay,
+          mask=decayed,
+      )
+  )
+  return optax.chain(*transforms)

@@ -1,0 +1,199 @@
+"""The train step: gradients of sums, one division, one optimizer update, one jit.
+
+    loss_fn(variables, batch, rng) -> (loss_sum, weight, metrics)
+    train_step = make_train_step(loss_fn, optimizer)
+    state, metrics = train_step(state, batch)
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+LossFn = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array, dict[str, Any]]]
+
+
+@struct.dataclass
+class TrainState:
+  """Everything an update needs, and everything a resumed run must get back."""
+
+  step: jax.Array  # int32 [], updates done.
+  trainable: Any  # variables that are updated: {"params": ...}, or {"lora": ...}.
+  opt_state: Any  # of the optimizer, over `trainable`.
+  rng: jax.Array  # typed PRNG key of the stage; a step's key is fold_in(rng, step).
+  frozen: Any = struct.field(default_factory=dict)  # variables that are not: {} or {"params": ...}.
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """What `model.apply` and a loss take."""
+    return {**self.frozen, **self.trainable}
+
+  @classmethod
+  def create(
+      cls, variables: Any, optimizer: optax.GradientTransformation, rng: jax.Array, frozen: Any = None
+  ) -> "TrainState":
+    """A state at step 0. Optimizer moments are laid out like the variables they belong to."""
+    shardings = state_shardings(variables, optimizer, frozen)
+    return cls(
+        step=jax.device_put(jnp.zeros((), jnp.int32), shardings.step),
+        trainable=variables,
+        opt_state=jax.jit(optimizer.init, out_shardings=shardings.opt_state)(variables),
+        rng=jax.device_put(rng, shardings.rng),
+        frozen=frozen or {},
+    )
+
+
+def state_shardings(variables: Any, optimizer, frozen: Any = None) -> TrainState:
+  """Shardings of a TrainState from those of its (abstract or concrete) variables."""
+  own = jax.tree.map(lambda x: x.sharding, variables)
+  first = jax.tree.leaves(own)[0]
+  single = (
+      jax.sharding.NamedSharding(first.mesh, jax.sharding.PartitionSpec())
+      if isinstance(first, jax.sharding.NamedSharding)
+      else first
+  )
+  opt_state = optax.tree_utils.tree_map_params(
+      optimizer,
+      lambda _, sharding: sharding,
+      jax.eval_shape(optimizer.init, variables),
+      own,
+      transform_non_params=lambda _: single,
+  )
+  return TrainState(
+      step=single,
+      trainable=own,
+      opt_state=opt_state,
+      rng=single,
+      frozen=jax.tree.map(lambda x: x.sharding, frozen or {}),
+  )
+
+
+def abstract_state(variables: Any, optimizer, rng: jax.Array) -> TrainState:
+  """The TrainState as ShapeDtypeStructs with shardings, to restore against."""
+  shardings = state_shardings(variables, optimizer)
+  shapes = TrainState(
+      step=jax.ShapeDtypeStruct((), jnp.int32),
+      trainable=variables,
+      opt_state=jax.eval_shape(optimizer.init, variables),
+      rng=jax.eval_shape(lambda: rng),
+  )
+  return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+  )
+
+
+def _pairs(metrics: dict[str, Any]) -> dict[str, tuple[jax.Array, jax.Array | None]]:
+  return {k: v if isinstance(v, tuple) else (v, None) for k, v in metrics.items()}
+
+
+def reduce_metrics(metrics: dict[str, Any]) -> dict[str, jax.Array]:
+  """Sums stay sums; a pair (sum, weight) becomes their ratio (0 where the weight is 0)."""
+  return {
+      k: total if weight is None else total / jnp.where(weight == 0, 1, weight)
+      for k, (total, weight) in _pairs(metrics).items()
+  }
+
+
+def accumulate(loss_fn: LossFn, trainable, frozen, batch, rng, parts: int):
+  """Gradient, loss_sum, weight and metrics, summed over `parts` micro-batches of the rows."""
+
+  def sums(trainable, micro, key):
+    loss_sum, weight, metrics = loss_fn({**frozen, **trainable}, micro, key)
+    return loss_sum.astype(jnp.float32), (jnp.asarray(weight, jnp.float32), metrics)
+
+  grad_fn = jax.value_and_grad(sums, has_aux=True)
+  if parts == 1:
+    (loss_sum, (weight, metrics)), grads = grad_fn(trainable, batch, rng)
+    return grads, loss_sum, weight, metrics
+
+  rows = jax.tree.leaves(batch)[0].shape[0]
+  if rows % parts:
+    raise ValueError(f"accumulation={parts} does not divide the batch of {rows} rows")
+
+  # Micro-batch i takes rows i, i + parts, ...: each device keeps the rows it holds, where
+  # consecutive rows would move the batch between devices.
+  def split(x):
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+  def body(total, xs):
+    micro, key = xs
+    (loss_sum, (weight, metrics)), grads = grad_fn(trainable, micro, key)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    return jax.tree.map(jnp.add, total, (grads, loss_sum, weight, metrics)), None
+
+  xs = (jax.tree.map(split, batch), jax.random.split(rng, parts))
+  shapes = jax.eval_shape(lambda b, k: grad_fn(trainable, b, k), *jax.tree.map(lambda x: x[0], xs))
+  (loss_sum, (weight, metrics)), grads = shapes
+  zeros = lambda tree: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tree)
+  grads = jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), grads)
+  total, _ = jax.lax.scan(body, (grads, zeros(loss_sum), zeros(weight), zeros(metrics)), xs)
+  return total
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulation: int = 1,
+    donate: bool = True,
+):
+  """Returns train_step(state, batch) -> (state, metrics), jitted at its first call.
+
+  The returned state keeps the shardings of the state that came in, and takes its buffers
+  (`donate`); `state.frozen` is never donated, because other models share it. The update
+  is sum(gradients) / sum(weights) over micro-batches and devices. An update whose loss or
+  gradient is not finite leaves variables and moments as they were and reports
+  `skipped` = 1.
+
+  Args:
+    loss_fn: see the module docstring. `rng` is a fresh key every step and micro-batch.
+    optimizer: an optax transformation, clipping included (see `make_optimizer`).
+    accumulation: micro-batches a batch is split into, inside the jit.
+
+  The metrics are device scalars: `loss`, `grad_norm`, `skipped` and those of the loss.
+  """
+
+  def update(state: TrainState, frozen, batch):
+    rng = jax.random.fold_in(state.rng, state.step)
+    grads, loss_sum, weight, metrics = accumulate(
+        loss_fn, state.trainable, frozen, batch, rng, accumulation
+    )
+    safe = jnp.where(weight == 0, 1.0, weight)
+    grads = jax.tree.map(lambda g: g / safe.astype(g.dtype), grads)
+    grad_norm = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    finite = jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+    state = state.replace(
+        step=state.step + 1,
+        trainable=keep(trainable, state.trainable),
+        opt_state=keep(opt_state, state.opt_state),
+    )
+    out = {"loss": loss_sum / safe, "grad_norm": grad_norm, "skipped": 1.0 - finite}
+    return state, {**reduce_metrics(metrics), **out}
+
+  jitted = None
+
+  def lower_or_call(state: TrainState, batch, method):
+    nonlocal jitted
+    inner = state.replace(frozen={})
+    if jitted is None:
+      shardings = jax.tree.map(lambda x: x.sharding, inner)
+      jitted = jax.jit(
+          update, donate_argnums=(0,) if donate else (), out_shardings=(shardings, None)
+      )
+    return getattr(jitted, method)(inner, state.frozen, batch)
+
+  def train_step(state: TrainState, batch):
+    frozen = state.frozen
+    state, metrics = lower_or_call(state, batch, "__call__")
+    return state.replace(frozen=frozen), metrics
+
+  train_step.lower = lambda state, batch: lower_or_call(state, batch, "lower")
+  train_step.compilations = lambda: 0 if jitted is None else jitted._cache_size()
+  return train_step

@@ -1,0 +1,53 @@
+"""Packaging of dpr_jax."""
+
+import pathlib
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+
+EXTRAS = {
+    # Accelerators: exactly one of these beside the default CPU build of jax.
+    "tpu": ["jax[tpu]"],
+    "cuda12": ["jax[cuda12]"],
+    "cuda13": ["jax[cuda13]"],
+    # Reading .gguf weights, and Parquet demonstrations.
+    "gguf": ["gguf>=0.17"],
+    "parquet": ["pyarrow>=17"],
+    # Comparing with transformers in float32; torch is never needed to run.
+    "parity": ["torch>=2.6"],
+    "notebooks": ["jupytext>=1.16", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],
+    "eval": ["pyarrow>=17"],
+    "gcp": ["google-cloud-storage>=2.18", "gcsfs>=2024.6"],
+}
+EXTRAS["test"] = ["pytest>=8", *EXTRAS["gguf"], *EXTRAS["parquet"], *EXTRAS["notebooks"]]
+
+setuptools.setup(
+    name="dpr_jax",
+    version="0.1.0",
+    description="Dense token rewards from demonstrations: SFT, baseline-relative rewards and Dense-Path REINFORCE in JAX",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=setuptools.find_packages(include=["dpr_jax", "dpr_jax.*"]),
+    package_data={"dpr_jax.report": ["*.j2"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax>=0.12",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12",
+        "grain>=0.2.18",
+        "transformers>=5.0",
+        "tokenizers>=0.22",
+        "safetensors>=0.5",
+        "ml-collections>=1.1",
+        "absl-py>=2.1",
+        "tensorboardX>=2.6",
+        "tqdm>=4.66",
+        "jinja2>=3.1",
+        "matplotlib>=3.9",
+        "numpy>=2.0",
+    ],
+    extras_require=EXTRAS,
+)
