@@ -123,7 +123,10 @@ class EvalSection:
   batch_size: int = 64  # prompts decoded at a time.
   max_new_tokens: int = 24
   verifier: str = "auto"  # auto | tasks | exact | gsm8k.
-  contrastive_alpha: float = 0.0  # strength of contrastive decoding; 0 takes 1 / dpr.beta.
+  # Decode-time controls: contrastive | weight_extrapolation | low_temperature.
+  controls: tuple[str, ...] = ("contrastive", "weight_extrapolation", "low_temperature")
+  contrastive_alpha: float = 0.0  # strength of the first two; 0 takes 1 / dpr.beta.
+  low_temperature: float = 0.5  # of the control that samples from SFT with it.
   heatmaps: int = 8  # demonstrations and rollouts shown token by token in the report.
 
 
@@ -169,6 +172,8 @@ class RunConfig:
 # Sections that may differ between a run and its resumption: they do not change results.
 RESUMABLE = ("mesh", "log", "checkpoint")
 
+CONTROLS = ("contrastive", "weight_extrapolation", "low_temperature")
+
 _CHOICES = {
     "model.remat": ("none", "dots", "full"),
     "model.dtype": ("auto", "float32", "bfloat16"),
@@ -213,6 +218,8 @@ _BOUNDS = {
     "eval.num_prompts": (0, None),
     "eval.batch_size": (1, None),
     "eval.max_new_tokens": (1, None),
+    "eval.contrastive_alpha": (0, None),
+    "eval.low_temperature": (0, None),
     "eval.heatmaps": (0, None),
     "checkpoint.every": (1, None),
     "checkpoint.keep": (1, None),
@@ -241,6 +248,8 @@ def _build(cls, values: Mapping[str, Any], prefix: str):
       value = float(value)
     elif isinstance(value, list | tuple):
       value = tuple(value)
+      if all(isinstance(v, str) for v in value):  # --config.data.tasks=add,sort is one string.
+        value = tuple(part for v in value for part in v.split(",") if part)
     elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
       raise UserError(f"config.{prefix}{name}={value!r} must be of type {kind.__name__}")
     out[name] = value
@@ -286,6 +295,19 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
   if run.dpr.baseline == "leave_one_out" and run.dpr.samples_per_prompt < 2:
     raise UserError(
         "config.dpr.baseline=leave_one_out needs config.dpr.samples_per_prompt of at least 2"
+    )
+  for name in run.eval.controls:
+    if name not in CONTROLS:
+      raise UserError(f"config.eval.controls: {name!r} is not one of {', '.join(CONTROLS)}")
+  if run.dpr.beta == 0 and not run.eval.contrastive_alpha:
+    raise UserError(
+        "config.dpr.beta=0 has no matching strength 1 / beta for the decode-time controls; set "
+        "config.eval.contrastive_alpha"
+    )
+  if run.eval.num_prompts > run.data.holdout:
+    raise UserError(
+        f"config.eval.num_prompts={run.eval.num_prompts} exceeds "
+        f"config.data.holdout={run.data.holdout}"
     )
   if run.dpr.temperature == 0:
     raise UserError("config.dpr.temperature=0 never explores; use 1.0, the policy itself")

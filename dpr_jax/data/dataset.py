@@ -1,0 +1,86 @@
+"""What a run learns from and is judged on, from the `data` section of its config."""
+
+import dataclasses
+import hashlib
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from dpr_jax.config import DataSection
+from dpr_jax.data.formats import Demo, check_disjoint, read_demos, split_holdout
+from dpr_jax.data.loader import Prompts, make_prompts
+from dpr_jax.data.packing import PackedRows, pack
+from dpr_jax.data.tasks import TASKS, make_demos
+from dpr_jax.data.templates import encode_demo
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerFast
+
+# The held-out prompts do not depend on the seed of the run: all seeds are judged on the same ones,
+# and none is trained on by any.
+HOLDOUT_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """Tokenised demonstrations and prompts; training and held-out prompts are disjoint."""
+
+  rows: PackedRows  # training demonstrations, packed; for SFT.
+  prompts: Prompts  # training prompts within the budget; for rollouts.
+  heldout: Prompts  # prompts never trained on; for evaluation.
+  verifier: str  # name in evals/verifiers.py that fits the demonstrations.
+  summary: dict[str, Any]  # counts and origin, for config.json and the report.
+
+
+def fingerprint(path: str | pathlib.Path) -> str:
+  """blake2b of a file's content, 16 hex digits."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+
+def _demos(section: DataSection, seed: int) -> tuple[list[Demo], list[Demo], str, dict[str, Any]]:
+  if not section.demos:
+    names = section.tasks or tuple(TASKS)
+    train = make_demos(names, section.num_demos, seed, corrupt=section.corrupt)
+    heldout = make_demos(names, section.holdout, HOLDOUT_SEED, split="heldout")
+    return train, heldout, "tasks", {"source": "built-in tasks", "tasks": list(names)}
+  found = read_demos(section.demos, section.format, section.max_demos, section.on_empty)
+  train, heldout = split_holdout(found.demos, section.holdout, HOLDOUT_SEED)
+  verifier = "gsm8k" if found.format == "gsm8k" else "exact"
+  summary = {
+      "source": section.demos,
+      "blake2b": fingerprint(section.demos),
+      "format": found.format,
+      "dropped_empty": found.dropped_empty,
+  }
+  return train, heldout, verifier, summary
+
+
+def build_dataset(section: DataSection, tokenizer: "PreTrainedTokenizerFast", seed: int) -> Dataset:
+  """Reads (or makes), splits, tokenises and packs.
+
+  Args:
+    seed: of the built-in tasks' training demonstrations and of the packing.
+
+  Raises:
+    UserError: as the readers; naming file and line, or the field.
+  """
+  train, heldout, verifier, summary = _demos(section, seed)
+  check_disjoint(train, heldout)
+  examples = [encode_demo(demo, tokenizer, section.train_on, section.template) for demo in train]
+  rows = pack(examples, section.row_length, section.overlong, seed)
+  budget = (tokenizer, section.prompt_length, section.overlong_prompt, section.template)
+  prompts, held = make_prompts(train, *budget), make_prompts(heldout, *budget)
+  summary |= {
+      "demos": len(train),
+      "rows": len(rows),
+      "fill": round(rows.fill, 4),
+      "trained_tokens": int(rows.loss_mask.sum()),
+      "dropped_overlong": rows.dropped_overlong,
+      "truncated": rows.truncated,
+      "dropped_untrained": rows.dropped_untrained,
+      "prompts": len(prompts.tokens),
+      "dropped_prompts": prompts.dropped_overlong,
+      "heldout": len(held.tokens),
+      "dropped_heldout": held.dropped_overlong,
+  }
+  return Dataset(rows=rows, prompts=prompts, heldout=held, verifier=verifier, summary=summary)

@@ -1,0 +1,120 @@
+"""samples/ of one or several seeds -> results.json: means, intervals, comparisons.
+
+A pure function of files, so that a report can be made again at any time.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dpr_jax.data.tasks import TASKS
+from dpr_jax.evals.statistics import compare, interval
+from dpr_jax.evals.systems import MODES
+from dpr_jax.training.metrics import read_metrics
+
+# The order of systems in tables, and what is compared with what; names that a run lacks are skipped.
+ORDER = (
+    "base", "ref", "sft", "low_temperature", "contrastive", "weight_extrapolation", "continued_sft",
+    "dpr",
+)
+PAIRS = (
+    ("sft", "ref"),
+    ("continued_sft", "sft"),
+    ("contrastive", "sft"),
+    ("low_temperature", "sft"),
+    ("weight_extrapolation", "sft"),
+    ("dpr", "sft"),
+    ("dpr", "continued_sft"),
+    ("dpr", "contrastive"),
+    ("dpr", "low_temperature"),
+    ("dpr", "weight_extrapolation"),
+)
+NLL_FILE = "heldout_nll.json"
+
+
+def _read_samples(samples: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
+  out = {}
+  for path in sorted(samples.glob("*.jsonl")):
+    if path.stem.startswith("heatmap_"):
+      continue
+    with open(path, encoding="utf-8") as file:
+      out[path.stem] = [json.loads(line) for line in file]
+  return out
+
+
+def _metrics(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+  """Metric -> values per prompt, in the order of the prompts."""
+  out = {}
+  for mode in MODES:
+    rows = [r for r in records if r["mode"] == mode]
+    if not rows:
+      continue
+    for score in rows[0]["scores"]:
+      out[f"{score}_{mode}"] = np.asarray([r["scores"][score] for r in rows], np.float64)
+    tasks = sorted({r["task"] for r in rows if r["task"]})
+    for task in tasks if len(tasks) > 1 else ():
+      chosen = [r["correct"] for r in rows if r["task"] == task]
+      out[f"accuracy_{mode}/{task}"] = np.asarray(chosen, np.float64)
+    for kind, unique in (("unique", True), ("varied", False)):
+      chosen = [r["correct"] for r in rows if r["task"] in TASKS and TASKS[r["task"]].unique == unique]
+      if chosen:
+        out[f"accuracy_{mode}/{kind}"] = np.asarray(chosen, np.float64)
+    out[f"length_{mode}"] = np.asarray([r["length"] for r in rows], np.float64)
+    out[f"eos_rate_{mode}"] = np.asarray([r["hit_eos"] for r in rows], np.float64)
+  return out
+
+
+def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dict[str, Any]:
+  """results.json of runs that differ in their seed only.
+
+  `heldout_nll` is in nats a demonstrated response, EOS included.
+
+  Returns:
+    seeds; systems: name -> metric -> {mean, ci95, n}; comparisons: pair, metric, difference,
+    ci95, p (paired over prompts); stages: steps, seconds and tokens of each, of the first seed.
+  """
+  per_seed = [_read_samples(w / "samples") for w in workdirs]
+  names = [n for n in ORDER if all(n in s for s in per_seed)]
+  names += sorted(n for n in per_seed[0] if n not in names and all(n in s for s in per_seed))
+  nll = [json.loads((w / "samples" / NLL_FILE).read_text()) for w in workdirs]
+  values = {n: [_metrics(samples[n]) for samples in per_seed] for n in names}
+  systems = {}
+  for name in names:
+    shared = [m for m in values[name][0] if all(m in v for v in values[name])]
+    systems[name] = {m: interval([v[m] for v in values[name]]) for m in shared}
+  for name in names:
+    if all(name in x for x in nll):
+      systems[name]["heldout_nll"] = interval([np.asarray(x[name]) for x in nll])
+  comparisons = []
+  for a, b in PAIRS:
+    if a not in values or b not in values:
+      continue
+    for metric in values[a][0]:
+      if "/" in metric or not metric.startswith(("accuracy", "token_f1", "length")):
+        continue
+      if all(metric in v for v in (*values[a], *values[b])):
+        found = compare([v[metric] for v in values[a]], [v[metric] for v in values[b]])
+        comparisons.append({"pair": [a, b], "metric": metric, **found})
+  return {
+      "seeds": list(seeds),
+      "systems": systems,
+      "comparisons": comparisons,
+      "stages": _stages(workdirs[0]),
+      "notes": [],
+  }
+
+
+def _stages(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
+  out = {}
+  for path in sorted(workdir.glob("*/metrics.jsonl")):
+    lines = read_metrics(path)
+    if lines:
+      out[path.parent.name] = {
+          "steps": lines[-1]["step"],
+          "seconds": lines[-1]["seconds"],
+          "tokens": lines[-1]["tokens"],
+      }
+  return out

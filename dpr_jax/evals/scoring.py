@@ -1,0 +1,94 @@
+"""Teacher-forced scores of given responses: log-probabilities and token rewards."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpr_jax import sharding
+from dpr_jax.evals.responses import process_rows
+from dpr_jax.models.logprobs import token_logprobs
+
+_score = jax.jit(token_logprobs, static_argnums=0, static_argnames=("chunk_size",))
+
+_LENGTH_STEP = 64  # Rows are padded to a multiple of it, so that few programs are compiled.
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenScores:
+  """Scores of one response of T tokens, EOS included. float32 [T] each, nats."""
+
+  logp_sft: np.ndarray
+  logp_ref: np.ndarray
+
+  @property
+  def token_rewards(self) -> np.ndarray:
+    """log pi_sft - log pi_ref; they sum to the log-ratio of the response."""
+    return self.logp_sft - self.logp_ref
+
+
+def response_logps(
+    model: Any,
+    variables: Any,
+    prompts: Sequence[np.ndarray],
+    responses: Sequence[np.ndarray],
+    *,
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+    chunk_size: int = 128,
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> list[np.ndarray]:
+  """log p of each token of each response after its prompt, nats, float32 [T_i] each.
+
+  Args:
+    prompts, responses: token ids, int32; a response ends with its EOS.
+    batch_size: rows scored at a time. Rows of similar length share a batch.
+    chunk_size: columns whose logits live at a time.
+    on_batch: called with the number of responses just scored.
+  """
+  rows = [np.concatenate([p, r]).astype(np.int32) for p, r in zip(prompts, responses, strict=True)]
+  out: list[np.ndarray] = [np.zeros((0,), np.float32)] * len(rows)
+  order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # A memory error comes first.
+  for start in range(0, len(rows), batch_size):
+    chosen = order[start : start + batch_size]
+    length = -(-len(rows[chosen[0]]) // _LENGTH_STEP) * _LENGTH_STEP
+    tokens = np.zeros((batch_size, length), np.int32)
+    segments = np.zeros((batch_size, length), np.int32)
+    for b, i in enumerate(chosen):
+      tokens[b, : len(rows[i])], segments[b, : len(rows[i])] = rows[i], 1
+    tokens, segments = sharding.place(process_rows((tokens, segments)), mesh)
+    logp = sharding.to_host(_score(model, variables, tokens, segments, chunk_size=chunk_size).logp)
+    for b, i in enumerate(chosen):
+      out[i] = logp[b, len(prompts[i]) : len(rows[i])]
+    on_batch(len(chosen))
+  return out
+
+
+def score_responses(
+    model: Any, sft: Any, ref: Any, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **how: Any
+) -> list[TokenScores]:
+  """Token scores of each response under two sets of variables; `how` as in `response_logps`."""
+  logp_sft, logp_ref = (response_logps(model, v, prompts, responses, **how) for v in (sft, ref))
+  return [TokenScores(a, b) for a, b in zip(logp_sft, logp_ref)]
+
+
+def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+  """How each token reads on its own; special tokens keep their names."""
+  return [
+      tokenizer.decode([int(t)], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+      for t in tokens
+  ]
+
+
+def score_record(tokenizer: Any, tokens: Sequence[int], scores: TokenScores) -> dict[str, Any]:
+  """The fields that `dpr_jax.score` adds to a line; JSON types."""
+  rounded = lambda x: [round(float(v), 6) for v in x]
+  return {
+      "tokens": token_texts(tokenizer, tokens),
+      "token_rewards": rounded(scores.token_rewards),
+      "logp_sft": rounded(scores.logp_sft),
+      "logp_ref": rounded(scores.logp_ref),
+      "reward": round(float(scores.token_rewards.astype(np.float64).sum()), 6),
+  }

@@ -1,0 +1,106 @@
+"""The systems that a run compares, and their evaluation on the held-out prompts.
+
+A system is a way to answer: one trained model, or a decode-time control made of two.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from dpr_jax.data.loader import Prompts
+from dpr_jax.evals.responses import respond, response_text
+from dpr_jax.evals.verifiers import get_verifier
+from dpr_jax.rollout.sampler import Sampling
+
+MODES = ("sampled", "greedy")
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+  """How a system answers: logits = sum_i weights[i] * logits of members[i]."""
+
+  name: str
+  members: tuple[str, ...]  # names of parameter sets: base, ref, sft, dpr, ...
+  weights: tuple[float, ...] = (1.0,)
+  temperature: float = 1.0  # of the sampled mode.
+  modes: tuple[str, ...] = MODES
+
+
+def controls(names: Sequence[str], alpha: float, temperature: float) -> list[System]:
+  """Decode-time controls, which need no training.
+
+  Args:
+    names: of contrastive, weight_extrapolation and low_temperature.
+    alpha: extrapolation strength; contrastive decoding at 1 / beta is DPR's per-token optimum.
+    temperature: of low_temperature; its greedy mode would be that of sft.
+  """
+  known = {
+      "contrastive": System("contrastive", ("sft", "ref"), (1.0 + alpha, -alpha)),
+      "weight_extrapolation": System("weight_extrapolation", ("extrapolated",)),
+      "low_temperature": System(
+          "low_temperature", ("sft",), temperature=temperature, modes=("sampled",)
+      ),
+  }
+  return [known[name] for name in names]
+
+
+def evaluate_system(
+    system: System,
+    model: Any,
+    load: Callable[[str], Any],
+    prompts: Prompts,
+    tokenizer: Any,
+    *,
+    verifier: str,
+    rng: jax.Array,
+    seed: int,
+    stop_ids: tuple[int, ...],
+    **decoding: Any,
+) -> list[dict[str, Any]]:
+  """One record a prompt and mode, for samples/SYSTEM.jsonl.
+
+  Args:
+    load: name of a parameter set -> its variables.
+    prompts: held-out prompts with their demonstrations.
+    rng: key of the sampled mode; the same for all systems, so that they share their noise.
+    decoding: keywords of `respond`.
+  """
+  verify = get_verifier(verifier)
+  members = tuple(load(name) for name in system.members)
+  records = []
+  for mode in system.modes:
+    sampling = Sampling(temperature=system.temperature if mode == "sampled" else 0.0)
+    responses = respond(
+        model,
+        members,
+        prompts.tokens,
+        rng,
+        weights=system.weights,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        **decoding,
+    )
+    for demo, response in zip(prompts.demos, responses, strict=True):
+      text = response_text(tokenizer, response, stop_ids)
+      scores = dict(verify(demo, text))
+      records.append({
+          "prompt": demo.prompt[-1]["content"],
+          "task": demo.task,
+          "answer": demo.answer,
+          "mode": mode,
+          "response": text,
+          "correct": bool(scores["accuracy"]),
+          "scores": scores,
+          "token_ids": [int(t) for t in response.tokens],
+          "length": len(response.tokens),
+          "hit_eos": response.hit_eos,
+          "seed": seed,
+      })
+  return records
+
+
+def system_file(samples: pathlib.Path, name: str) -> pathlib.Path:
+  return samples / f"{name}.jsonl"

@@ -1,0 +1,58 @@
+"""Variables of a model on a mesh: made, described, cast. Plain pytrees, no boxes.
+
+`variables = {"params": ...}`, and with LoRA also {"lora": ...}. Every function works under
+any mesh, with the same values on each: random bits do not depend on the layout.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dpr_jax import sharding
+from dpr_jax.models.config import ModelConfig
+from dpr_jax.models.transformer import init_variables
+
+
+def _boxed(cfg: ModelConfig) -> Any:
+  return jax.eval_shape(lambda rng: init_variables(cfg, rng), jax.random.key(0))
+
+
+def abstract_variables(cfg: ModelConfig, mesh: jax.sharding.Mesh, dtype: str | None = None) -> Any:
+  """ShapeDtypeStructs with shardings, to restore or lower against.
+
+  Args:
+    dtype: of the parameters; None keeps float32, in which they are trained.
+  """
+  boxed = _boxed(cfg)
+  shapes, shardings = nn.meta.unbox(boxed), sharding.shardings_of(boxed, mesh)
+  return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), shapes, shardings
+  )
+
+
+def random_variables(cfg: ModelConfig, mesh: jax.sharding.Mesh, rng: jax.Array) -> Any:
+  """Random float32 variables, each created in its own shards."""
+  shardings = sharding.shardings_of(_boxed(cfg), mesh)
+  return jax.jit(lambda key: nn.meta.unbox(init_variables(cfg, key)), out_shardings=shardings)(rng)
+
+
+def cast(variables: Any, dtype: str) -> Any:
+  """A copy in `dtype` with the same shardings; never an alias, so either side can be donated."""
+  shardings = jax.tree.map(lambda x: x.sharding, variables)
+  copy = lambda tree: jax.tree.map(lambda x: jnp.array(x, dtype), tree)
+  return jax.jit(copy, out_shardings=shardings)(variables)
+
+
+def extrapolate(sft: Any, ref: Any, alpha: float) -> Any:
+  """theta_sft + alpha (theta_sft - theta_ref): a control that needs no training."""
+  shardings = jax.tree.map(lambda x: x.sharding, sft)
+
+  def combine(sft, ref):
+    f32 = jnp.float32
+    return jax.tree.map(
+        lambda a, b: (a.astype(f32) + alpha * (a.astype(f32) - b.astype(f32))).astype(a.dtype), sft, ref
+    )
+
+  return jax.jit(combine, out_shardings=shardings)(sft, ref)

@@ -1,0 +1,220 @@
+"""The files of a run, and what a CKPT argument of a door may be.
+
+    config.json            what was run: resolved config, model, data, versions
+    tokenizer/             the tokenizer of the run, so that a stage can be used on its own
+    sft/ dpr/ BASELINE/    one folder a trained stage: checkpoints/ and metrics.jsonl
+    samples/               responses of every system on the held-out prompts; scored tokens
+    tensorboard/
+    report/                report.html, results.json, PNG plots
+With several seeds, seed_N/ is a whole workdir for each, and report/ is of all of them.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from dpr_jax import config as config_lib
+from dpr_jax.errors import UserError
+from dpr_jax.models import ModelConfig, Transformer
+from dpr_jax.models.variables import abstract_variables
+from dpr_jax.rewards.references import milestone_steps, reference_step
+from dpr_jax.training.checkpoints import Checkpoints
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+
+
+def versions() -> dict[str, str]:
+  """Python and package versions, for config.json."""
+  out = {"python": platform.python_version()}
+  for name in _PACKAGES:
+    out[name] = importlib.metadata.version(name)
+  return out
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes atomically, from process 0 only: a reader sees the old file or the new one."""
+  if jax.process_index():
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+  os.replace(temporary, path)
+
+
+def write_lines(path: pathlib.Path, records: list[Mapping[str, Any]]) -> None:
+  """Writes JSON lines, atomically, from process 0 only."""
+  if jax.process_index():
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(path.name + ".tmp")
+  with open(temporary, "w", encoding="utf-8") as file:
+    file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+  os.replace(temporary, path)
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  with open(path, encoding="utf-8") as file:
+    return [json.loads(line) for line in file]
+
+
+class Workdir:
+  """Paths of a run, and its config.json."""
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = pathlib.Path(path).absolute()
+    self.config_file = self.path / "config.json"
+    self.tokenizer = self.path / "tokenizer"
+    self.samples = self.path / "samples"
+    self.tensorboard = self.path / "tensorboard"
+    self.report = self.path / "report"
+
+  def stage(self, name: str) -> pathlib.Path:
+    return self.path / name
+
+  def read_config(self) -> dict[str, Any]:
+    try:
+      return json.loads(self.config_file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as e:
+      raise UserError(f"{self.config_file}: not the config.json of a run: {e}") from None
+
+  def check(self, config: config_lib.RunConfig) -> None:
+    """Refuses a folder that holds something else: another config, or files of no run.
+
+    Raises:
+      UserError: naming the first field that differs.
+    """
+    if not self.path.exists():
+      return
+    if not self.path.is_dir():
+      raise UserError(f"--workdir={self.path} is a file; it must be a folder, or not exist yet")
+    if not self.config_file.exists():
+      foreign = sorted(p.name for p in self.path.iterdir())
+      if foreign:
+        raise UserError(
+            f"--workdir={self.path} holds files but no config.json of a run ({foreign[0]}, ...); "
+            "use a new folder"
+        )
+      return
+    found = config_lib.first_difference(
+        self.read_config().get("config", {}), config_lib.to_json(config)
+    )
+    if found:
+      raise UserError(
+          f"--workdir={self.path} belongs to a run with another config ({found}); use a new "
+          "folder, or that config to go on"
+      )
+
+  def claim(self, config: config_lib.RunConfig, **facts: Any) -> None:
+    """Writes config.json; call `check` first. A resumed run must find the same data.
+
+    Raises:
+      UserError: the demonstrations file has changed since the run began.
+    """
+    if self.config_file.exists():
+      old = self.read_config().get("data", {}).get("blake2b")
+      new = facts.get("data", {}).get("blake2b")
+      if old != new:
+        raise UserError(
+            f"config.data.demos={config.data.demos}: the file has changed since the run in "
+            f"--workdir={self.path} began ({old} there, {new} now); use a new folder"
+        )
+    record = {"config": config_lib.to_json(config), "seed": config.seed, "versions": versions()}
+    write_json(self.config_file, {**record, **facts})
+
+
+# --- CKPT: a stage of a workdir, or pretrained weights ---------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+  """A model ready to score or to answer."""
+
+  model: Transformer
+  variables: Any
+  tokenizer: Any
+  stop_ids: tuple[int, ...]
+  template: str  # "" or the path of a .jinja chat template.
+
+
+def split_checkpoint(spec: str) -> tuple[pathlib.Path, str]:
+  """'DIR/sft@0.5' -> (DIR/sft, '0.5'); no fraction gives ''."""
+  path, _, fraction = spec.partition("@")
+  return pathlib.Path(path).absolute(), fraction
+
+
+def is_stage(path: pathlib.Path) -> bool:
+  return (path / "checkpoints").is_dir() and (path.parent / "config.json").is_file()
+
+
+def stage_step(path: pathlib.Path, fraction: str, record: Mapping[str, Any]) -> int:
+  """Which checkpoint of a stage is meant: the one at a fraction of its steps, or the newest."""
+  with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+    steps = checkpoints.steps()
+  if not steps:
+    raise UserError(f"{path}: no finished checkpoint yet")
+  if not fraction:
+    return steps[-1]
+  section = record["config"].get(path.name)
+  try:
+    value = float(fraction)
+  except ValueError:
+    raise UserError(f"{path}@{fraction}: what follows '@' must be a fraction in (0, 1]") from None
+  if path.name != "sft":
+    raise UserError(f"{path}@{fraction}: only the sft stage keeps milestones")
+  step = reference_step(value, section["milestones"], section["steps"])
+  if step not in steps:
+    kept = milestone_steps(section["milestones"], section["steps"])
+    there = [f for f, s in kept.items() if s in steps]
+    raise UserError(f"{path}@{fraction}: no checkpoint there yet; finished fractions: {there}")
+  return step
+
+
+def load_checkpoint(spec: str, mesh: jax.sharding.Mesh, dtype: str = "float32") -> LoadedModel:
+  """Loads what a CKPT argument names, with parameters and activations in `dtype`.
+
+  Args:
+    spec: a Hugging Face folder, a .gguf file, or a stage of a workdir: DIR/sft, DIR/sft@0.5,
+      DIR/dpr.
+
+  Raises:
+    UserError: nothing of that kind is there.
+  """
+  from dpr_jax import weights
+  from dpr_jax.data.templates import stop_ids
+
+  path, fraction = split_checkpoint(spec)
+  if is_stage(path):
+    workdir = Workdir(path.parent)
+    record = workdir.read_config()
+    cfg = dataclasses.replace(ModelConfig.from_dict(record["model"]["config"]), dtype=dtype)
+    step = stage_step(path, fraction, record)
+    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+      variables = checkpoints.restore_variables(step, abstract_variables(cfg, mesh, dtype))
+    return LoadedModel(
+        model=Transformer(cfg),
+        variables=variables,
+        tokenizer=weights.load_tokenizer(workdir.tokenizer),
+        stop_ids=tuple(record["model"]["stop_ids"]),
+        template=record["config"]["data"]["template"],
+    )
+  if fraction or not path.exists():
+    raise UserError(
+        f"{spec}: no such checkpoint; expected a Hugging Face folder, a .gguf file, or a stage of "
+        "a workdir (DIR/sft, DIR/sft@0.5, DIR/dpr)"
+    )
+  cfg, params = weights.load_pretrained(path, dtype=dtype, mesh=mesh)
+  tokenizer = weights.load_tokenizer(path)
+  return LoadedModel(
+      model=Transformer(dataclasses.replace(cfg, dtype=dtype)),
+      variables={"params": params},
+      tokenizer=tokenizer,
+      stop_ids=stop_ids(tokenizer, weights.load_generation_config(path)),
+      template="",
+  )
