@@ -1,13 +1,16 @@
-"""What all doors share: exit codes and readable errors.
+"""What all doors share: exit codes, readable errors, common flags.
 
 A door is `main(argv) -> None`. An error a user can make ends with exit code 2 and one line on
 stderr; anything else is a bug and keeps its traceback.
 """
 
+import argparse
+import contextlib
 import logging
+import pathlib
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 from dpr_jax.errors import UserError
 
@@ -28,3 +31,91 @@ def run_door(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
   except KeyboardInterrupt:
     print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
     raise SystemExit(130) from None
+
+
+# --- Flags of the doors that take a CKPT -----------------------------------------------------------
+
+
+def positive(text: str) -> int:
+  """argparse type: an integer of at least 1."""
+  value = int(text)
+  if value < 1:
+    raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+  return value
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                      help="compute dtype; auto: bfloat16 on TPU and GPU, float32 on CPU")
+  parser.add_argument("--template", default="", help="a .jinja chat template; '' is the tokenizer's own")
+  parser.add_argument("--mesh", default="1,-1,1", help="data,fsdp,tensor; one may be -1, the rest")
+
+
+def new_file(flag: str, path: str) -> pathlib.Path:
+  """A file to be written; refuses to overwrite one."""
+  target = pathlib.Path(path)
+  if target.exists():
+    raise UserError(f"{flag}={path} exists already; name a new file")
+  if not target.absolute().parent.is_dir():
+    raise UserError(f"{flag}={path}: there is no folder {target.absolute().parent}")
+  return target
+
+
+def new_folder(flag: str, path: str) -> pathlib.Path:
+  """A folder to be written; refuses one that holds files."""
+  target = pathlib.Path(path)
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise UserError(f"{flag}={path} exists already; name a new or empty folder")
+  return target
+
+
+@contextlib.contextmanager
+def model_mesh(args: argparse.Namespace) -> Iterator[tuple[Any, str]]:
+  """Sets the mesh that --mesh names; yields (mesh, compute dtype)."""
+  import jax
+
+  from dpr_jax import distributed, sharding
+  from dpr_jax.pipeline import compute_dtype
+
+  distributed.initialize()
+  try:
+    data, fsdp, tensor = (int(x) for x in args.mesh.split(","))
+  except ValueError:
+    raise UserError(f"--mesh={args.mesh} must be three integers data,fsdp,tensor") from None
+  mesh = sharding.make_mesh(data, fsdp, tensor)
+  if args.batch_size % (ways := mesh.shape["data"] * mesh.shape["fsdp"]):
+    raise UserError(f"--batch_size={args.batch_size} must be a multiple of {ways}, the data and "
+                    "fsdp axes of the mesh")
+  with jax.set_mesh(mesh):
+    yield mesh, compute_dtype(args.dtype)
+
+
+def load_pair(sft: str, ref: str, mesh: Any, dtype: str) -> tuple[Any, Any]:
+  """Two checkpoints of one architecture and one tokenizer.
+
+  Raises:
+    UserError: their shapes or vocabularies differ; rewards would be meaningless.
+  """
+  import dataclasses
+
+  from dpr_jax.workdir import load_checkpoint
+
+  a, b = load_checkpoint(sft, mesh, dtype), load_checkpoint(ref, mesh, dtype)
+  for field in dataclasses.fields(a.model.cfg):
+    x, y = getattr(a.model.cfg, field.name), getattr(b.model.cfg, field.name)
+    if x != y and field.name != "remat":
+      raise UserError(f"--sft={sft} and --ref={ref} differ in {field.name} ({x} and {y}); they must "
+                      "be checkpoints of one architecture")
+  if a.tokenizer.get_vocab() != b.tokenizer.get_vocab():
+    raise UserError(f"--sft={sft} and --ref={ref} have different vocabularies; token rewards need "
+                    "the same tokens")
+  return a, b
+
+
+def bar(name: str, total: int, unit: str):
+  """A progress bar on stderr, from process 0."""
+  import jax
+  import tqdm
+
+  return tqdm.tqdm(total=total, desc=name, unit=unit, disable=jax.process_index() != 0,
+                   dynamic_ncols=True, mininterval=0.5)
