@@ -11,9 +11,10 @@ def get_config(arg: str = ""):
   config = default_config()
   config.model.remat = "none"  # A layer is small enough to keep.
   if arg == "debug":
-    config.model.hidden_size, config.model.mlp_size, config.model.num_layers = 32, 64, 2
-    config.model.num_heads = config.model.num_kv_heads = 2
-    config.model.head_dim = 16
+    shape = config.model.shape
+    shape.hidden_size, shape.mlp_size, shape.num_layers = 32, 64, 2
+    shape.num_heads = shape.num_kv_heads = 2
+    shape.head_dim = 16
     config.data.num_demos, config.data.holdout = 400, 32
     config.sft.steps, config.sft.batch_size = 20, 8
     config.dpr.steps, config.dpr.batch_size = 4, 16

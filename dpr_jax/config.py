@@ -8,12 +8,15 @@ validated, frozen `RunConfig` at the door.
 
 import dataclasses
 import json
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
 from dpr_jax.errors import UserError
+from dpr_jax.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,16 +27,9 @@ class ModelSection:
   dtype: str = "auto"  # of activations and matmuls; auto: bfloat16 on TPU and GPU, float32 on CPU.
   remat: str = "full"  # none | dots | full: what the backward pass recomputes.
   chunk_size: int = 128  # token columns whose logits live at a time.
-  # Shape of a random model; the vocabulary is that of the tokenizer. Ignored with `pretrained`.
-  hidden_size: int = 128
-  mlp_size: int = 384
-  num_layers: int = 4
-  num_heads: int = 4
-  num_kv_heads: int = 4
-  head_dim: int = 32
-  max_length: int = 2048  # tokens.
-  rope_theta: float = 10_000.0
-  tied_head: bool = True
+  # Of a model that starts from random weights; ignored with `pretrained`. A vocab_size of 0 takes
+  # that of the byte-level tokenizer; `dtype` and `remat` stand above.
+  shape: ModelConfig = ModelConfig(vocab_size=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +225,10 @@ _BOUNDS = {
 
 def default_config() -> ml_collections.ConfigDict:
   """All fields at their defaults; a configs/*.py starts from it."""
-  return ml_collections.ConfigDict(dataclasses.asdict(RunConfig()))
+  fields = dataclasses.asdict(RunConfig())
+  for name in ("dtype", "remat"):  # Said once, in the section above the shape.
+    del fields["model"]["shape"][name]
+  return ml_collections.ConfigDict(fields)
 
 
 def _build(cls, values: Mapping[str, Any], prefix: str):
@@ -242,6 +241,11 @@ def _build(cls, values: Mapping[str, Any], prefix: str):
     if name not in values:
       continue
     value, kind = values[name], field.type
+    if isinstance(kind, types.UnionType):  # "Section | None"
+      kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+      if value is None:
+        continue
+    kind = typing.get_origin(kind) or kind  # tuple[str, ...] -> tuple
     if dataclasses.is_dataclass(kind):
       value = _build(kind, value, f"{prefix}{name}.")
     elif kind is float:
@@ -253,7 +257,10 @@ def _build(cls, values: Mapping[str, Any], prefix: str):
     elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
       raise UserError(f"config.{prefix}{name}={value!r} must be of type {kind.__name__}")
     out[name] = value
-  return cls(**out)
+  try:
+    return cls(**out)
+  except ValueError as e:  # What a section checks of itself, such as a ModelConfig.
+    raise UserError(f"config.{prefix.rstrip('.')}: {e}") from None
 
 
 def _get(config: RunConfig, path: str):

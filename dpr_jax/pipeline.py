@@ -27,7 +27,7 @@ from dpr_jax.evals.results import NLL_FILE, build_results
 from dpr_jax.evals.scoring import response_logps, score_record, score_responses
 from dpr_jax.evals.systems import System, evaluate_system, system_file
 from dpr_jax.losses import make_reinforce_loss, make_sft_loss
-from dpr_jax.models import ModelConfig, Rope, Transformer
+from dpr_jax.models import Transformer
 from dpr_jax.models.variables import abstract_variables, cast, extrapolate, random_variables
 from dpr_jax.report import write_report
 from dpr_jax.rewards import transforms
@@ -129,22 +129,14 @@ def build_model(config: config_lib.RunConfig) -> tuple[Any, Transformer, tuple[i
     origin = section.pretrained
   else:
     tokenizer = byte_tokenizer()
-    try:
-      cfg = ModelConfig(
-          vocab_size=len(tokenizer),
-          hidden_size=section.hidden_size,
-          mlp_size=section.mlp_size,
-          num_layers=section.num_layers,
-          num_heads=section.num_heads,
-          num_kv_heads=section.num_kv_heads,
-          head_dim=section.head_dim,
-          max_length=section.max_length,
-          rope=Rope(theta=section.rope_theta),
-          tied_head=section.tied_head,
-          **how,
+    cfg = dataclasses.replace(
+        section.shape, vocab_size=section.shape.vocab_size or len(tokenizer), **how
+    )
+    if cfg.vocab_size < len(tokenizer):
+      raise UserError(
+          f"config.model.shape.vocab_size={cfg.vocab_size} is below the {len(tokenizer)} tokens of "
+          "the tokenizer; 0 takes that number"
       )
-    except ValueError as e:
-      raise UserError(f"config.model: {e}") from None
     origin = "random"
   new = max(config.dpr.max_new_tokens, config.eval.max_new_tokens)
   for field, length in (
