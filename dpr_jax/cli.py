@@ -98,7 +98,7 @@ def load_pair(sft: str, ref: str, mesh: Any, dtype: str) -> tuple[Any, Any]:
   """
   import dataclasses
 
-  from dpr_jax.workdir import load_checkpoint
+  from dpr_jax.loading import load_checkpoint
 
   a, b = load_checkpoint(sft, mesh, dtype), load_checkpoint(ref, mesh, dtype)
   for field in dataclasses.fields(a.model.cfg):

@@ -17,6 +17,7 @@ import ml_collections
 
 from dpr_jax.errors import UserError
 from dpr_jax.models.config import ModelConfig
+from dpr_jax.models.lora import LoRA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,9 @@ class ModelSection:
   dtype: str = "auto"  # of activations and matmuls; auto: bfloat16 on TPU and GPU, float32 on CPU.
   remat: str = "full"  # none | dots | full: what the backward pass recomputes.
   chunk_size: int = 128  # token columns whose logits live at a time.
+  lora: LoRA = LoRA()  # adapters to train instead of all parameters; see models/lora.py.
   # Of a model that starts from random weights; ignored with `pretrained`. A vocab_size of 0 takes
-  # that of the byte-level tokenizer; `dtype` and `remat` stand above.
+  # that of the byte-level tokenizer; `dtype`, `remat` and `lora` stand above.
   shape: ModelConfig = ModelConfig(vocab_size=0)
 
 
@@ -226,7 +228,7 @@ _BOUNDS = {
 def default_config() -> ml_collections.ConfigDict:
   """All fields at their defaults; a configs/*.py starts from it."""
   fields = dataclasses.asdict(RunConfig())
-  for name in ("dtype", "remat"):  # Said once, in the section above the shape.
+  for name in ("dtype", "remat", "lora"):  # Said once, in the section above the shape.
     del fields["model"]["shape"][name]
   return ml_collections.ConfigDict(fields)
 

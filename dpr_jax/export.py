@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
   import jax
 
   from dpr_jax import sharding, weights
-  from dpr_jax.workdir import load_checkpoint
+  from dpr_jax.loading import load_checkpoint
 
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):

@@ -5,9 +5,9 @@ was evaluated lies in samples/ and is not evaluated again.
 """
 
 import dataclasses
+import functools
 import json
 import sys
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,15 +26,16 @@ from dpr_jax.evals import systems as systems_lib
 from dpr_jax.evals.results import NLL_FILE, build_results
 from dpr_jax.evals.scoring import response_logps, score_record, score_responses
 from dpr_jax.evals.systems import System, evaluate_system, system_file
+from dpr_jax.loading import initial_variables, root_key, stage_variables
 from dpr_jax.losses import make_reinforce_loss, make_sft_loss
 from dpr_jax.models import Transformer
-from dpr_jax.models.variables import abstract_variables, cast, extrapolate, random_variables
+from dpr_jax.models.lora import split_trainable
+from dpr_jax.models.variables import abstract_variables, extrapolate
 from dpr_jax.report import write_report
 from dpr_jax.rewards import transforms
 from dpr_jax.rewards.references import milestone_steps, reference_step
 from dpr_jax.rollout import Sampling, make_rollout_step
 from dpr_jax.training import TrainState, make_train_step
-from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.training.dpr_step import make_dpr_step
 from dpr_jax.training.loop import run_stage
 from dpr_jax.training.optimizer import make_optimizer, make_schedule
@@ -61,21 +62,23 @@ class Run:
     return self.model.cfg.dtype
 
   def rng(self, name: str) -> jax.Array:
-    """The root key of what is called `name`; keys of different names are unrelated."""
-    return jax.random.fold_in(jax.random.key(self.config.seed), zlib.crc32(name.encode()))
+    return root_key(self.config.seed, name)
 
   def initial_variables(self, dtype: str) -> Any:
-    """What the SFT stage starts from: pretrained weights, else random ones."""
-    path = self.config.model.pretrained
-    if path:
-      _, params = weights.load_pretrained(path, dtype=dtype, mesh=self.mesh)
-      return {"params": params}
-    variables = random_variables(self.model.cfg, self.mesh, self.rng("init"))
-    return variables if dtype == "float32" else cast(variables, dtype)
+    config = self.config
+    return initial_variables(config.model, self.model.cfg, self.mesh, config.seed, dtype)
+
+  @functools.cached_property
+  def frozen(self) -> Any:
+    """What no stage trains, shared by policy, sft and ref: the base under LoRA, else nothing."""
+    if not self.model.cfg.lora.rank:
+      return {}
+    return split_trainable(self.initial_variables(self.dtype))[1]
 
   def stage_variables(self, stage: str, step: int, dtype: str) -> Any:
-    with Checkpoints(self.workdir.stage(stage) / "checkpoints", read_only=True) as checkpoints:
-      return checkpoints.restore_variables(step, abstract_variables(self.model.cfg, self.mesh, dtype))
+    return stage_variables(
+        self.workdir.stage(stage), step, self.model.cfg, self.mesh, dtype, self.frozen
+    )
 
   def load(self, name: str) -> Any:
     """The parameter set called `name`, in the compute dtype: base, ref, sft, dpr, a baseline."""
@@ -120,7 +123,7 @@ def build_model(config: config_lib.RunConfig) -> tuple[Any, Transformer, tuple[i
     UserError: unreadable weights or tokenizer, or a length beyond what the model was trained for.
   """
   section = config.model
-  how = {"dtype": compute_dtype(section.dtype), "remat": section.remat}
+  how = {"dtype": compute_dtype(section.dtype), "remat": section.remat, "lora": section.lora}
   generation_config = None
   if section.pretrained:
     tokenizer = weights.load_tokenizer(section.pretrained)
@@ -194,13 +197,19 @@ def train(
     keep_steps: tuple[int, ...] = (),
 ) -> None:
   """Runs one stage to its end. `section` is config.sft or config.dpr; baselines use the latter."""
-  config, cfg = run.config, run.model.cfg
-  rng = run.rng(name)
+  config, rng = run.config, run.rng(name)
+  abstract, _ = split_trainable(abstract_variables(run.model.cfg, run.mesh))
+
+  def make_state():
+    trainable, _ = split_trainable(variables())
+    return TrainState.create(trainable, optimizer, rng, run.frozen)
+
   run_stage(
       name,
       step_fn,
-      make_state=lambda: TrainState.create(variables(), optimizer, rng),
-      abstract=abstract_state(abstract_variables(cfg, run.mesh), optimizer, rng),
+      make_state=make_state,
+      abstract=abstract_state(abstract, optimizer, rng),
+      frozen=run.frozen,
       batches=batches,
       steps=section.steps,
       directory=run.workdir.stage(name),

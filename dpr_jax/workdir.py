@@ -1,4 +1,4 @@
-"""The files of a run, and what a CKPT argument of a door may be.
+"""The files of a run.
 
     config.json            what was run: resolved config, model, data, versions
     tokenizer/             the tokenizer of the run, so that a stage can be used on its own
@@ -9,7 +9,6 @@
 With several seeds, seed_N/ is a whole workdir for each, and report/ is of all of them.
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -22,10 +21,6 @@ import jax
 
 from dpr_jax import config as config_lib
 from dpr_jax.errors import UserError
-from dpr_jax.models import ModelConfig, Transformer
-from dpr_jax.models.variables import abstract_variables
-from dpr_jax.rewards.references import milestone_steps, reference_step
-from dpr_jax.training.checkpoints import Checkpoints
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
@@ -127,94 +122,3 @@ class Workdir:
         )
     record = {"config": config_lib.to_json(config), "seed": config.seed, "versions": versions()}
     write_json(self.config_file, {**record, **facts})
-
-
-# --- CKPT: a stage of a workdir, or pretrained weights ---------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedModel:
-  """A model ready to score or to answer."""
-
-  model: Transformer
-  variables: Any
-  tokenizer: Any
-  stop_ids: tuple[int, ...]
-  template: str  # "" or the path of a .jinja chat template.
-
-
-def split_checkpoint(spec: str) -> tuple[pathlib.Path, str]:
-  """'DIR/sft@0.5' -> (DIR/sft, '0.5'); no fraction gives ''."""
-  path, _, fraction = spec.partition("@")
-  return pathlib.Path(path).absolute(), fraction
-
-
-def is_stage(path: pathlib.Path) -> bool:
-  return (path / "checkpoints").is_dir() and (path.parent / "config.json").is_file()
-
-
-def stage_step(path: pathlib.Path, fraction: str, record: Mapping[str, Any]) -> int:
-  """Which checkpoint of a stage is meant: the one at a fraction of its steps, or the newest."""
-  with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
-    steps = checkpoints.steps()
-  if not steps:
-    raise UserError(f"{path}: no finished checkpoint yet")
-  if not fraction:
-    return steps[-1]
-  section = record["config"].get(path.name)
-  try:
-    value = float(fraction)
-  except ValueError:
-    raise UserError(f"{path}@{fraction}: what follows '@' must be a fraction in (0, 1]") from None
-  if path.name != "sft":
-    raise UserError(f"{path}@{fraction}: only the sft stage keeps milestones")
-  step = reference_step(value, section["milestones"], section["steps"])
-  if step not in steps:
-    kept = milestone_steps(section["milestones"], section["steps"])
-    there = [f for f, s in kept.items() if s in steps]
-    raise UserError(f"{path}@{fraction}: no checkpoint there yet; finished fractions: {there}")
-  return step
-
-
-def load_checkpoint(spec: str, mesh: jax.sharding.Mesh, dtype: str = "float32") -> LoadedModel:
-  """Loads what a CKPT argument names, with parameters and activations in `dtype`.
-
-  Args:
-    spec: a Hugging Face folder, a .gguf file, or a stage of a workdir: DIR/sft, DIR/sft@0.5,
-      DIR/dpr.
-
-  Raises:
-    UserError: nothing of that kind is there.
-  """
-  from dpr_jax import weights
-  from dpr_jax.data.templates import stop_ids
-
-  path, fraction = split_checkpoint(spec)
-  if is_stage(path):
-    workdir = Workdir(path.parent)
-    record = workdir.read_config()
-    cfg = dataclasses.replace(ModelConfig.from_dict(record["model"]["config"]), dtype=dtype)
-    step = stage_step(path, fraction, record)
-    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
-      variables = checkpoints.restore_variables(step, abstract_variables(cfg, mesh, dtype))
-    return LoadedModel(
-        model=Transformer(cfg),
-        variables=variables,
-        tokenizer=weights.load_tokenizer(workdir.tokenizer),
-        stop_ids=tuple(record["model"]["stop_ids"]),
-        template=record["config"]["data"]["template"],
-    )
-  if fraction or not path.exists():
-    raise UserError(
-        f"{spec}: no such checkpoint; expected a Hugging Face folder, a .gguf file, or a stage of "
-        "a workdir (DIR/sft, DIR/sft@0.5, DIR/dpr)"
-    )
-  cfg, params = weights.load_pretrained(path, dtype=dtype, mesh=mesh)
-  tokenizer = weights.load_tokenizer(path)
-  return LoadedModel(
-      model=Transformer(dataclasses.replace(cfg, dtype=dtype)),
-      variables={"params": params},
-      tokenizer=tokenizer,
-      stop_ids=stop_ids(tokenizer, weights.load_generation_config(path)),
-      template="",
-  )

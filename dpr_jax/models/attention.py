@@ -2,8 +2,8 @@
 
 Masks are made of slots and segments, never of token ids: slot t may see slot s iff
 s <= t, both belong to the same segment, that segment is not 0 (padding), and, in a
-local layer, t - s < window. Within a segment slots and positions differ by a
-constant, so a window over slots is a window over positions.
+local layer, fewer than `window` tokens lie from s to t. Padding slots do not count, so
+that a window over slots is a window over positions wherever the padding is.
 """
 
 import jax
@@ -51,7 +51,8 @@ def rope_frequencies(rope: Rope, head_dim: int) -> jax.Array:
 
 def rope_tables(rope: Rope, head_dim: int, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
   """cos and sin, float32 [B, T, 1, head_dim / 2], to be used by `rotate`."""
-  angle = positions_BxT[:, :, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)[None, None, :]
+  frequencies_1x1xF = rope_frequencies(rope, head_dim)[None, None, :]
+  angle = positions_BxT[:, :, None].astype(jnp.float32) * frequencies_1x1xF
   return jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
 
 
@@ -67,12 +68,14 @@ def attention_mask(
   """Which slots each query sees, bool [B, 1, T, S]; query t sits in slot q_start + t."""
   q_slot_Tx1 = q_start + jnp.arange(q_segments_BxT.shape[1], dtype=jnp.int32)[:, None]
   kv_slot_1xS = jnp.arange(kv_segments_BxS.shape[1], dtype=jnp.int32)[None, :]
-  visible_TxS = kv_slot_1xS <= q_slot_Tx1
+  seen_BxTxS = q_segments_BxT[:, :, None] == kv_segments_BxS[:, None, :]
+  seen_BxTxS &= (q_segments_BxT != 0)[:, :, None] & (kv_slot_1xS <= q_slot_Tx1)[None, :, :]
   if window:
-    visible_TxS &= q_slot_Tx1 - kv_slot_1xS < window
-  same = q_segments_BxT[:, :, None] == kv_segments_BxS[:, None, :]
-  same &= (q_segments_BxT != 0)[:, :, None]
-  return (same & visible_TxS[None, :, :])[:, None, :, :]
+    # Counted in tokens, not in slots: padding may lie between a prompt and what follows it.
+    rank_BxS = jnp.cumsum(kv_segments_BxS != 0, axis=1, dtype=jnp.int32)
+    q_rank_BxT = jax.lax.dynamic_slice_in_dim(rank_BxS, q_start, q_segments_BxT.shape[1], axis=1)
+    seen_BxTxS &= q_rank_BxT[:, :, None] - rank_BxS[:, None, :] < window
+  return seen_BxTxS[:, None, :, :]
 
 
 def attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_Bx1xTxS, scale: float) -> jax.Array:

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from dpr_jax.models.lora import LoRA
+
 GLOBAL, LOCAL = "global", "local"
 
 
@@ -54,6 +56,8 @@ class ModelConfig:
   rope: Rope = Rope()
   local_rope: Rope | None = None  # rope of `local` layers where it differs.
 
+  lora: LoRA = LoRA()  # adapters beside the weights; rank 0 has none.
+
   # How it is computed, not what: free to differ between a checkpoint and its reader.
   dtype: str = "float32"  # activations and matmuls; parameters keep their own dtype.
   remat: str = "full"  # none | dots | full: what the backward pass recomputes in a layer.
@@ -63,6 +67,8 @@ class ModelConfig:
     for name in ("rope", "local_rope"):
       if isinstance(getattr(self, name), Mapping):
         object.__setattr__(self, name, Rope(**getattr(self, name)))
+    if isinstance(self.lora, Mapping):
+      object.__setattr__(self, "lora", LoRA(**self.lora))
     if self.num_heads % self.num_kv_heads:
       raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
     if LOCAL in self.layer_pattern and self.window < 1:
@@ -98,7 +104,7 @@ class ModelConfig:
 
   @property
   def num_params(self) -> int:
-    """Parameters of the model, the tied head counted once."""
+    """Parameters of the model, the tied head counted once, adapters not."""
     d, f, h = self.hidden_size, self.mlp_size, self.head_dim
     q, kv = self.num_heads * h, self.num_kv_heads * h
     layer = d * (2 * q + 2 * kv) + 3 * d * f + (4 if self.sandwich_norm else 2) * d

@@ -38,10 +38,9 @@ def chunk_logprobs(logits_BxCxV: jax.Array, targets_BxC: jax.Array, with_entropy
   lse_BxC = jax.nn.logsumexp(logits_BxCxV, axis=-1)
   entropy_BxC = jnp.zeros_like(lse_BxC)
   if with_entropy:
-    fixed = jax.lax.stop_gradient(logits_BxCxV)
-    fixed_lse = jax.lax.stop_gradient(lse_BxC)
-    p_BxCxV = jnp.exp(fixed - fixed_lse[:, :, None])
-    entropy_BxC = fixed_lse - jnp.sum(p_BxCxV * fixed, axis=-1)
+    # From log p, not as lse - sum(p * logits): that cancels where logits are large.
+    log_p_BxCxV = jax.lax.stop_gradient(logits_BxCxV - lse_BxC[:, :, None])
+    entropy_BxC = -jnp.sum(jnp.exp(log_p_BxCxV) * log_p_BxCxV, axis=-1)
   return target_BxC - lse_BxC, lse_BxC, entropy_BxC
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpr_jax.models import attention as attention_lib
+from dpr_jax.models import lora as lora_lib
 from dpr_jax.models.config import ModelConfig
 from dpr_jax.sharding import constrain
 
@@ -107,7 +108,10 @@ class Projection(nn.Module):
     if self.use_bias:
       bias = _param(self, "bias", nn.initializers.zeros, self.out_axes, self.out_shape).astype(dtype)
       y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-    return y
+    low_rank = lora_lib.adapter(
+        self, self.cfg.lora, x, self.in_axes, self.out_axes, self.out_shape, dtype
+    )
+    return y if low_rank is None else y + low_rank
 
 
 class Attention(nn.Module):
@@ -341,4 +345,5 @@ class Transformer(nn.Module):
 
 def init_variables(cfg: ModelConfig, rng: jax.Array) -> dict[str, Any]:
   """Random variables, boxed with their logical axes (see `sharding.shardings_of`)."""
-  return Transformer(cfg).init({"params": rng}, jnp.zeros((1, 2), jnp.int32), method="init_all")
+  rngs = {"params": rng, "lora": jax.random.fold_in(rng, 1)}
+  return Transformer(cfg).init(rngs, jnp.zeros((1, 2), jnp.int32), method="init_all")

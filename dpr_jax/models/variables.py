@@ -38,6 +38,13 @@ def random_variables(cfg: ModelConfig, mesh: jax.sharding.Mesh, rng: jax.Array) 
   return jax.jit(lambda key: nn.meta.unbox(init_variables(cfg, key)), out_shardings=shardings)(rng)
 
 
+def random_adapter(cfg: ModelConfig, mesh: jax.sharding.Mesh, rng: jax.Array) -> Any:
+  """The "lora" collection of `random_variables` alone; the parameters are never made."""
+  shardings = sharding.shardings_of(_boxed(cfg)["lora"], mesh)
+  make = lambda key: nn.meta.unbox(init_variables(cfg, key)["lora"])
+  return jax.jit(make, out_shardings=shardings)(rng)
+
+
 def cast(variables: Any, dtype: str) -> Any:
   """A copy in `dtype` with the same shardings; never an alias, so either side can be donated."""
   shardings = jax.tree.map(lambda x: x.sharding, variables)
@@ -46,13 +53,17 @@ def cast(variables: Any, dtype: str) -> Any:
 
 
 def extrapolate(sft: Any, ref: Any, alpha: float) -> Any:
-  """theta_sft + alpha (theta_sft - theta_ref): a control that needs no training."""
+  """theta_sft + alpha (theta_sft - theta_ref): a control that needs no training.
+
+  With LoRA it moves the two factors of each adapter; a frozen base stays as it is.
+  """
   shardings = jax.tree.map(lambda x: x.sharding, sft)
 
   def combine(sft, ref):
-    f32 = jnp.float32
-    return jax.tree.map(
-        lambda a, b: (a.astype(f32) + alpha * (a.astype(f32) - b.astype(f32))).astype(a.dtype), sft, ref
-    )
+    def leaf(a, b):
+      a32 = a.astype(jnp.float32)
+      return (a32 + alpha * (a32 - b.astype(jnp.float32))).astype(a.dtype)
+
+    return jax.tree.map(leaf, sft, ref)
 
   return jax.jit(combine, out_shardings=shardings)(sft, ref)

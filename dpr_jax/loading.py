@@ -1,0 +1,164 @@
+"""Where variables come from: pretrained or random ones to start with, checkpoints later.
+
+A CKPT argument of a door is a Hugging Face folder, a .gguf file, or a stage of a workdir:
+DIR/sft, DIR/sft@0.5 (a milestone), DIR/dpr, DIR/seed_0/sft.
+"""
+
+import dataclasses
+import pathlib
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from dpr_jax import config as config_lib
+from dpr_jax.errors import UserError
+from dpr_jax.models import ModelConfig, Transformer
+from dpr_jax.models.lora import split_trainable
+from dpr_jax.models.variables import abstract_variables, cast, random_adapter, random_variables
+from dpr_jax.rewards.references import milestone_steps, reference_step
+from dpr_jax.training.checkpoints import Checkpoints
+from dpr_jax.workdir import Workdir
+
+
+def root_key(seed: int, name: str) -> jax.Array:
+  """The root key of what is called `name`; keys of different names are unrelated."""
+  return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
+def initial_variables(
+    section: config_lib.ModelSection, cfg: ModelConfig, mesh: jax.sharding.Mesh, seed: int, dtype: str
+) -> dict[str, Any]:
+  """What the SFT stage starts from: pretrained or random weights, with LoRA a fresh adapter.
+
+  Args:
+    cfg: of the model, LoRA included.
+    dtype: of the parameters that are trained. A base under LoRA is frozen, and so has the compute
+      dtype `cfg.dtype`.
+  """
+  from dpr_jax import weights
+
+  rng = root_key(seed, "init")
+  if not section.pretrained:
+    variables = random_variables(cfg, mesh, rng)
+    trainable, frozen = split_trainable(variables)
+    to = lambda tree, kind: tree if kind == "float32" else cast(tree, kind)
+    return {**to(frozen, cfg.dtype), **to(trainable, dtype)}
+  lora = cfg.lora.rank > 0
+  _, params = weights.load_pretrained(
+      section.pretrained, dtype=cfg.dtype if lora else dtype, mesh=mesh
+  )
+  if not lora:
+    return {"params": params}
+  adapter = random_adapter(cfg, mesh, rng)
+  return {"params": params, "lora": adapter if dtype == "float32" else cast(adapter, dtype)}
+
+
+def stage_variables(
+    directory: pathlib.Path,
+    step: int,
+    cfg: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    dtype: str,
+    frozen: Mapping[str, Any],
+) -> dict[str, Any]:
+  """The variables of one checkpoint of a stage: what was trained in `dtype`, beside `frozen`."""
+  trainable, _ = split_trainable(abstract_variables(cfg, mesh, dtype))
+  with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+    return {**frozen, **checkpoints.restore_variables(step, trainable)}
+
+
+# --- CKPT ------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+  """A model ready to score or to answer."""
+
+  model: Transformer
+  variables: Any
+  tokenizer: Any
+  stop_ids: tuple[int, ...]
+  template: str  # "" or the path of a .jinja chat template.
+
+
+def split_checkpoint(spec: str) -> tuple[pathlib.Path, str]:
+  """'DIR/sft@0.5' -> (DIR/sft, '0.5'); no fraction gives ''."""
+  path, _, fraction = spec.partition("@")
+  return pathlib.Path(path).absolute(), fraction
+
+
+def is_stage(path: pathlib.Path) -> bool:
+  return (path / "checkpoints").is_dir() and (path.parent / "config.json").is_file()
+
+
+def stage_step(path: pathlib.Path, fraction: str, record: Mapping[str, Any]) -> int:
+  """Which checkpoint of a stage is meant: the one at a fraction of its steps, or the newest."""
+  with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+    steps = checkpoints.steps()
+  if not steps:
+    raise UserError(f"{path}: no finished checkpoint yet")
+  if not fraction:
+    return steps[-1]
+  section = record["config"].get(path.name)
+  try:
+    value = float(fraction)
+  except ValueError:
+    raise UserError(f"{path}@{fraction}: what follows '@' must be a fraction in (0, 1]") from None
+  if path.name != "sft":
+    raise UserError(f"{path}@{fraction}: only the sft stage keeps milestones")
+  step = reference_step(value, section["milestones"], section["steps"])
+  if step not in steps:
+    kept = milestone_steps(section["milestones"], section["steps"])
+    there = [f for f, s in kept.items() if s in steps]
+    raise UserError(f"{path}@{fraction}: no checkpoint there yet; finished fractions: {there}")
+  return step
+
+
+def load_checkpoint(spec: str, mesh: jax.sharding.Mesh, dtype: str = "float32") -> LoadedModel:
+  """Loads what a CKPT argument names, with parameters and activations in `dtype`.
+
+  Args:
+    spec: a Hugging Face folder, a .gguf file, or a stage of a workdir: DIR/sft, DIR/sft@0.5,
+      DIR/dpr.
+
+  Raises:
+    UserError: nothing of that kind is there.
+  """
+  from dpr_jax import weights
+  from dpr_jax.data.templates import stop_ids
+
+  path, fraction = split_checkpoint(spec)
+  if is_stage(path):
+    workdir = Workdir(path.parent)
+    record = workdir.read_config()
+    cfg = dataclasses.replace(ModelConfig.from_dict(record["model"]["config"]), dtype=dtype)
+    step = stage_step(path, fraction, record)
+    frozen = {}
+    if cfg.lora.rank:
+      run_config = config_lib.resolve(record["config"])
+      first = initial_variables(run_config.model, cfg, mesh, record["seed"], dtype)
+      _, frozen = split_trainable(first)
+    variables = stage_variables(path, step, cfg, mesh, dtype, frozen)
+    return LoadedModel(
+        model=Transformer(cfg),
+        variables=variables,
+        tokenizer=weights.load_tokenizer(workdir.tokenizer),
+        stop_ids=tuple(record["model"]["stop_ids"]),
+        template=record["config"]["data"]["template"],
+    )
+  if fraction or not path.exists():
+    raise UserError(
+        f"{spec}: no such checkpoint; expected a Hugging Face folder, a .gguf file, or a stage of "
+        "a workdir (DIR/sft, DIR/sft@0.5, DIR/dpr)"
+    )
+  cfg, params = weights.load_pretrained(path, dtype=dtype, mesh=mesh)
+  tokenizer = weights.load_tokenizer(path)
+  return LoadedModel(
+      model=Transformer(dataclasses.replace(cfg, dtype=dtype)),
+      variables={"params": params},
+      tokenizer=tokenizer,
+      stop_ids=stop_ids(tokenizer, weights.load_generation_config(path)),
+      template="",
+  )
