@@ -192,9 +192,11 @@ _CHOICES = {
 
 # Inclusive bounds (low, high or None).
 _BOUNDS = {
+    "seed": (0, None),
     "seeds": (1, None),
     "model.chunk_size": (1, None),
     "data.corrupt": (0, 1),
+    "data.max_demos": (0, None),
     "data.holdout": (1, None),
     "data.num_demos": (1, None),
     "data.row_length": (2, None),

@@ -119,7 +119,7 @@ def _iter_parquet(path: pathlib.Path) -> Iterator[tuple[Any, str]]:
       for record in batch.to_pylist():
         yield record, f"{path}[{index}]"
         index += 1
-  except pyarrow.ArrowInvalid as e:
+  except (pyarrow.ArrowException, OSError) as e:  # OSError: a damaged page.
     raise UserError(f"{path}: not a readable Parquet file: {e}") from None
 
 
@@ -129,6 +129,7 @@ _ROLES = {
   "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
 }
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape one; no tokenizer can encode it.
 
 
 def _kind(value: Any) -> str:
@@ -145,6 +146,9 @@ def _text(record: Mapping[str, Any], field: str, where: str, default: str | None
     raise UserError(f"{where}: field {field!r} is missing; found {sorted(record)}")
   if not isinstance(value, str):
     raise UserError(f"{where}: field {field!r} must be text, got {_kind(value)}")
+  if not value.isascii() and (half := _SURROGATE.search(value)):
+    raise UserError(f"{where}: field {field!r} holds a lone surrogate (\\u{ord(half[0]):04x}), "
+                    "half of a character; expected Unicode text")
   return value
 
 
@@ -193,10 +197,10 @@ def _from_sharegpt(record, where):
 
 
 def _from_prompt_response(record, where):
-  response_field = next((f for f in ("response", "completion", "answer") if f in record), "response")
+  field = next((f for f in ("response", "completion", "answer") if f in record), "response")
   messages = [
     {"role": "user", "content": _text(record, "prompt", where)},
-    {"role": "assistant", "content": _text(record, response_field, where)},
+    {"role": "assistant", "content": _text(record, field, where)},
   ]
   return messages, _text(record, "answer", where, default="") or None
 
@@ -209,8 +213,8 @@ def _from_alpaca(record, where):
   for pair in history if isinstance(history, list) else [history]:
     if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)):
       raise UserError(f"{where}: field 'history' must be a list of [user, assistant] text pairs")
-    messages.append({"role": "user", "content": pair[0]})
-    messages.append({"role": "assistant", "content": pair[1]})
+    for role, text in zip(("user", "assistant"), pair):
+      messages.append({"role": role, "content": _text({"history": text}, "history", where)})
   prompt = _text(record, "instruction", where)
   if context := _text(record, "input", where, default=""):
     prompt = f"{prompt}\n\n{context}"
@@ -302,6 +306,8 @@ def read_demos(
     raise UserError(f"data format {format!r} is unknown; known: auto, {', '.join(FORMATS)}")
   if on_empty not in ("error", "drop"):
     raise UserError(f"on_empty={on_empty!r} is unknown; known: error, drop")
+  if limit < 0:
+    raise UserError(f"limit={limit} must be at least 0, which reads all")
   demos, dropped = [], 0
   for record, where in iter_records(path):
     if format == "auto":
@@ -337,6 +343,8 @@ def read_prompts(
   Raises:
     UserError: as `read_demos`.
   """
+  if limit < 0:
+    raise UserError(f"limit={limit} must be at least 0, which reads all")
   prompts = []
   for record, where in iter_records(path):
     if "messages" in record:

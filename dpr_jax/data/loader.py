@@ -54,17 +54,21 @@ class Batches(Generic[BatchT]):
 
     if n_items < 1:
       raise UserError("no data to make batches from; expected at least one item")
+    if seed < 0:
+      raise UserError(f"seed={seed} must be at least 0")
+    if not 0 <= process_index < process_count:
+      raise UserError(f"process_index={process_index} must be at least 0 and below "
+                      f"process_count={process_count}")
     if batch_size < 1 or batch_size % process_count:
       raise UserError(f"batch_size={batch_size} must be a positive multiple of the {process_count} "
                       "processes")
     if repeats < 1 or batch_size % repeats:
       raise UserError(f"batch_size={batch_size} must be a multiple of "
                       f"samples_per_prompt={repeats}")
-    if not 0 <= process_index < process_count:
-      raise UserError(f"process_index={process_index} must be in [0, {process_count})")
     block = batch_size // process_count
     rows = slice(process_index * block, (process_index + 1) * block)
-    items = grain.MapDataset.range(n_items).seed(seed).shuffle().repeat().batch(batch_size // repeats)
+    items = grain.MapDataset.range(n_items).seed(seed).shuffle().repeat()
+    items = items.batch(batch_size // repeats)
     self._rows = items.map(lambda indices: np.repeat(np.asarray(indices), repeats)[rows])
     self._batches = self._rows.map(gather).to_iter_dataset(
       grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
@@ -197,7 +201,8 @@ def make_prompts(
       ("drop"). It is never cut: a cut prompt asks something else.
 
   Raises:
-    UserError: an overlong prompt, naming its source and length; nothing left; or as `render_prompt`.
+    UserError: an overlong prompt, naming its source and length; nothing left; or as
+      `render_prompt`.
   """
   if overlong not in ("error", "drop"):
     raise UserError(f"overlong={overlong!r} is unknown; known: error, drop")

@@ -79,6 +79,8 @@ def pack(
     raise UserError(f"overlong={overlong!r} is unknown; known: drop, truncate, error")
   if row_length < 2:
     raise UserError(f"row_length={row_length} must be at least 2 (a token and the next)")
+  if seed < 0:
+    raise UserError(f"seed={seed} must be at least 0")
   kept, dropped_overlong, truncated, dropped_untrained = [], 0, 0, 0
   for example in examples:
     n = len(example.tokens)

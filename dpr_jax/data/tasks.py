@@ -210,13 +210,14 @@ def make_demos(
   """n demonstrations of the named tasks, in turn: names[0], names[1], ..., names[0], ...
 
   Held-out prompts are distinct, and no training prompt is ever one of them, whatever the seed.
-  Training prompts may repeat, with another answer where there are many.
+  Training prompts may repeat, with another answer where there are many. A larger n only appends.
 
   Args:
     split: "train" or "heldout".
     corrupt: share, in [0, 1], of demonstrations (rounded to whole ones) whose answer is replaced by
       a wrong one of the same kind; `meta["corrupted"]` tells which, and `answer` stays right. All
-      else is the same for every value of `corrupt`.
+      else is the same for every value of `corrupt`, and what is wrong at one value is wrong, in the
+      same way, at every larger one.
 
   Raises:
     UserError: unknown task or split, `corrupt` outside [0, 1], or fewer held-out prompts than n
@@ -226,22 +227,28 @@ def make_demos(
     raise UserError(f"split={split!r} is unknown; known: train, heldout")
   if not 0 <= corrupt <= 1:
     raise UserError(f"corrupt={corrupt} must be a share in [0, 1]")
+  if n < 0:
+    raise UserError(f"n={n} must be at least 0, a number of demonstrations")
   if not names:
     raise UserError(f"no task named; known: {', '.join(TASKS)}")
   tasks = [get_task(name) for name in dict.fromkeys(names)]
   pairs = {}
   for i, task in enumerate(tasks):
     count = len(range(i, n, len(tasks)))
-    # A stream of its own per task, so that naming another task changes nothing here.
-    rng = random.Random(f"{seed}/{split}/{task.name}")
-    prompts = _sample_prompts(task, count, rng, heldout=split == "heldout")
-    pairs[task.name] = [(prompt, task.sample_answer(rng, prompt)) for prompt in prompts]
-  rng = random.Random(f"{seed}/{split}/corrupt")
-  corrupted = set(rng.sample(range(n), round(corrupt * n)))
+    # Streams of its own per task, so that naming another task changes nothing here, nor does n.
+    prompt_rng, answer_rng = (random.Random(f"{seed}/{split}/{task.name}/{stream}")
+                              for stream in ("prompts", "answers"))
+    prompts = _sample_prompts(task, count, prompt_rng, heldout=split == "heldout")
+    pairs[task.name] = [(prompt, task.sample_answer(answer_rng, prompt)) for prompt in prompts]
+  order = list(range(n))
+  random.Random(f"{seed}/{split}/corrupt").shuffle(order)
+  corrupted = set(order[: round(corrupt * n)])
   demos = []
   for i, task in zip(range(n), itertools.cycle(tasks)):
     prompt, answer = pairs[task.name][i // len(tasks)]
-    response = _wrong_answer(task, prompt, rng) if i in corrupted else answer
+    response = answer
+    if i in corrupted:
+      response = _wrong_answer(task, prompt, random.Random(f"{seed}/{split}/corrupt/{i}"))
     messages = (
       {"role": "user", "content": prompt},
       {"role": "assistant", "content": response},

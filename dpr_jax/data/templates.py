@@ -61,6 +61,14 @@ def _protect(text: str, tokenizer) -> str:
   return pattern.sub(lambda m: f"{_OPEN}{strings.index(m[0])}{_CLOSE}", text)
 
 
+def _encode_inside(text: str, tokenizer, split_special_tokens: bool) -> list[int]:
+  """Ids of text that does not begin a text, so that SentencePiece puts no space before it."""
+  encode = functools.partial(
+    tokenizer.encode, add_special_tokens=False, split_special_tokens=split_special_tokens)
+  head, both = encode(_OPEN), encode(_OPEN + text)  # A noncharacter: no token joins it.
+  return both[len(head) :] if both[: len(head)] == head else encode(text)
+
+
 def _encode(text: str, tokenizer) -> list[int]:
   """Ids of rendered text: its special tokens parsed, marked strings as the text they are."""
   if _OPEN not in text:
@@ -70,10 +78,13 @@ def _encode(text: str, tokenizer) -> list[int]:
   for i, piece in enumerate(_MARK.split(text)):
     if i % 2:
       literal = strings[int(piece)]
-      new = tokenizer.encode(literal, add_special_tokens=False, split_special_tokens=True)
+      new = _encode_inside(literal, tokenizer, split_special_tokens=True)
       if special_ids.intersection(new):
-        raise UserError(f"a message contains {literal!r}, which this tokenizer cannot write as text")
+        raise UserError(f"a message contains {literal!r}, which this tokenizer cannot write as "
+                        "text; take it out of the message")
       ids += new
+    elif i and piece:
+      ids += _encode_inside(piece, tokenizer, split_special_tokens=False)
     elif piece:
       ids += tokenizer.encode(piece, add_special_tokens=False)
   return ids
@@ -146,7 +157,9 @@ def _render(messages, tokenizer, template: str | None, generate: bool, where: st
       list(messages), chat_template=template, add_generation_prompt=generate, tokenize=False,
       return_dict=False,
     )
-  except jinja2.TemplateError as e:
+  except jinja2.TemplateSyntaxError as e:
+    raise UserError(f"the chat template is no valid Jinja: line {e.lineno}: {e.message}") from None
+  except (jinja2.TemplateError, TypeError) as e:  # TypeError: text + something else, in it.
     raise UserError(f"{where or 'conversation'}: the chat template refused it: {e}") from None
 
 

@@ -48,7 +48,8 @@ def byte_tokenizer() -> "PreTrainedTokenizerFast":
   backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   backend.decoder = decoders.ByteLevel()
-  backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+  special = [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS]
+  backend.add_special_tokens(special)
   tokenizer = PreTrainedTokenizerFast(
     tokenizer_object=backend,
     eos_token=END,

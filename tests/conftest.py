@@ -1,0 +1,59 @@
+"""Settings and small fixtures of every test. The environment is set before jax is imported."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+  """Fresh random inputs: another seed every run, printed when a test fails.
+
+  DPR_JAX_TEST_SEED repeats a run.
+  """
+  seed = int(os.environ.get("DPR_JAX_TEST_SEED", np.random.SeedSequence().entropy % 2**32))
+  print(f"DPR_JAX_TEST_SEED={seed}")
+  return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def make_model():
+  """make_model(seed, **fields of ModelConfig) -> (Transformer, {"params": ...}), one tiny decoder.
+
+  The parameters are numpy arrays, larger than at initialisation, so that attention is far
+  from uniform and logits differ by nats. Drawing them compiles nothing.
+  """
+  import flax.linen as nn
+
+  from dpr_jax.models import ModelConfig, Transformer, init_variables
+
+  def make(seed: int, **fields):
+    defaults = dict(
+        vocab_size=29, hidden_size=16, mlp_size=24, num_layers=2, num_heads=4, num_kv_heads=2,
+        head_dim=8, max_length=64,
+    )
+    cfg = ModelConfig(**{**defaults, **fields})
+    shapes = nn.unbox(jax.eval_shape(lambda k: init_variables(cfg, k), jax.random.key(0)))
+    noise = np.random.default_rng(seed)
+
+    def draw(path, x):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      mean, std = 0.0, 0.2
+      if name.endswith("table"):
+        std = 0.4
+      elif name.endswith("kernel"):
+        std = 2.0 / np.sqrt(np.prod(x.shape[1:-1]) if name.endswith("out/kernel") else x.shape[1])
+      elif name.endswith("scale") and not cfg.norm_unit_offset:
+        mean = 1.0
+      return (mean + std * noise.normal(size=x.shape)).astype(np.float32)
+
+    return Transformer(cfg), jax.tree_util.tree_map_with_path(draw, shapes)
+
+  return make

@@ -1,0 +1,394 @@
+"""Every layout of a demonstration file, and every complaint about one."""
+
+import json
+import pathlib
+import random
+
+import pytest
+
+from dpr_jax.data.formats import (
+  Demo,
+  check_disjoint,
+  iter_records,
+  prompt_key,
+  read_demos,
+  read_prompts,
+  split_holdout,
+)
+from dpr_jax.errors import UserError
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+ASK = {"role": "user", "content": "Who?"}
+REPLY = {"role": "assistant", "content": "Me."}
+MORE = {"role": "user", "content": "Why?"}
+END = {"role": "assistant", "content": "Because."}
+
+# (format, record, the messages it stands for, its reference answer)
+LAYOUTS = [
+  ("messages", {"messages": [SYSTEM, ASK, REPLY]}, [SYSTEM, ASK, REPLY], "Me."),
+  ("messages", {"messages": [ASK, REPLY, MORE, END], "answer": "42"}, [ASK, REPLY, MORE, END],
+   "42"),
+  ("messages",
+   {"messages": [{"role": "user", "content": [{"type": "text", "text": "Wh"},
+                                              {"type": "text", "text": "o?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "Me."}]}]},
+   [ASK, REPLY], "Me."),
+  ("sharegpt",
+   {"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Who?"},
+                      {"from": "gpt", "value": "Me."}]}, [SYSTEM, ASK, REPLY], "Me."),
+  ("sharegpt",
+   {"conversations": [{"role": "user", "content": "Who?"},
+                      {"role": "assistant", "content": "Me."}], "system": "Be brief."},
+   [SYSTEM, ASK, REPLY], "Me."),
+  ("gsm8k", {"question": "Who?", "answer": "6*7 = <<6*7=42>>42 <<a=b>>now\n#### 42"},
+   [ASK, {"role": "assistant", "content": "6*7 = 42 now\n#### 42"}], "42"),
+  ("gsm8k", {"question": "Who?", "answer": "Me."}, [ASK, REPLY], "Me."),
+  ("alpaca", {"instruction": "Who?", "input": "", "output": "Me."}, [ASK, REPLY], "Me."),
+  ("alpaca", {"instruction": "Who?", "output": "Me."}, [ASK, REPLY], "Me."),
+  ("alpaca", {"instruction": "Who?", "input": "The king", "output": "Me."},
+   [{"role": "user", "content": "Who?\n\nThe king"}, REPLY], "Me."),
+  ("alpaca",
+   {"instruction": "Why?", "input": None, "output": "Because.", "system": "Be brief.",
+    "history": [["Who?", "Me."]]}, [SYSTEM, ASK, REPLY, MORE, END], "Because."),
+  ("prompt_response", {"prompt": "Who?", "response": "Me."}, [ASK, REPLY], "Me."),
+  ("prompt_response", {"prompt": "Who?", "completion": "Me."}, [ASK, REPLY], "Me."),
+  ("prompt_response", {"prompt": "Who?", "answer": "Me."}, [ASK, REPLY], "Me."),
+  ("prompt_response", {"prompt": "Who?", "response": "Me.", "answer": "42"}, [ASK, REPLY], "42"),
+]
+
+
+def write_jsonl(path: pathlib.Path, records) -> pathlib.Path:
+  path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+  return path
+
+
+def write_json(path: pathlib.Path, records) -> pathlib.Path:
+  path.write_text(json.dumps(records, indent=1), encoding="utf-8")
+  return path
+
+
+def write_parquet(path: pathlib.Path, records) -> pathlib.Path:
+  table = pytest.importorskip("pyarrow").Table.from_pylist(records)
+  pytest.importorskip("pyarrow.parquet").write_table(table, path)
+  return path
+
+
+WRITERS = {"d.jsonl": write_jsonl, "d.json": write_json, "d.parquet": write_parquet}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("format, record, messages, answer", LAYOUTS)
+def test_every_layout_in_every_container(tmp_path, name, format, record, messages, answer):
+  path = WRITERS[name](tmp_path / name, [record, record])
+  for asked in (format, "auto"):
+    found = read_demos(path, asked)
+    assert (found.format, found.dropped_empty, len(found.demos)) == (format, 0, 2)
+    for i, demo in enumerate(found.demos):
+      assert list(demo.messages) == messages
+      assert demo.answer == answer
+      assert demo.source == (f"{path}:{i + 1}" if name == "d.jsonl" else f"{path}[{i}]")
+      assert list(demo.prompt) == messages[:-1] and demo.response == messages[-1]["content"]
+
+
+def test_task_field_is_kept(tmp_path):
+  path = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "response": "b", "task": "add"}])
+  assert read_demos(path).demos[0].task == "add"
+
+
+def test_json_lines_in_a_json_file_and_a_list_in_a_jsonl_file(tmp_path):
+  record = {"prompt": "Who?", "response": "Me."}
+  lines = write_jsonl(tmp_path / "lines.json", [record, record])
+  listed = write_json(tmp_path / "list.jsonl", [record, record])
+  assert [d.source for d in read_demos(lines).demos] == [f"{lines}:1", f"{lines}:2"]
+  assert [d.source for d in read_demos(listed).demos] == [f"{listed}[0]", f"{listed}[1]"]
+
+
+def test_byte_order_mark_blank_lines_crlf_and_unicode_separators(tmp_path):
+  text = "one\u2028two\u2029three\x0bfour\x85five\x1c"
+  lines = [json.dumps({"prompt": text, "response": "é\U0001f600"}, ensure_ascii=False)]
+  lines += ["", "   ", json.dumps({"prompt": "q", "response": "r"})]
+  # json.dumps escapes control characters below 0x20, the others stay raw as JSON permits.
+  assert "\u2028" in lines[0] and "\x85" in lines[0]
+  path = tmp_path / "d.jsonl"
+  path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+  first, second = read_demos(path).demos
+  assert first.prompt[0]["content"] == text and first.response == "é\U0001f600"
+  assert second.source == f"{path}:4"
+
+
+def test_limit_and_on_empty(tmp_path):
+  records = [{"prompt": f"q{i}", "response": "" if i % 3 == 1 else f"r{i}"} for i in range(9)]
+  path = write_jsonl(tmp_path / "d.jsonl", records)
+  kept = [i for i in range(9) if i % 3 != 1]
+  found = read_demos(path, on_empty="drop")
+  assert [d.response for d in found.demos] == [f"r{i}" for i in kept] and found.dropped_empty == 3
+  found = read_demos(path, on_empty="drop", limit=4)
+  assert [d.response for d in found.demos] == [f"r{i}" for i in kept[:4]]
+  assert found.dropped_empty == 2  # those before the fourth kept one
+  assert read_demos(path, limit=1).demos[0].response == "r0"  # stops before the bad line
+  with pytest.raises(UserError, match=r"d\.jsonl:2: empty response"):
+    read_demos(path)
+  with pytest.raises(UserError, match="limit=-1"):
+    read_demos(path, limit=-1)
+  with pytest.raises(UserError, match="on_empty='skip'.*error, drop"):
+    read_demos(path, on_empty="skip")
+  with pytest.raises(UserError, match="'csv' is unknown.*auto, messages.*gsm8k"):
+    read_demos(path, format="csv")
+  write_jsonl(path, [{"prompt": " \n", "response": "r"}, {"prompt": "q", "response": "\t"}])
+  with pytest.raises(UserError, match=r":1: empty prompt"):
+    read_demos(path)
+  with pytest.raises(UserError, match="no demonstration left; all 2 records"):
+    read_demos(path, on_empty="drop")
+
+
+# (records, format, pattern after the place of record 1, the second)
+BAD_RECORDS = [
+  ({"prompt": "q"}, "prompt_response", "field 'response' is missing; found \\['prompt'\\]"),
+  ({"prompt": "q", "response": None}, "prompt_response", "field 'response' must be text, got null"),
+  ({"prompt": 7, "response": "r"}, "prompt_response", "field 'prompt' must be text, got a number"),
+  ({"prompt": ["q"], "response": "r"}, "prompt_response", "'prompt' must be text, got a list"),
+  ({"prompt": "q", "response": True}, "prompt_response", "'response' must be text, got a boolean"),
+  ({"prompt": "q", "response": "r", "answer": 7}, "prompt_response", "'answer' must be text"),
+  ({"prompt": "q", "response": "r", "task": 7}, "prompt_response", "'task' must be text"),
+  ({"prompt": "q\ud83d", "response": "r"}, "prompt_response", "'prompt'.*surrogate"),
+  ({"messages": [ASK, {"role": "assistant", "content": "\udc00"}]}, "messages",
+   r"messages\[1\]: field 'content'.*surrogate"),
+  ({"messages": []}, "messages", "'messages' must be a non-empty list"),
+  ({"messages": "hi"}, "messages", "'messages' must be a non-empty list"),
+  ({"text": "hi"}, "messages", "field 'messages' is missing; found \\['text'\\]"),
+  ({"messages": [ASK, "Me."]}, "messages", r"messages\[1\] must be an object, got text"),
+  ({"messages": [ASK, {"role": "tool", "content": "x"}]}, "messages",
+   r"messages\[1\]: unknown role 'tool'; known: system, user"),
+  ({"messages": [ASK, {"role": "assistant"}]}, "messages",
+   r"messages\[1\]: field 'content' is missing"),
+  ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, REPLY]}, "messages",
+   r"messages\[0\]: field 'content' has a part"),
+  ({"messages": [ASK]}, "messages", "roles out of order \\(user\\).*ending with assistant"),
+  ({"messages": [SYSTEM]}, "messages", "roles out of order \\(system\\)"),
+  ({"messages": [REPLY]}, "messages", "roles out of order"),
+  ({"messages": [ASK, SYSTEM, REPLY]}, "messages", "roles out of order"),
+  ({"messages": [ASK, ASK, REPLY]}, "messages", "roles out of order"),
+  ({"conversations": [{"from": "human", "value": "q"}, {"from": "bot", "value": "r"}]}, "sharegpt",
+   r"conversations\[1\]: unknown role 'bot'"),
+  ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt"}]}, "sharegpt",
+   r"conversations\[1\]: field 'value' is missing"),
+  ({"question": "q"}, "gsm8k", "field 'answer' is missing"),
+  ({"instruction": "q"}, "alpaca", "field 'output' is missing"),
+  ({"instruction": "q", "output": "r", "history": [["q"]]}, "alpaca", "field 'history' must be"),
+  ({"instruction": "q", "output": "r", "history": "q"}, "alpaca", "field 'history' must be"),
+  ({"instruction": "q", "output": "r", "history": [["q", "\ud800"]]}, "alpaca",
+   "field 'history' holds a lone surrogate"),
+]
+GOOD = {
+  "messages": {"messages": [ASK, REPLY]},
+  "prompt_response": {"prompt": "q", "response": "r"},
+  "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]},
+  "gsm8k": {"question": "q", "answer": "r"},
+  "alpaca": {"instruction": "q", "output": "r"},
+}
+
+
+@pytest.mark.parametrize("bad, format, pattern", BAD_RECORDS)
+def test_bad_record_is_named_by_its_place(tmp_path, bad, format, pattern):
+  lines = tmp_path / "d.jsonl"
+  lines.write_text(json.dumps(GOOD[format]) + "\n\n" + json.dumps(bad) + "\n", encoding="utf-8")
+  with pytest.raises(UserError, match=rf"d\.jsonl:3: .*{pattern}") as e:
+    read_demos(lines)
+  assert "\n" not in str(e.value)
+  listed = write_json(tmp_path / "d.json", [GOOD[format], bad])
+  with pytest.raises(UserError, match=rf"d\.json\[1\]: .*{pattern}"):
+    read_demos(listed, format)
+
+
+def test_bad_record_of_a_parquet_file(tmp_path):
+  path = write_parquet(tmp_path / "d.parquet", [
+    {"prompt": "q", "response": "r"}, {"prompt": "q", "response": None}])
+  with pytest.raises(UserError, match=r"d\.parquet\[1\]: field 'response' must be text, got null"):
+    read_demos(path)
+
+
+@pytest.mark.parametrize("name, content, pattern", [
+  ("none.jsonl", None, "no such file; expected .jsonl, .json or .parquet"),
+  ("d.csv", b"a,b", "unknown suffix '.csv'; expected .jsonl"),
+  ("d.jsonl", b"", "empty file"),
+  ("d.jsonl", b"\n \n", "empty file"),
+  ("d.json", b"[]", "empty file"),
+  ("d.jsonl", b'{"prompt": "\xff"}', r"not UTF-8 text \(byte 12\)"),
+  ("d.jsonl", b'{"prompt": "q", "response": "r"}\n{"prompt": \n',
+   r"d\.jsonl:2: malformed JSON at column 12"),
+  ("d.json", b'[{"prompt": "q", "response": "r"},\n {"prompt" "q"}]',
+   r"d\.json:2: malformed JSON at column 12"),
+  ("d.json", b'{\n "prompt": "q"\n}', r"d\.json:1: malformed.*expected one JSON object a line"),
+  ("d.jsonl", b'"text"', r"d\.jsonl:1: expected a JSON object, got text"),
+  ("d.jsonl", b"3", r"d\.jsonl:1: expected a JSON object, got a number"),
+  ("d.json", b'[{"prompt": "q", "response": "r"}, null]', r"\[1\]: expected a JSON object, got n"),
+  ("d.parquet", b"PAR1 and then nothing of the kind", "not a readable Parquet file"),
+  ("d.parquet", b"", "not a readable Parquet file"),
+  ("d.jsonl", b'{"text": "a"}', r":1: the fields \['text'\] fit no known format; known: messages"),
+])
+def test_bad_file(tmp_path, name, content, pattern):
+  if name.endswith("parquet"):
+    pytest.importorskip("pyarrow")
+  if content is not None:
+    (tmp_path / name).write_bytes(content)
+  with pytest.raises(UserError, match=pattern) as e:
+    read_demos(tmp_path / name)
+  assert name in str(e.value)
+
+
+def test_damaged_parquet_data_page(tmp_path):
+  records = [{"prompt": "q" * 40 + str(i), "response": "r" * 40 + str(i)} for i in range(500)]
+  path = write_parquet(tmp_path / "d.parquet", records)
+  raw = bytearray(path.read_bytes())
+  raw[4:400] = bytes(396)
+  path.write_bytes(raw)
+  with pytest.raises(UserError, match="not a readable Parquet file"):
+    read_demos(path)
+
+
+def test_later_record_of_another_format_is_refused(tmp_path):
+  path = write_jsonl(tmp_path / "d.jsonl", [GOOD["alpaca"], GOOD["prompt_response"]])
+  with pytest.raises(UserError, match=r":2: field 'instruction' is missing"):
+    read_demos(path)
+
+
+def test_read_prompts(tmp_path):
+  records = [
+    {"prompt": "Who?", "id": 7},
+    {"prompt": "Who?", "response": "Me."},
+    {"messages": [SYSTEM, ASK]},
+    {"messages": [ASK, REPLY, MORE, END]},
+  ]
+  path = write_jsonl(tmp_path / "p.jsonl", records)
+  prompts = read_prompts(path)
+  assert [list(m) for m, _ in prompts] == [[ASK], [ASK], [SYSTEM, ASK], [ASK, REPLY, MORE]]
+  assert [r for _, r in prompts] == records  # nothing is taken from the record
+  assert read_prompts(path, limit=2) == prompts[:2]
+  with pytest.raises(UserError, match="limit=-1"):
+    read_prompts(path, limit=-1)
+  for bad, pattern in [
+    ({"question": "q"}, r":2: field 'prompt' or 'messages' is missing; found \['question'\]"),
+    ({"prompt": " "}, ":2: empty prompt"),
+    ({"prompt": 3}, ":2: field 'prompt' must be text"),
+    ({"messages": [REPLY]}, ":2: roles out of order .*ending with user"),
+    ({"messages": [SYSTEM, REPLY]}, ":2: roles out of order"),
+  ]:
+    write_jsonl(path, [records[0], bad])
+    with pytest.raises(UserError, match=pattern):
+      read_prompts(path)
+
+
+def test_iter_records_is_lazy_after_the_first_records(tmp_path):
+  path = tmp_path / "d.jsonl"
+  path.write_text('{"a": 1}\nnot json\n')
+  records = iter_records(path)
+  assert next(records) == ({"a": 1}, f"{path}:1")
+  with pytest.raises(UserError, match=":2: malformed JSON"):
+    next(records)
+
+
+# --- Holding out ---------------------------------------------------------------------------------
+
+
+def demo(prompt: str, response: str = "r", source: str = "") -> Demo:
+  return Demo(({"role": "user", "content": prompt}, {"role": "assistant", "content": response}),
+              source=source)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_split_holdout(seed):
+  rng = random.Random(1000 + seed)
+  prompts = [f"Question {i}" for i in range(150)]
+  # A third of the prompts occurs several times, spelt with other case and spacing.
+  demos = [demo(p, str(i)) for i, p in enumerate(prompts)]
+  for p in prompts[:50]:
+    demos += [demo(f"  {p.upper()}\n"), demo(p.replace(" ", "   "), "again")][: rng.randint(1, 2)]
+  rng.shuffle(demos)
+  train, heldout = split_holdout(demos, 40, seed)
+  check_disjoint(train, heldout)
+  assert 38 <= len(heldout) <= 40 and len(train) + len(heldout) == len(demos)
+  position = {id(d): i for i, d in enumerate(demos)}
+  for part in (train, heldout):  # file order is kept
+    places = [position[id(d)] for d in part]
+    assert places == sorted(places)
+  assert not {prompt_key(d) for d in train} & {prompt_key(d) for d in heldout}
+  again = demos[:]
+  rng.shuffle(again)
+  _, reheld = split_holdout(again, 40, seed)
+  assert {id(d) for d in reheld} == {id(d) for d in heldout}  # whatever the order of the file
+  _, other = split_holdout(demos, 40, seed + 1)
+  assert {id(d) for d in other} != {id(d) for d in heldout}
+  # More held out with the same seed contains what was held out before, duplicates apart.
+  _, larger = split_holdout([demo(p) for p in prompts], 60, seed)
+  _, smaller = split_holdout([demo(p) for p in prompts], 30, seed)
+  assert {prompt_key(d) for d in smaller} <= {prompt_key(d) for d in larger}
+
+
+def test_split_holdout_edges():
+  demos = [demo("a"), demo("a "), demo("A"), demo("b")]
+  assert split_holdout(demos, 0, 0) == (demos, [])
+  train, heldout = split_holdout(demos, 1, 0)
+  assert [prompt_key(d) for d in heldout] == ["b"] and len(train) == 3
+  for holdout in (-1, 4, 9):
+    with pytest.raises(UserError, match=f"data.holdout={holdout} must be at least 0 and below 4"):
+      split_holdout(demos, holdout, 0)
+  with pytest.raises(UserError, match="data.holdout=2 is smaller than the 3 demonstrations that"):
+    split_holdout(demos[:3], 2, 0)
+
+
+def test_check_disjoint_names_prompt_and_both_places():
+  train = [demo("What is 1 + 1?", source="t.jsonl:4"), demo("other", source="t.jsonl:5")]
+  check_disjoint(train, [demo("What is 1 + 2?")])
+  with pytest.raises(UserError, match=r"h.jsonl:9: .*'what is 1 \+ 1\?'.*t.jsonl:4"):
+    check_disjoint(train, [demo("what  is 1 + 1?\n", source="h.jsonl:9")])
+  # Compatibility forms of a character count as equal (full-width digits).
+  with pytest.raises(UserError):
+    check_disjoint(train, [demo("What is \uff11 + 1?")])
+
+
+def test_prompt_key_looks_at_the_first_user_turn_only():
+  assert prompt_key(Demo((SYSTEM, ASK, REPLY, MORE, END))) == prompt_key(Demo((ASK, REPLY)))
+
+
+# --- Real files ----------------------------------------------------------------------------------
+
+DATA = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+@pytest.mark.parametrize("name, format, count, dropped", [
+  ("alpaca/alpaca_data.json", "alpaca", 52_002, 28),
+  ("gsm8k/train.jsonl", "gsm8k", 7473, 0),
+  ("gsm8k/test.jsonl", "gsm8k", 1319, 0),
+  ("lima/train_llamafactory.json", "alpaca", None, None),
+  ("dolly/dolly_3k_alpagasus.json", "alpaca", None, None),
+  ("dolly/dolly_sample_triforce.jsonl", "prompt_response", None, None),
+  ("instruction_1k/instruction-data.json", "alpaca", None, None),
+])
+def test_real_files(name, format, count, dropped):
+  path = DATA / name
+  if not path.is_file():
+    pytest.skip(f"{name} is not here")
+  found = read_demos(path, on_empty="drop")
+  assert found.format == format
+  raw = sum(1 for _ in iter_records(path))
+  assert len(found.demos) + found.dropped_empty == raw
+  if count is not None:
+    assert (raw, found.dropped_empty) == (count, dropped)
+  holdout = raw // 10
+  train, heldout = split_holdout(found.demos, holdout, seed=3)
+  check_disjoint(train, heldout)
+  assert 0.9 * holdout <= len(heldout) <= holdout
+  if format == "gsm8k":
+    for d in found.demos:
+      assert "<<" not in d.response and d.response.endswith(f"#### {d.answer}")
+      float(d.answer.replace(",", ""))
+
+
+def test_real_alpaca_error_names_the_first_empty_output():
+  path = DATA / "alpaca/alpaca_data.json"
+  if not path.is_file():
+    pytest.skip("alpaca is not here")
+  records = json.loads(path.read_text(encoding="utf-8"))
+  first = next(i for i, r in enumerate(records) if not r["output"].strip())
+  with pytest.raises(UserError, match=rf"alpaca_data\.json\[{first}\]: empty response"):
+    read_demos(path)
