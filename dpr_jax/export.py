@@ -1,6 +1,8 @@
 """A checkpoint as a Hugging Face folder, for transformers and every other reader of it.
 
-    python -m dpr_jax.export --model=CKPT --output=HF_DIR [--dtype=bfloat16]
+    python -m dpr_jax.export --model=CKPT --output=HF_DIR [--dtype=bfloat16] [--adapter]
+
+A LoRA stage is merged into its base; --adapter writes the adapter alone, in PEFT's format.
 """
 
 import argparse
@@ -14,24 +16,33 @@ def parser() -> argparse.ArgumentParser:
   out.add_argument("--model", required=True, help="CKPT")
   out.add_argument("--output", required=True, help="folder to write; must not exist or be empty")
   out.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+  out.add_argument("--adapter", action="store_true", help="of a LoRA stage: only the adapter, for PEFT")
   return out
 
 
 def main(argv: Sequence[str]) -> None:
   args = parser().parse_args(argv)
   output = cli.new_folder("--output", args.output)
+  import dataclasses
+
   import jax
 
   from dpr_jax import sharding, weights
   from dpr_jax.loading import load_checkpoint
+  from dpr_jax.models.lora import LoRA, merge
+  from dpr_jax.weights.peft import save_adapter
 
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
     loaded = load_checkpoint(args.model, mesh, args.dtype)
+    cfg = loaded.model.cfg
+    if args.adapter:
+      save_adapter(output, cfg, loaded.variables.get("lora"), base=loaded.base)
+      return
     weights.save_pretrained(
         output,
-        loaded.model.cfg,
-        loaded.variables["params"],
+        dataclasses.replace(cfg, lora=LoRA()),
+        merge(loaded.variables, cfg.lora)["params"],
         tokenizer=loaded.tokenizer,
         generation_config={"eos_token_id": list(loaded.stop_ids)},
         dtype=args.dtype,

@@ -81,6 +81,7 @@ class LoadedModel:
   tokenizer: Any
   stop_ids: tuple[int, ...]
   template: str  # "" or the path of a .jinja chat template.
+  base: str = ""  # path of the pretrained weights it started from, "" for none.
 
 
 def split_checkpoint(spec: str) -> tuple[pathlib.Path, str]:
@@ -147,6 +148,7 @@ def load_checkpoint(spec: str, mesh: jax.sharding.Mesh, dtype: str = "float32") 
         tokenizer=weights.load_tokenizer(workdir.tokenizer),
         stop_ids=tuple(record["model"]["stop_ids"]),
         template=record["config"]["data"]["template"],
+        base=record["config"]["model"]["pretrained"],
     )
   if fraction or not path.exists():
     raise UserError(

@@ -6,6 +6,7 @@ The same command after an interruption goes on where it stopped.
 """
 
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -41,8 +42,8 @@ def parse(argv: Sequence[str]):
                     "configs/smoke.py") from None
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
     check_fields(argv)
-    # An error inside of the file arrives as a traceback in a string; its last line says it.
-    raise UserError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+    # An error inside of the file arrives as a traceback in a string; its end says it.
+    raise UserError(re.split(r"\b[\w.]*Error: ", str(e))[-1]) from None
   if values.help:
     print(__doc__)
     raise SystemExit(0)

@@ -1,0 +1,69 @@
+"""Every file of configs/: valid, of the true size, and small under `:debug`."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from dpr_jax.errors import UserError
+from dpr_jax.main import parse
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+# Parameters of the published weights, the text part alone, a tied head counted once.
+PUBLISHED = {
+    "smollm2_135m": 134_515_008,
+    "gemma3_270m": 268_098_176,
+    "gemma3_4b": 3_880_263_168,
+    "llama31_8b": 8_030_261_248,
+    "mistral_7b": 7_241_732_096,
+    "qwen25_7b": 7_615_616_512,
+}
+
+
+@pytest.fixture(autouse=True)
+def root(monkeypatch):
+  monkeypatch.chdir(ROOT)
+
+
+def read(name, *flags):
+  return parse([f"--config=configs/{name}", "--workdir=unused", *flags])[0]
+
+
+def test_every_config_is_covered():
+  assert set(CONFIGS) == {"smoke", *PUBLISHED}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_shape_is_that_of_the_published_weights(name):
+  assert read(f"{name}.py").model.shape.num_params == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_debug_keeps_the_family_and_is_small(name):
+  full, debug = read(f"{name}.py").model.shape, read(f"{name}.py:debug").model.shape
+  for field in ("activation", "norm_unit_offset", "sandwich_norm", "qk_norm", "qkv_bias",
+                "tied_head", "layer_pattern"):
+    assert getattr(full, field) == getattr(debug, field), field
+  assert (full.rope.scaling, full.local_rope is None) == (debug.rope.scaling, debug.local_rope is None)
+  assert (full.num_heads == full.num_kv_heads) == (debug.num_heads == debug.num_kv_heads)
+  assert dataclasses.replace(debug, vocab_size=261).num_params < 100_000
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_another_argument_is_refused(name):
+  with pytest.raises(UserError, match=rf"^configs/{name}.py takes '' or 'debug', not 'big'$"):
+    read(f"{name}.py:big")
+
+
+def test_shapes_export_as_their_family():
+  from dpr_jax.weights.hf_config import from_hf, to_hf
+
+  families = {"smollm2_135m": "llama", "gemma3_270m": "gemma3_text", "gemma3_4b": "gemma3_text",
+              "llama31_8b": "llama", "mistral_7b": "mistral", "qwen25_7b": "qwen2"}
+  for name, family in families.items():
+    shape = read(f"{name}.py").model.shape
+    fields = to_hf(shape)
+    assert fields["model_type"] == family
+    assert from_hf(fields).num_params == PUBLISHED[name]
