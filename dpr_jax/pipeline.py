@@ -462,6 +462,16 @@ def run_seed(config: config_lib.RunConfig, workdir: Workdir, mesh: jax.sharding.
   return report_stage(workdir, [workdir], [config.seed])
 
 
+def cache_compilations(workdir: Workdir) -> None:
+  """Keeps compiled programs in the workdir, for its seeds and for a run that goes on.
+
+  JAX_COMPILATION_CACHE_DIR names another place, to be shared by several runs.
+  """
+  if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", str(workdir.compilations))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 def run(config: config_lib.RunConfig, workdir: str) -> dict[str, Any]:
   """Runs a config from wherever it stopped to its report.
 
@@ -477,10 +487,11 @@ def run(config: config_lib.RunConfig, workdir: str) -> dict[str, Any]:
   section = config.mesh
   mesh = sharding.make_mesh(section.data, section.fsdp, section.tensor)
   root = Workdir(workdir)
+  root.check(config)
+  cache_compilations(root)
   with jax.set_mesh(mesh):
     if config.seeds == 1:
       return run_seed(config, root, mesh)
-    root.check(config)
     root.claim(config)
     seeds = list(range(config.seed, config.seed + config.seeds))
     parts = [Workdir(root.path / f"seed_{seed}") for seed in seeds]

@@ -6,6 +6,7 @@
     samples/               responses of every system on the held-out prompts; scored tokens
     tensorboard/
     report/                report.html, results.json, PNG plots
+    compilation_cache/     compiled programs; may be deleted
 With several seeds, seed_N/ is a whole workdir for each, and report/ is of all of them.
 """
 
@@ -69,6 +70,7 @@ class Workdir:
     self.samples = self.path / "samples"
     self.tensorboard = self.path / "tensorboard"
     self.report = self.path / "report"
+    self.compilations = self.path / "compilation_cache"
 
   def stage(self, name: str) -> pathlib.Path:
     return self.path / name
@@ -90,7 +92,8 @@ class Workdir:
     if not self.path.is_dir():
       raise UserError(f"--workdir={self.path} is a file; it must be a folder, or not exist yet")
     if not self.config_file.exists():
-      foreign = sorted(p.name for p in self.path.iterdir())
+      ours = {self.compilations.name}  # Written before config.json where a run died in between.
+      foreign = sorted(p.name for p in self.path.iterdir() if p.name not in ours)
       if foreign:
         raise UserError(
             f"--workdir={self.path} holds files but no config.json of a run ({foreign[0]}, ...); "

@@ -60,25 +60,28 @@ def legend(scale: float) -> dict[str, Any]:
   }
 
 
-def write_heatmap(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike, title: str) -> None:
-  """Writes a page of heatmaps that needs no other file and no network.
+def heatmap_page(rows: Iterable[Mapping[str, Any]], title: str) -> str:
+  """A page of heatmaps that needs no other file and no network, as HTML.
 
   Args:
     rows: lines as `dpr_jax.score` writes them: prompt or messages, response, tokens,
       token_rewards, logp_sft, logp_ref (nats, one a token), reward (their sum).
-    path: of the page; its folder is made.
     title: heading of the page.
   """
   rows = list(rows)
   scale = limit(rows)
   section = {"id": "scored", "name": "Scored responses", "rows": heatmap_view(rows, scale)}
-  page = render(
+  return render(
     title=title,
     lead=f"{len(section['rows'])} responses scored token by token.",
     heatmaps=[section],
     legend=legend(scale),
   )
-  write_atomically(pathlib.Path(path), page)
+
+
+def write_heatmap(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike, title: str) -> None:
+  """Writes `heatmap_page` to `path`; its folder is made."""
+  write_atomically(pathlib.Path(path), heatmap_page(rows, title))
 
 
 def _prompt(row: Mapping[str, Any]) -> str:

@@ -1,0 +1,54 @@
+"""One run of the smallest config, shared by the tests that look at what it left."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = "configs/smoke.py:debug"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_compilations(tmp_path_factory):
+  """Runs of one config compile the same programs; they are compiled once."""
+  patch = pytest.MonkeyPatch()
+  patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compilations")))
+  patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+  yield
+  patch.undo()
+
+
+def run_main(workdir, *flags, config=CONFIG, prefix=(), **popen):
+  """The main door as a process of its own, from the root of the repository."""
+  command = [*prefix, sys.executable, "-m", "dpr_jax.main", f"--config={config}"]
+  command += [f"--workdir={workdir}", "--config.log.progress=False", *flags]
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  return subprocess.Popen(
+      command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      **popen,
+  )
+
+
+def finish(process, timeout=600):
+  """(stdout, stderr) of a process that must succeed."""
+  out, err = process.communicate(timeout=timeout)
+  assert process.returncode == 0, err[-4000:]
+  return out, err
+
+
+@pytest.fixture(scope="session")
+def door():
+  """`start(workdir, *flags)` -> process, `finish(process)` -> (stdout, stderr), and the root."""
+  return types.SimpleNamespace(start=run_main, finish=finish, root=ROOT)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+  """(workdir, stdout, stderr) of an uninterrupted run."""
+  workdir = tmp_path_factory.mktemp("runs") / "whole"
+  out, err = finish(run_main(workdir))
+  return workdir, out, err

@@ -1,0 +1,206 @@
+"""The main door, from demonstrations to a report."""
+
+import json
+import pathlib
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from dpr_jax import cli
+from dpr_jax import main as main_door
+from dpr_jax.training.metrics import read_metrics
+
+CONFIG = "configs/smoke.py:debug"
+STAGES = {"sft": 20, "dpr": 4, "continued_sft": 4}
+SYSTEMS = {
+    "base", "ref", "sft", "dpr", "continued_sft", "contrastive", "weight_extrapolation",
+    "low_temperature",
+}
+
+
+def arrays(workdir: pathlib.Path, stage: str) -> dict[str, np.ndarray]:
+  """All arrays of the newest checkpoint of a stage, by their path."""
+  import jax
+  import orbax.checkpoint as ocp
+
+  folder = workdir / stage / "checkpoints"
+  step = max(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+  out = {}
+  for item in ("variables", "training"):
+    tree = ocp.StandardCheckpointer().restore(folder / str(step) / item)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+      key = jax.tree_util.keystr(path)
+      if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+      out[f"{item}{key}"] = np.asarray(leaf)
+  return out
+
+
+def test_leaves_everything_behind(finished_run):
+  workdir, out, err = finished_run
+  results = json.loads((workdir / "report" / "results.json").read_text())
+  assert set(results["systems"]) == SYSTEMS
+  for name, metrics in results["systems"].items():
+    assert metrics["accuracy_sampled"]["n"] == 32, name
+    low, high = metrics["accuracy_sampled"]["ci95"]
+    assert 0 <= low <= metrics["accuracy_sampled"]["mean"] <= high <= 1
+  assert results["seeds"] == [0]
+  pairs = {tuple(c["pair"]) for c in results["comparisons"]}
+  assert {("dpr", "sft"), ("dpr", "continued_sft"), ("dpr", "contrastive")} <= pairs
+  page = (workdir / "report" / "report.html").read_text()
+  assert "<script" not in page and "contrastive" in page
+  assert list((workdir / "report").glob("*.png"))
+  for stage, steps in STAGES.items():
+    lines = read_metrics(workdir / stage / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    assert all({"loss", "tokens", "seconds", "learning_rate", "grad_norm"} <= set(x) for x in lines)
+  dpr = read_metrics(workdir / "dpr" / "metrics.jsonl")
+  assert {"reward", "kl", "response_length", "eos_rate", "entropy", "decode_gap"} <= set(dpr[0])
+  # On-policy and exact: what decoding saw is what scoring sees, and the first KL is to itself.
+  assert max(line["decode_gap"] for line in dpr) < 1e-4
+  assert abs(dpr[0]["kl"]) < 1e-5
+  assert "report.html" in out and "Traceback" not in err
+
+
+def test_config_json_tells_what_was_run(finished_run):
+  record = json.loads((finished_run[0] / "config.json").read_text())
+  assert record["config"]["sft"]["steps"] == STAGES["sft"]
+  assert record["model"]["source"] == "random" and record["model"]["num_params"] > 0
+  assert {"jax", "flax", "python"} <= set(record["versions"])
+  assert record["data"]["heldout"] == 32
+
+
+def test_a_finished_run_returns_at_once(door, finished_run):
+  workdir = finished_run[0]
+  before = {p: p.stat().st_mtime_ns for p in (workdir / "samples").iterdir()}
+  door.finish(door.start(workdir))
+  assert {p: p.stat().st_mtime_ns for p in (workdir / "samples").iterdir()} == before
+
+
+def kill_when(door, workdir, condition, timeout=300):
+  """Starts the run and ends it with SIGKILL as soon as `condition` holds."""
+  process = door.start(workdir)
+  start = time.monotonic()
+  while not condition():
+    assert process.poll() is None, process.communicate()[1][-2000:]
+    assert time.monotonic() - start < timeout
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+
+
+def test_killed_runs_go_on_to_the_same_result(door, finished_run, tmp_path):
+  whole, resumed = finished_run[0], tmp_path / "resumed"
+  kill_when(door, resumed, lambda: (resumed / "sft" / "checkpoints" / "10").exists())
+  kill_when(door, resumed, lambda: (resumed / "dpr" / "metrics.jsonl").exists())
+  kill_when(door, resumed, lambda: (resumed / "samples" / "ref.jsonl").exists())
+  door.finish(door.start(resumed))
+  for stage, steps in STAGES.items():
+    a, b = arrays(whole, stage), arrays(resumed, stage)
+    assert a.keys() == b.keys()
+    for key in a:
+      np.testing.assert_array_equal(a[key], b[key], err_msg=f"{stage}/{key}")
+    lines = [read_metrics(w / stage / "metrics.jsonl") for w in (whole, resumed)]
+    assert [x["step"] for x in lines[1]] == list(range(1, steps + 1))
+    for x, y in zip(*lines):
+      assert {k: v for k, v in x.items() if k != "seconds"} == {
+          k: v for k, v in y.items() if k != "seconds"
+      }
+  results = [json.loads((w / "report" / "results.json").read_text()) for w in (whole, resumed)]
+  assert results[0]["systems"] == results[1]["systems"]
+  assert results[0]["comparisons"] == results[1]["comparisons"]
+
+
+@pytest.mark.slow
+def test_seeds_are_aggregated(door, tmp_path):
+  door.finish(door.start(tmp_path / "seeds", "--config.seeds=2"))
+  results = json.loads((tmp_path / "seeds" / "report" / "results.json").read_text())
+  assert results["seeds"] == [0, 1]
+  assert results["systems"]["dpr"]["accuracy_sampled"]["n"] == 64
+  assert (tmp_path / "seeds" / "seed_1" / "report" / "report.html").exists()
+  assert "seed_1/report/report.html" in (tmp_path / "seeds" / "report" / "report.html").read_text()
+
+
+# --- Bad input: one line that names the place, exit code 2, nothing overwritten -------------------
+
+GOOD = '{"prompt": "hi", "response": "hello"}'
+
+
+# Case -> (flags, what the line must say). {dir} is a folder with the files of FILES.
+FILES = {
+    "malformed.jsonl": GOOD + "\n{oops",
+    "unknown.jsonl": '{"q": "x"}',
+    "empty.jsonl": GOOD.replace("hello", ""),
+    "many.jsonl": "\n".join(f'{{"prompt": "p{i}", "response": "r{i}"}}' for i in range(300)),
+}
+BAD_INPUTS = {
+    "missing file": (["--config.data.demos=nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
+    "malformed line": (
+        ["--config.data.demos={dir}/malformed.jsonl"], ["malformed.jsonl:2", "malformed JSON"]
+    ),
+    "unknown format": (
+        ["--config.data.demos={dir}/unknown.jsonl"], ["unknown.jsonl:1", "no known format"]
+    ),
+    "format field": (["--config.data.format=csv"], ["config.data.format", "'csv'"]),
+    "empty response": (["--config.data.demos={dir}/empty.jsonl"], ["empty.jsonl:1", "empty response"]),
+    "prompt beyond the budget": (
+        ["--config.data.demos={dir}/many.jsonl", "--config.data.prompt_length=3"],
+        ["many.jsonl:1", "data.prompt_length=3"],
+    ),
+    "unknown field": (["--config.sft.stepz=3"], ["--config.sft.stepz", "did you mean 'steps'"]),
+    "wrong type": (["--config.sft.steps=many"], ["--config.sft.steps"]),
+    "out of range": (["--config.dpr.gamma=2.0"], ["config.dpr.gamma=2.0", "at most 1"]),
+    "reference without milestone": (
+        ["--config.reference.fraction=0.33"], ["config.reference.fraction=0.33", "milestones"]
+    ),
+    "row beyond the model": (
+        ["--config.data.row_length=4096"], ["config.data.row_length=4096", "2048"]
+    ),
+    "missing weights": (["--config.model.pretrained=nowhere.gguf"], ["nowhere.gguf"]),
+    "mesh": (["--config.mesh.tensor=3"], ["config.mesh", "devices"]),
+    "shape": (["--config.model.shape.num_kv_heads=3"], ["config.model.shape", "num_kv_heads=3"]),
+    "flag": (["--confg.sft.steps=3"], ["confg.sft.steps"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input(case, door, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(door.root)
+  workdir = tmp_path / "run"
+  for name, text in FILES.items():
+    (tmp_path / name).write_text(text)
+  flags, expected = BAD_INPUTS[case]
+  flags = [flag.replace("{dir}", str(tmp_path)) for flag in flags]
+  argv = [f"--config={CONFIG}", f"--workdir={workdir}", "--config.log.progress=False", *flags]
+  with pytest.raises(SystemExit) as exit_info:
+    cli.run_door(main_door.main, argv)
+  assert exit_info.value.code == 2
+  error = capsys.readouterr().err.strip()
+  assert error.count("\n") == 0, error
+  assert all(part in error for part in expected), error
+  assert not workdir.exists()
+
+
+def test_workdir_of_another_config_is_left_alone(door, finished_run, capsys, monkeypatch):
+  monkeypatch.chdir(door.root)
+  workdir = finished_run[0]
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+  argv = [f"--config={CONFIG}", f"--workdir={workdir}", "--config.log.progress=False"]
+  with pytest.raises(SystemExit) as exit_info:
+    cli.run_door(main_door.main, [*argv, "--config.sft.steps=30"])
+  assert exit_info.value.code == 2
+  error = capsys.readouterr().err
+  assert "config.sft.steps: 20 there, 30 here" in error
+  assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before
+
+
+def test_a_folder_of_something_else_is_left_alone(door, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(door.root)
+  (tmp_path / "thesis.tex").write_text("do not lose me")
+  with pytest.raises(SystemExit) as exit_info:
+    cli.run_door(main_door.main, [f"--config={CONFIG}", f"--workdir={tmp_path}"])
+  assert exit_info.value.code == 2
+  assert "thesis.tex" in capsys.readouterr().err
+  assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]

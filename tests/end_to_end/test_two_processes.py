@@ -1,0 +1,36 @@
+"""The main door on two processes, through the launch script, against one process."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+from dpr_jax.training.metrics import read_metrics
+
+
+def test_two_processes_train_like_one(door, finished_run, tmp_path):
+  whole, workdir = finished_run[0], tmp_path / "two"
+  command = [
+      "bash", "launch/local_multiprocess.sh", "2", "--", sys.executable, "-m", "dpr_jax.main",
+      "--config=configs/smoke.py:debug", f"--workdir={workdir}", "--config.log.progress=False",
+  ]
+  environment = {**os.environ, "PYTHONPATH": str(door.root)}
+  done = subprocess.run(
+      command, cwd=door.root, env=environment, text=True, capture_output=True, timeout=900
+  )
+  assert done.returncode == 0, done.stdout[-4000:]
+  for stage in ("sft", "dpr", "continued_sft"):
+    one, two = (read_metrics(w / stage / "metrics.jsonl") for w in (whole, workdir))
+    assert [x["step"] for x in one] == [x["step"] for x in two]
+    # The mesh has two devices here and one there: sums are taken in another order.
+    for name in ("loss", "grad_norm", "tokens"):
+      np.testing.assert_allclose(
+          [x[name] for x in two], [x[name] for x in one], rtol=1e-4, atol=1e-6, err_msg=f"{stage} {name}"
+      )
+  results = [json.loads((w / "report" / "results.json").read_text()) for w in (whole, workdir)]
+  assert results[0]["systems"].keys() == results[1]["systems"].keys()
+  for name, metrics in results[0]["systems"].items():
+    a, b = (r["systems"][name]["heldout_nll"]["mean"] for r in results)
+    np.testing.assert_allclose(a, b, rtol=1e-4, err_msg=name)

@@ -1,0 +1,84 @@
+"""responses.py and scoring.py against loops over single rows."""
+
+import jax
+import numpy as np
+import pytest
+
+from dpr_jax import sharding
+from dpr_jax.evals.responses import respond, response_text
+from dpr_jax.evals.scoring import response_logps, score_record, score_responses
+from dpr_jax.rollout.sampler import Sampling
+from dpr_jax.weights.byte_tokenizer import byte_tokenizer
+
+STOP = (7,)
+
+
+@pytest.fixture
+def mesh():
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    yield mesh
+
+
+def ragged(rng, n, low, high):
+  return [rng.integers(8, 29, rng.integers(low, high)).astype(np.int32) for _ in range(n)]
+
+
+def naive_logps(model, variables, prompt, response):
+  row = np.concatenate([prompt, response])[None, :]
+  hidden, _ = model.apply(variables, row)
+  logits = np.asarray(model.apply(variables, hidden, method="unembed"), np.float64)[0]
+  logp = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+  logp -= logits.max(-1, keepdims=True)
+  at = np.arange(len(prompt), row.shape[1])
+  return logp[at - 1, row[0, at]]
+
+
+def test_scores_of_ragged_responses(mesh, make_model, rng):
+  model, sft = make_model(1)
+  _, ref = make_model(2)
+  prompts, responses = ragged(rng, 5, 1, 9), ragged(rng, 5, 1, 12)
+  scores = score_responses(model, sft, ref, prompts, responses, mesh=mesh, batch_size=2)
+  for p, r, s in zip(prompts, responses, scores, strict=True):
+    np.testing.assert_allclose(s.logp_sft, naive_logps(model, sft, p, r), atol=1e-4)
+    np.testing.assert_allclose(s.logp_ref, naive_logps(model, ref, p, r), atol=1e-4)
+    np.testing.assert_array_equal(s.token_rewards, s.logp_sft - s.logp_ref)
+
+
+def test_greedy_responses_do_not_depend_on_the_batch(mesh, make_model, rng):
+  model, variables = make_model(3)
+  prompts = ragged(rng, 5, 1, 9)
+  how = dict(mesh=mesh, prompt_length=10, max_new_tokens=6, stop_ids=STOP, sampling=Sampling(temperature=0))
+  seen = []
+  together = respond(
+      model, (variables,), prompts, jax.random.key(0), batch_size=4, on_batch=seen.append, **how
+  )
+  assert seen == [4, 1]
+  for prompt, response in zip(prompts, together, strict=True):
+    (alone,) = respond(model, (variables,), [prompt], jax.random.key(9), batch_size=4, **how)
+    np.testing.assert_array_equal(alone.tokens, response.tokens)
+    assert alone.hit_eos == response.hit_eos == (response.tokens[-1] in STOP)
+    (logp,) = response_logps(
+        model, variables, [prompt], [response.tokens], mesh=mesh, batch_size=4
+    )
+    assert response.logp == pytest.approx(logp.sum(), abs=1e-3)
+
+
+def test_text_leaves_out_what_ended_the_response():
+  tokenizer = byte_tokenizer()
+  end = tokenizer.eos_token_id
+  answer = lambda tokens, hit: type("R", (), {"tokens": np.asarray(tokens), "hit_eos": hit})()
+  assert response_text(tokenizer, answer([104, 105, end], True), (end,)) == "hi"
+  assert response_text(tokenizer, answer([104, 105], False), (end,)) == "hi"
+  assert response_text(tokenizer, answer([end], True), (end,)) == ""
+
+
+def test_a_record_sums_to_the_log_ratio(mesh, make_model, rng):
+  model, sft = make_model(1)
+  _, ref = make_model(2)
+  (prompt,), (response,) = ragged(rng, 1, 4, 5), ragged(rng, 1, 6, 7)
+  (scores,) = score_responses(model, sft, ref, [prompt], [response], mesh=mesh, batch_size=1)
+  record = score_record(byte_tokenizer(), response, scores)
+  expected = naive_logps(model, sft, prompt, response).sum() - naive_logps(model, ref, prompt, response).sum()
+  assert record["reward"] == pytest.approx(expected, abs=1e-3)
+  assert len(record["tokens"]) == len(record["token_rewards"]) == 6

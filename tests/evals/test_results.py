@@ -1,0 +1,71 @@
+"""results.json as a function of the files of a run."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dpr_jax.evals.results import NLL_FILE, build_results
+
+
+def write_run(folder, rng, systems, n=40):
+  samples = folder / "samples"
+  samples.mkdir(parents=True)
+  truth = {}
+  for name in systems:
+    records = []
+    for mode in ("sampled", "greedy"):
+      for i in range(n):
+        right = float(rng.random() < 0.5)
+        records.append({
+            "prompt": f"p{i}", "task": ("add", "greet")[i % 2], "answer": "a", "mode": mode,
+            "response": "r", "correct": bool(right), "scores": {"accuracy": right},
+            "length": int(rng.integers(1, 9)), "hit_eos": bool(rng.random() < 0.9), "seed": 0,
+        })
+    (samples / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    truth[name] = records
+  (samples / "heatmap_demos.jsonl").write_text("{}\n")
+  nll = {name: rng.random(n).tolist() for name in systems if name != "contrastive"}
+  (samples / NLL_FILE).write_text(json.dumps(nll))
+  (folder / "sft").mkdir()
+  lines = [{"step": s, "loss": 1.0, "tokens": 10.0 * s, "seconds": 0.5 * s} for s in (1, 2)]
+  (folder / "sft" / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+  return truth, nll
+
+
+def test_means_counts_and_order(tmp_path, rng):
+  truth, nll = write_run(tmp_path, rng, ["sft", "dpr", "contrastive", "base"])
+  results = build_results([tmp_path], [3])
+  assert results["seeds"] == [3]
+  assert list(results["systems"]) == ["base", "sft", "contrastive", "dpr"]
+  for name, records in truth.items():
+    metrics = results["systems"][name]
+    for mode in ("sampled", "greedy"):
+      rows = [r for r in records if r["mode"] == mode]
+      adds = [r["correct"] for r in rows if r["task"] == "add"]
+      assert metrics[f"accuracy_{mode}"]["mean"] == pytest.approx(np.mean([r["correct"] for r in rows]))
+      assert metrics[f"accuracy_{mode}"]["n"] == 40
+      assert metrics[f"accuracy_{mode}/add"]["mean"] == pytest.approx(np.mean(adds))
+      assert metrics[f"accuracy_{mode}/unique"] == metrics[f"accuracy_{mode}/add"]
+      assert metrics[f"length_{mode}"]["mean"] == pytest.approx(np.mean([r["length"] for r in rows]))
+  assert results["systems"]["sft"]["heldout_nll"]["mean"] == pytest.approx(np.mean(nll["sft"]))
+  assert "heldout_nll" not in results["systems"]["contrastive"]
+  assert results["stages"]["sft"] == {"steps": 2, "seconds": 1.0, "tokens": 20.0}
+
+
+def test_comparisons_are_paired_differences(tmp_path, rng):
+  truth, _ = write_run(tmp_path, rng, ["sft", "dpr"])
+  comparisons = build_results([tmp_path], [0])["comparisons"]
+  (found,) = [c for c in comparisons if c["metric"] == "accuracy_greedy"]
+  assert found["pair"] == ["dpr", "sft"]
+  rows = {name: [r["correct"] for r in records if r["mode"] == "greedy"] for name, records in truth.items()}
+  assert found["difference"] == pytest.approx(np.mean(rows["dpr"]) - np.mean(rows["sft"]))
+  assert found["ci95"][0] <= found["difference"] <= found["ci95"][1] and 0 < found["p"] <= 1
+
+
+def test_several_seeds_and_a_system_that_one_lacks(tmp_path, rng):
+  write_run(tmp_path / "a", rng, ["sft", "dpr"])
+  write_run(tmp_path / "b", rng, ["sft"])
+  results = build_results([tmp_path / "a", tmp_path / "b"], [0, 1])
+  assert list(results["systems"]) == ["sft"]
+  assert results["systems"]["sft"]["accuracy_sampled"]["n"] == 80
