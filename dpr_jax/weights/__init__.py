@@ -1,0 +1,114 @@
+"""Pretrained weights: Hugging Face folders and GGUF files in, Hugging Face folders out."""
+
+import os
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from dpr_jax.errors import UserError
+from dpr_jax.models import ModelConfig
+from dpr_jax.weights import gguf, hf
+from dpr_jax.weights import tokenizer as tokenizer_lib
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerFast
+
+__all__ = [
+    "load_config",
+    "load_generation_config",
+    "load_pretrained",
+    "load_tokenizer",
+    "save_pretrained",
+]
+
+
+def _path(path: str | os.PathLike) -> pathlib.Path:
+  path = pathlib.Path(path).expanduser()
+  if not path.exists():
+    raise UserError(f"{path} does not exist; give a Hugging Face model folder or a .gguf file")
+  if path.is_file() and path.suffix != ".gguf":
+    raise UserError(f"{path} is not a .gguf file; give it or the folder that holds config.json")
+  return path
+
+
+def load_pretrained(
+    path: str | os.PathLike, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[ModelConfig, dict[str, Any]]:
+  """Loads a model.
+
+  Args:
+    path: a Hugging Face folder (config.json and safetensors) or a .gguf file.
+    dtype: of the parameters; None keeps what is stored, float32 for a quantised GGUF.
+    mesh: where the parameters go, laid out by the rules of `dpr_jax.sharding`. None takes the
+      mesh set by `jax.set_mesh`, else the default device. Each process reads the files
+      itself, one tensor at a time, and keeps its shards.
+
+  Returns:
+    (ModelConfig, params): `Transformer(cfg).apply({"params": params}, ...)`.
+
+  Raises:
+    UserError: anything that is wrong with the files, in one line.
+  """
+  path = _path(path)
+  return (gguf.load_gguf if path.is_file() else hf.load_hf)(path, dtype, mesh)
+
+
+def load_config(path: str | os.PathLike) -> ModelConfig:
+  """The ModelConfig of a Hugging Face folder or a .gguf file, without reading weights."""
+  path = _path(path)
+  return gguf.load_gguf_config(path) if path.is_file() else hf.load_hf_config(path)
+
+
+def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
+  """The tokenizer, chat template included, of a Hugging Face folder or a .gguf file.
+
+  Raises:
+    UserError: there is none, or it has tokens for which the model has no embedding.
+  """
+  path = _path(path)
+  if path.is_file():
+    return tokenizer_lib.from_gguf(path)
+  return tokenizer_lib.from_folder(path)
+
+
+def load_generation_config(path: str | os.PathLike) -> dict[str, Any]:
+  """generation_config.json as a dict; where there is none, the token ids that are known.
+
+  `eos_token_id` may be one id or a list of them.
+  """
+  path = _path(path)
+  if path.is_file():
+    return tokenizer_lib.generation_from_gguf(path)
+  return tokenizer_lib.generation_from_folder(path)
+
+
+def save_pretrained(
+    directory: str | os.PathLike,
+    cfg: ModelConfig,
+    params: Any,
+    tokenizer: Any = None,
+    generation_config: dict[str, Any] | None = None,
+    dtype: str | None = "float32",
+    family: str | None = None,
+) -> None:
+  """Writes a complete Hugging Face folder, which transformers and `load_pretrained` load.
+
+  Tensors go out one by one; above 5 GB into several files with an index. Weights of an
+  earlier export in the folder are replaced. In a multi-process run all processes must
+  call it; the first one writes.
+
+  Args:
+    params: the parameter tree of `Transformer(cfg)`, on any mesh.
+    tokenizer: written beside the weights, chat template included; gives the token ids.
+    generation_config: overrides, e.g. what `load_generation_config` returned.
+    dtype: of the stored tensors, "float32", "bfloat16", "float16", or None for as they are.
+    family: `model_type` to write, by default the one that computes this function. A
+      Mistral without a sliding window is a Llama unless "mistral" is asked for.
+
+  Raises:
+    UserError: no family (or not this one) computes the function of `cfg`, `params` do not
+      belong to `cfg`, or the tokenizer has more tokens than the embedding has rows.
+  """
+  directory = pathlib.Path(directory).expanduser()
+  hf.save_hf(directory, cfg, params, tokenizer, generation_config, dtype, family)

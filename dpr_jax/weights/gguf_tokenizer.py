@@ -1,0 +1,182 @@
+"""Tokenizers from the metadata of a GGUF file.
+
+A GGUF holds a vocabulary and, for byte-level BPE, its merges, but only the name of the
+pre-tokenizer. Each name below is given the pipeline of the tokenizer.json it stands for;
+a name that is not listed is refused, because a wrong split gives wrong ids in silence.
+Source of the names: llama.cpp, src/llama-vocab.cpp.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dpr_jax.errors import UserError
+
+if TYPE_CHECKING:
+  from tokenizers import Tokenizer
+  from transformers import PreTrainedTokenizerFast
+
+_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type.
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Name -> (regex of the split, "digits" or None; whole words skip the merges; NFC; BOS by default).
+_PRE = {
+    "gpt-2": (None, False, False, False),
+    "smollm": ("digits", False, False, False),
+    "llama-bpe": (_LLAMA3, True, False, True),
+    "llama3": (_LLAMA3, True, False, True),
+    "llama-v3": (_LLAMA3, True, False, True),
+    "tekken": (_TEKKEN, True, False, True),
+    "qwen2": (_QWEN2, False, True, False),
+    "deepseek-r1-qwen": (_QWEN2, False, True, True),
+}
+
+
+def build(metadata: Mapping[str, Any], where: str) -> "PreTrainedTokenizerFast":
+  """Builds the tokenizer, special tokens and chat template included.
+
+  Args:
+    metadata: of the file, see `GGUFFile`.
+    where: the file, for messages.
+
+  Raises:
+    UserError: no tokenizer, or one of a kind that is not implemented.
+  """
+  from tokenizers import AddedToken, processors
+  from transformers import PreTrainedTokenizerFast
+
+  def get(name: str, default: Any = None) -> Any:
+    return metadata.get(f"tokenizer.ggml.{name}", default)
+
+  tokens, model, pre = get("tokens"), get("model"), get("pre", "default")
+  if not isinstance(tokens, list) or not tokens:
+    raise UserError(f"{where}: tokenizer.ggml.tokens is missing; the file holds no tokenizer")
+  if model == "gpt2":
+    if pre not in _PRE:
+      raise UserError(
+          f"{where}: tokenizer.ggml.pre={pre!r} is not implemented; known: {', '.join(_PRE)}"
+      )
+    backend, add_bos = _byte_level(tokens, get("merges"), pre, where), _PRE[pre][3]
+  elif model == "llama":
+    gemma = str(metadata.get("general.architecture")).startswith("gemma")
+    prefix = get("add_space_prefix", not gemma)
+    backend = _sentencepiece(
+        tokens, get("scores"), gemma, prefix, get("unknown_token_id"), where
+    )
+    add_bos = True
+  else:
+    raise UserError(
+        f"{where}: tokenizer.ggml.model={model!r} is not implemented; known: gpt2, llama"
+    )
+
+  vocab = backend.get_vocab()
+  # All at once: each call rebuilds the matcher of the added tokens.
+  backend.add_tokens(
+      [
+          AddedToken(token, special=kind == _CONTROL, normalized=False)
+          for token, kind in zip(tokens, get("token_type") or [])
+          if token in vocab and kind in (_CONTROL, _USER_DEFINED)
+      ]
+  )
+  keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+  ids = {role: get(f"{key}_token_id") for role, key in keys.items()}
+  for role, i in ids.items():
+    if i is not None and not 0 <= i < len(tokens):
+      raise UserError(
+          f"{where}: tokenizer.ggml.{keys[role]}_token_id={i} is outside of the vocabulary"
+      )
+  named = {f"{role}_token": tokens[i] for role, i in ids.items() if i is not None}
+  if get("add_bos_token", add_bos) and ids["bos"] is not None:
+    bos = tokens[ids["bos"]]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos"])]
+    )
+  tokenizer = PreTrainedTokenizerFast(
+      tokenizer_object=backend, clean_up_tokenization_spaces=False, **named
+  )
+  tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+  return tokenizer
+
+
+def _byte_level(tokens: list[str], merges: Any, pre: str, where: str) -> "Tokenizer":
+  from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+  if not isinstance(merges, list):
+    raise UserError(f"{where}: tokenizer.ggml.merges is missing; a byte-level tokenizer needs it")
+  split, ignore_merges, nfc, _ = _PRE[pre]
+  pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+  vocab = {token: i for i, token in enumerate(tokens)}
+  backend = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=ignore_merges))
+  byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split in (None, "digits"))
+  if split == "digits":
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), byte_level]
+    )
+  elif split is None:
+    backend.pre_tokenizer = byte_level
+  else:
+    isolated = pre_tokenizers.Split(Regex(split), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([isolated, byte_level])
+  if nfc:
+    backend.normalizer = normalizers.NFC()
+  backend.decoder = decoders.ByteLevel()
+  return backend
+
+
+def _sentencepiece(
+    tokens: list[str], scores: Any, gemma: bool, prefix: bool, unknown: int | None, where: str
+) -> "Tokenizer":
+  """Sentencepiece BPE: spaces are U+2581, bytes are fallback tokens, merges follow from scores."""
+  from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+  if not isinstance(scores, list) or len(scores) != len(tokens):
+    raise UserError(f"{where}: tokenizer.ggml.scores must have one score a token")
+  space = "\u2581"
+  if gemma:
+    # Runs of spaces are stored as such; and the order of merges is that of the ids, not the scores.
+    tokens = [space * len(t) if t and not t.strip(" ") else t for t in tokens]
+    scores = [-i for i in range(len(tokens))]
+  vocab = {token: i for i, token in enumerate(tokens)}
+  backend = Tokenizer(
+      models.BPE(
+          vocab=vocab,
+          merges=_merges(vocab, scores),
+          unk_token=None if unknown is None else tokens[unknown],
+          fuse_unk=True,
+          byte_fallback=True,
+      )
+  )
+  decode = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()]
+  replace = normalizers.Replace(" ", space)
+  if prefix:
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(space), replace])
+    decode.append(decoders.Strip(" ", 1, 0))
+  else:
+    backend.normalizer = replace
+  if gemma:
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+  backend.decoder = decoders.Sequence(decode)
+  return backend
+
+
+def _merges(vocab: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
+  """All pairs of tokens that join into a token, best joined token first."""
+  found = []
+  for token, i in vocab.items():
+    cuts = ((token[:k], token[k:]) for k in range(1, len(token)))
+    pairs = [(a, b) for a, b in cuts if a in vocab and b in vocab]
+    pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+    found.extend((scores[i], len(a), len(b), (a, b)) for a, b in pairs)
+  found.sort(key=lambda entry: entry[:3], reverse=True)
+  return [pair for *_, pair in found]

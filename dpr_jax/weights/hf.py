@@ -1,0 +1,239 @@
+"""Hugging Face folders: safetensors and config.json -> parameters, and back."""
+
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpr_jax.errors import UserError
+from dpr_jax.models import ModelConfig
+from dpr_jax.sharding import to_host
+from dpr_jax.weights import families, hf_config
+from dpr_jax.weights.names import TensorSpec, flatten, tensor_specs
+from dpr_jax.weights.placement import check_names, fill_params
+from dpr_jax.weights.safetensors_file import SafetensorsFile, write_safetensors
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+# Where text models keep their tensors inside of multimodal checkpoints, old and new.
+_PREFIXES = {
+    "language_model.model.": "model.",
+    "model.language_model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
+# Not parameters of the decoder: other modalities, and buffers that old checkpoints stored.
+_IGNORED = re.compile(
+    r"(model\.)?(vision_tower|multi_modal_projector)\..*|.*\.rotary_emb\.inv_freq"
+)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """An object from a JSON file; UserError where there is none."""
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+  except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+    raise UserError(f"{path}:{line} is not valid JSON") from None
+  if not isinstance(value, dict):
+    raise UserError(f"{path}: must hold a JSON object")
+  return value
+
+
+def load_hf_config(folder: pathlib.Path) -> ModelConfig:
+  """config.json of a folder -> ModelConfig; UserError where it is missing or not implemented."""
+  path = folder / "config.json"
+  if not path.is_file():
+    raise UserError(f"{path} does not exist; a Hugging Face model folder has one")
+  return hf_config.from_hf(read_json(path), str(path))
+
+
+class Folder:
+  """The tensors of all safetensors files of a folder, under the names of a text model."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.where = str(folder)
+    self._place: dict[str, tuple[SafetensorsFile, str]] = {}
+    for file, names in _files(folder):
+      for name in file.shapes if names is None else names:
+        if name not in file.shapes:
+          raise UserError(
+              f"{file.path}: tensor {name!r} is missing, though {INDEX} says it is there"
+          )
+        ours = name
+        for old, new in _PREFIXES.items():
+          if name.startswith(old):
+            ours = new + name.removeprefix(old)
+        if ours in self._place:
+          raise UserError(f"{file.path}: tensor {ours!r} is stored twice")
+        self._place[ours] = file, name
+    self.shapes = {name: file.shapes[theirs] for name, (file, theirs) in self._place.items()}
+
+  def dtype(self, name: str) -> np.dtype:
+    file, theirs = self._place[name]
+    return file.dtype(theirs)
+
+  def read(self, name: str, start: int, stop: int) -> np.ndarray:
+    file, theirs = self._place[name]
+    return file.read(theirs, start, stop)
+
+
+def _files(folder: pathlib.Path) -> list[tuple[SafetensorsFile, list[str] | None]]:
+  """(file, its tensors according to the index, or None for all) of a folder."""
+  if (folder / INDEX).is_file():
+    index = folder / INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+      raise UserError(f"{index}: weight_map must be an object of tensor names and files")
+    by_file: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+      if not isinstance(file, str) or pathlib.PurePath(file).name != file or "\\" in file:
+        raise UserError(
+            f"{index}: weight_map of {name!r} is {file!r}; it must be a file of this folder"
+        )
+      by_file.setdefault(file, []).append(name)
+    for file in by_file:
+      if not (folder / file).is_file():
+        raise UserError(f"{index}: weight_map names {file!r}, which does not exist in {folder}")
+      if not file.endswith(".safetensors"):
+        raise UserError(f"{index}: weight_map names {file!r}; only .safetensors files are read")
+    return [(SafetensorsFile(folder / file), names) for file, names in by_file.items()]
+  if (folder / SINGLE).is_file():
+    return [(SafetensorsFile(folder / SINGLE), None)]
+  pickled = sorted(
+      p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+  )
+  if pickled:
+    raise UserError(
+        f"{folder / pickled[0]}: pickled weights are not read, because they can run code; convert "
+        f"them to {SINGLE}"
+    )
+  raise UserError(f"{folder}: has neither {SINGLE} nor {INDEX}")
+
+
+def load_hf(
+    folder: pathlib.Path, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[ModelConfig, dict[str, Any]]:
+  """See `dpr_jax.weights.load_pretrained`."""
+  cfg = load_hf_config(folder)
+  source = Folder(folder)
+  specs = tensor_specs(cfg)
+  # Some files hold the head of a tied model as well.
+  copied = {"lm_head.weight"} & set(source.shapes) if cfg.tied_head else set()
+  check_names(source, specs, lambda name: name in copied or bool(_IGNORED.fullmatch(name)))
+  if copied:
+    _check_tied(source)
+  return cfg, fill_params(cfg, specs, source, dtype, mesh)
+
+
+def _check_tied(source: Folder) -> None:
+  """A stored head beside `tie_word_embeddings` must be the embedding table itself."""
+  head, table = "lm_head.weight", "model.embed_tokens.weight"
+  rows = source.shapes[table][0]
+  same = source.shapes[head] == source.shapes[table]
+  for start in range(0, rows, 8192) if same else ():
+    stop = min(start + 8192, rows)
+    same = same and np.array_equal(source.read(head, start, stop), source.read(table, start, stop))
+  if not same:
+    raise UserError(
+        f"{source.where}: tensor {head!r} differs from {table!r}, but config.json has "
+        "tie_word_embeddings=true; set it to false"
+    )
+
+
+def _shards(specs: list[TensorSpec], dtypes: dict[str, np.dtype]) -> list[list[TensorSpec]]:
+  shards, size = [[]], 0
+  for spec in specs:
+    n = int(np.prod(spec.shape)) * dtypes[spec.name].itemsize
+    if shards[-1] and size + n > SHARD_BYTES:
+      shards.append([])
+      size = 0
+    shards[-1].append(spec)
+    size += n
+  return shards
+
+
+def save_hf(
+    folder: pathlib.Path,
+    cfg: ModelConfig,
+    params: Any,
+    tokenizer: Any = None,
+    generation_config: dict[str, Any] | None = None,
+    dtype: str | None = "float32",
+    family: str | None = None,
+) -> None:
+  """See `dpr_jax.weights.save_pretrained`."""
+  if dtype not in ("float32", "bfloat16", "float16", None):
+    raise UserError(f"dtype={dtype!r} must be 'float32', 'bfloat16', 'float16' or None (as it is)")
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f"{folder} exists and is not a folder")
+  record = families.family_named(family, "family") if family else hf_config.family_of(cfg)
+  config = hf_config.to_hf(cfg, record)
+  if tokenizer is not None and len(tokenizer) > cfg.vocab_size:
+    raise UserError(
+        f"the tokenizer has {len(tokenizer)} tokens, but the model's embedding has only "
+        f"{cfg.vocab_size} rows"
+    )
+  leaves, specs = flatten(params), tensor_specs(cfg)
+  wanted = {spec.path: spec for spec in specs}
+  if set(leaves) != set(wanted):
+    odd = sorted("/".join(path) for path in set(leaves) ^ set(wanted))
+    raise UserError(f"params do not belong to this config: {odd[0]!r} is only in one of them")
+  dtypes = {}
+  for spec in specs:
+    leaf = leaves[spec.path]
+    got = leaf.shape if spec.repeat is None else leaf.shape[1:]
+    if tuple(got) != spec.param_shape:
+      raise UserError(
+          f"params do not belong to this config: {'/'.join(spec.path)} has shape {list(leaf.shape)}"
+      )
+    dtypes[spec.name] = np.dtype(jnp.dtype(dtype or leaf.dtype))
+  by_name = {spec.name: spec for spec in specs}
+
+  def fetch(name: str) -> np.ndarray:
+    spec = by_name[name]
+    leaf = leaves[spec.path]
+    x = to_host(leaf if spec.repeat is None else leaf[spec.repeat])
+    return spec.to_file(x).astype(dtypes[name], copy=False)
+
+  writer = jax.process_index() == 0
+  if writer:
+    folder.mkdir(parents=True, exist_ok=True)
+  shards, weight_map = _shards(specs, dtypes), {}
+  for i, shard in enumerate(shards):
+    name = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+    entries = {spec.name: (dtypes[spec.name], spec.shape) for spec in shard}
+    write_safetensors(folder / name, entries, fetch, write=writer)
+    weight_map |= {spec.name: name for spec in shard}
+  if not writer:
+    return
+  if len(shards) > 1:
+    total = sum(int(np.prod(s.shape)) * dtypes[s.name].itemsize for s in specs)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+  # What an earlier export left must not be read as a part of this one.
+  own = {*weight_map.values(), *([INDEX] if len(shards) > 1 else [])}
+  for old in folder.iterdir():
+    stale = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", old.name)
+    if stale and old.name not in own:
+      old.unlink()
+  ids = {f"{role}_token_id": None for role in ("bos", "eos", "pad")}
+  if tokenizer is not None:
+    ids = {name: getattr(tokenizer, name) for name in ids}
+    tokenizer.save_pretrained(folder)
+  ids |= {k: v for k, v in (generation_config or {}).items() if k in ids and v is not None}
+  config["dtype"] = str(jnp.result_type(*dtypes.values()))
+  write_json(folder / "config.json", {**config, **ids})
+  generation = {**{k: v for k, v in ids.items() if v is not None}, **(generation_config or {})}
+  write_json(folder / "generation_config.json", generation)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  part = path.with_name(path.name + ".part")
+  part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+  os.replace(part, path)

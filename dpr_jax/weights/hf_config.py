@@ -1,0 +1,351 @@
+"""config.json <-> `ModelConfig`, both ways.
+
+Reading refuses, by name, every field that could change the function the weights compute
+and that the decoder does not implement; a field is only passed over if `families.py`
+lists it as irrelevant. Writing reads its own output back, so that a config which no
+family expresses cannot be exported by mistake.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dpr_jax.errors import UserError
+from dpr_jax.models.config import LOCAL, ModelConfig, Rope, pattern_of
+from dpr_jax.weights.families import (
+    ACTIVATIONS,
+    COMMON,
+    FAMILIES,
+    IRRELEVANT,
+    KINDS,
+    LLAMA_DEFAULTS,
+    NEUTRAL,
+    ROPE_FIELDS,
+    Family,
+    Fields,
+    family_named,
+)
+
+MAX_LAYERS = 10_000  # beyond it a file is damaged, and lists of layers would exhaust the memory.
+
+
+def _number(fields: Fields, name: str, where: str, kind: type = int, low: float = 0) -> Any:
+  value = fields.get(name)
+  wanted = "a positive whole number" if kind is int else "a number greater than 0"
+  if value is None:
+    raise UserError(f"{where}: {name} is missing; it must be {wanted}")
+  good = isinstance(value, int | float) and not isinstance(value, bool) and value > low
+  if not good or (kind is int and value != int(value)) or not math.isfinite(value):
+    raise UserError(f"{where}: {name}={value!r} must be {wanted}")
+  return kind(value)
+
+
+def _flag(fields: Fields, name: str, where: str) -> bool:
+  if not isinstance(fields[name], bool):
+    raise UserError(f"{where}: {name}={fields[name]!r} must be true or false")
+  return fields[name]
+
+
+def _rope(params: Fields, theta: float, max_length: int, where: str) -> Rope:
+  """A Rope from one `rope_parameters` (or `rope_scaling`) object."""
+  params = {"rope_theta": theta, "original_max_position_embeddings": max_length, **params}
+  kind = params.get("rope_type", params.get("type", "default"))
+  if kind not in ROPE_FIELDS:
+    raise UserError(
+        f"{where}: rope scaling rope_type={kind!r} is not implemented; known: "
+        f"{', '.join(ROPE_FIELDS)}"
+    )
+  known = {"rope_theta", "rope_type", "type", "original_max_position_embeddings"}
+  known |= {*ROPE_FIELDS[kind]}
+  for name, value in params.items():
+    if name not in known and not (name == "partial_rotary_factor" and value in (None, 1)):
+      raise UserError(
+          f"{where}: rope scaling {name}={value!r} is not implemented for rope_type={kind!r}"
+      )
+  rope = Rope(theta=_number(params, "rope_theta", where, float))
+  if kind == "default":
+    return rope
+  rope = dataclasses.replace(rope, scaling=kind, factor=_number(params, "factor", where, float))
+  if kind == "linear":
+    return rope
+  rope = dataclasses.replace(
+      rope,
+      low_freq_factor=_number(params, "low_freq_factor", where, float),
+      high_freq_factor=_number(params, "high_freq_factor", where, float),
+      original_max_length=_number(params, "original_max_position_embeddings", where),
+  )
+  if rope.high_freq_factor <= rope.low_freq_factor:
+    raise UserError(
+        f"{where}: rope scaling high_freq_factor={rope.high_freq_factor} must exceed "
+        f"low_freq_factor={rope.low_freq_factor}"
+    )
+  return rope
+
+
+def _ropes(family: Family, f: Fields, max_length: int, where: str) -> tuple[Rope, Rope | None]:
+  """(rope of global layers, rope of local layers or None where it is the same one).
+
+  Reads the `rope_parameters` of transformers 5 and the older `rope_theta`, `rope_scaling` and
+  `rope_local_base_freq`; where a file has both, `rope_scaling` wins, as in transformers.
+  """
+  for name in ("rope_parameters", "rope_scaling"):
+    if not isinstance(f.get(name) or {}, Mapping):
+      raise UserError(f"{where}: {name}={f[name]!r} must be an object or null")
+  theta, scaling = f["rope_theta"], f.get("rope_scaling") or {}
+  params = f.get("rope_parameters") or {}
+  if not family.gemma:
+    return _rope(scaling or params, theta, max_length, where), None
+  for name in params:
+    if name not in KINDS:
+      raise UserError(f"{where}: rope_parameters has {name!r}; known: {', '.join(KINDS)}")
+  full, sliding = params.get("full_attention") or {}, params.get("sliding_attention") or {}
+  return (
+      _rope({**full, **scaling}, theta, max_length, where),
+      _rope(sliding, f["rope_local_base_freq"], max_length, where),
+  )
+
+
+def _refuse_unknown(family: Family, fields: Fields, where: str) -> None:
+  for name, value in fields.items():
+    if name in IRRELEVANT or name in COMMON or name in family.fields:
+      continue
+    if name not in NEUTRAL:
+      raise UserError(
+          f"{where}: {name}={value!r} is not a known field of model_type={family.model_type!r} and "
+          "could change what the model computes; remove it if it is irrelevant"
+      )
+    if value is not None and value not in NEUTRAL[name]:
+      neutral = " or ".join([*(repr(v) for v in NEUTRAL[name]), "null"])
+      raise UserError(f"{where}: {name}={value!r} is not implemented; it must be {neutral}")
+
+
+def from_hf(fields: Fields, where: str = "config.json") -> ModelConfig:
+  """A config.json as a dict -> ModelConfig.
+
+  Args:
+    fields: the parsed file. Of a multimodal `gemma3`, the text part is taken.
+    where: the file, for messages.
+
+  Raises:
+    UserError: an unknown `model_type`, a field that is not implemented or has a bad value.
+  """
+  if fields.get("model_type") == "gemma3":
+    text = fields.get("text_config")
+    if not isinstance(text, Mapping):
+      raise UserError(f"{where}: text_config must be an object in a config of model_type='gemma3'")
+    for name in ("quantization_config", "auto_map"):
+      if fields.get(name) is not None:
+        raise UserError(f"{where}: {name}={fields[name]!r} is not implemented; it must be null")
+    outer = {"tie_word_embeddings": fields.get("tie_word_embeddings")}
+    fields = {"model_type": "gemma3_text", **outer, **text}
+    where = f"{where} text_config"
+  family = family_named(fields.get("model_type"), where)
+  _refuse_unknown(family, fields, where)
+  f = {**LLAMA_DEFAULTS, **family.defaults}
+  # null stands for the default, except for a window, of which it means that there is none.
+  f |= {k: v for k, v in fields.items() if v is not None or k == "sliding_window"}
+
+  def size(name: str) -> int:
+    return _number(f, name, where)
+
+  heads, hidden = size("num_attention_heads"), size("hidden_size")
+  layers = f["num_hidden_layers"] = size("num_hidden_layers")
+  if layers > MAX_LAYERS:
+    raise UserError(f"{where}: num_hidden_layers={layers} is more than {MAX_LAYERS}: damaged?")
+  f.setdefault("num_key_value_heads", heads)
+  if "head_dim" not in f:
+    if hidden % heads:
+      raise UserError(
+          f"{where}: hidden_size={hidden} is not a multiple of num_attention_heads={heads}"
+      )
+    f["head_dim"] = hidden // heads
+  if size("head_dim") % 2:
+    raise UserError(f"{where}: head_dim={f['head_dim']} must be even")
+  activation = f.get(family.activation, "gelu_pytorch_tanh" if family.gemma else "silu")
+  if activation not in ACTIVATIONS:
+    raise UserError(
+        f"{where}: {family.activation}={activation!r} is not implemented; known: "
+        f"{', '.join(ACTIVATIONS)}"
+    )
+  for name in ("sliding_window", "sliding_window_pattern", "_sliding_window_pattern"):
+    if f.get(name) is not None:
+      f[name] = size(name)
+  if "use_sliding_window" in f:
+    _flag(f, "use_sliding_window", where)
+    _number(f, "max_window_layers", where, low=-1)
+  types, window = family.layer_types(f)
+  kinds = _layer_kinds(family, f, types, window, where)
+  rope, local_rope = _ropes(family, f, size("max_position_embeddings"), where)
+  query_scale = 0.0
+  if family.gemma and _number(f, "query_pre_attn_scalar", where, float) != f["head_dim"]:
+    query_scale = f["query_pre_attn_scalar"] ** -0.5
+  try:
+    return ModelConfig(
+        vocab_size=size("vocab_size"),
+        hidden_size=hidden,
+        mlp_size=size("intermediate_size"),
+        num_layers=f["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=size("num_key_value_heads"),
+        head_dim=size("head_dim"),
+        max_length=size("max_position_embeddings"),
+        activation=ACTIVATIONS[activation],
+        norm_eps=_number(f, "rms_norm_eps", where, float),
+        norm_unit_offset=family.gemma,
+        sandwich_norm=family.gemma,
+        qk_norm=family.qk_norm,
+        qkv_bias=family.qkv_bias,
+        tied_head=_flag(f, "tie_word_embeddings", where),
+        embed_scale=hidden**0.5 if family.gemma else 1.0,
+        query_scale=query_scale,
+        layer_pattern=pattern_of(kinds),
+        window=window if LOCAL in kinds else 0,
+        rope=rope,
+        local_rope=local_rope if LOCAL in kinds else None,
+    )
+  except UserError:
+    raise
+  except ValueError as error:
+    raise UserError(f"{where}: {error}") from None
+
+
+def _layer_kinds(family: Family, f: Fields, types: list[str], window: int, where: str) -> list[str]:
+  given = f.get("layer_types")
+  if given is None:
+    return [KINDS[t] for t in types]
+  if not isinstance(given, list) or len(given) != f["num_hidden_layers"]:
+    raise UserError(
+        f"{where}: layer_types must be a list of num_hidden_layers={f['num_hidden_layers']} entries"
+    )
+  for kind in given:
+    if kind not in KINDS:
+      raise UserError(
+          f"{where}: layer_types has {kind!r}, which is not implemented; known: {', '.join(KINDS)}"
+      )
+  if family.model_type in ("llama", "mistral") and given != types:
+    raise UserError(
+        f"{where}: layer_types={given!r} is not implemented for model_type={family.model_type!r}"
+    )
+  if "sliding_attention" in given and not window:
+    raise UserError(f"{where}: layer_types has 'sliding_attention' but no sliding_window is in use")
+  return [KINDS[t] for t in given]
+
+
+def _kinds(cfg: ModelConfig) -> list[str]:
+  return [cfg.layer_pattern[i % len(cfg.layer_pattern)] for i in range(cfg.num_layers)]
+
+
+def canonical(cfg: ModelConfig) -> ModelConfig:
+  """The same function, with the fields that have no influence at fixed values."""
+  pattern = pattern_of(_kinds(cfg))
+  local = LOCAL in pattern
+  same_rope = cfg.local_rope is None or cfg.local_rope == cfg.rope
+  default_scale = math.isclose(cfg.query_scale or cfg.head_dim**-0.5, cfg.head_dim**-0.5)
+  return dataclasses.replace(
+      cfg,
+      layer_pattern=pattern,
+      window=cfg.window if local else 0,
+      local_rope=None if same_rope or not local else cfg.local_rope,
+      query_scale=0.0 if default_scale else cfg.query_scale,
+      dtype="float32",
+      remat="none",
+  )
+
+
+def family_of(cfg: ModelConfig) -> Family:
+  """The family that computes this function. A Mistral without a window is a Llama."""
+  if cfg.sandwich_norm:
+    return FAMILIES["gemma3_text"]
+  if cfg.qk_norm:
+    return FAMILIES["qwen3"]
+  if cfg.qkv_bias:
+    return FAMILIES["qwen2"]
+  return FAMILIES["mistral" if LOCAL in canonical(cfg).layer_pattern else "llama"]
+
+
+def rope_to_hf(rope: Rope) -> dict[str, Any]:
+  """A Rope as a `rope_parameters` object."""
+  out = {"rope_type": "default" if rope.scaling == "none" else rope.scaling}
+  out["rope_theta"] = rope.theta
+  if rope.scaling != "none":
+    out["factor"] = rope.factor
+  if rope.scaling == "llama3":
+    out |= {
+        "low_freq_factor": rope.low_freq_factor,
+        "high_freq_factor": rope.high_freq_factor,
+        "original_max_position_embeddings": rope.original_max_length,
+    }
+  return out
+
+
+def to_hf(cfg: ModelConfig, family: Family | None = None) -> dict[str, Any]:
+  """ModelConfig -> config.json as a dict, readable by transformers 4 and 5.
+
+  Raises:
+    UserError: no family, or not the one asked for, computes this function.
+  """
+  family = family or family_of(cfg)
+  wanted = canonical(cfg)
+  types = [next(t for t, kind in KINDS.items() if kind == k) for k in _kinds(wanted)]
+  activation = next(name for name, ours in ACTIVATIONS.items() if ours == cfg.activation)
+  fields = {
+      "architectures": [family.architecture],
+      "model_type": family.model_type,
+      "vocab_size": cfg.vocab_size,
+      "hidden_size": cfg.hidden_size,
+      "intermediate_size": cfg.mlp_size,
+      "num_hidden_layers": cfg.num_layers,
+      "num_attention_heads": cfg.num_heads,
+      "num_key_value_heads": cfg.num_kv_heads,
+      "head_dim": cfg.head_dim,
+      "max_position_embeddings": cfg.max_length,
+      family.activation: activation,
+      "rms_norm_eps": cfg.norm_eps,
+      "tie_word_embeddings": cfg.tied_head,
+      "attention_dropout": 0.0,
+      "use_cache": True,
+  }
+  rope = rope_to_hf(cfg.rope)
+  scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+  fields |= {
+      "rope_theta": cfg.rope.theta,
+      "rope_scaling": None if cfg.rope.scaling == "none" else scaling,
+      "rope_parameters": rope,
+  }
+  if family.model_type in ("llama", "qwen3", "gemma3_text"):
+    fields["attention_bias"] = False
+  if family.model_type == "llama":
+    fields["mlp_bias"] = False
+  if family.model_type == "mistral":
+    fields["sliding_window"] = wanted.window or None
+  if family.model_type in ("qwen2", "qwen3"):
+    fields |= {
+        "use_sliding_window": bool(wanted.window),
+        "sliding_window": wanted.window or None,
+        "max_window_layers": types.index("sliding_attention") if wanted.window else cfg.num_layers,
+        "layer_types": types,
+    }
+  if family.gemma:
+    local = wanted.local_rope or (cfg.rope if wanted.window else Rope())
+    fields |= {
+        "layer_types": types,
+        "sliding_window": wanted.window or 4096,
+        "query_pre_attn_scalar": round((cfg.query_scale or cfg.head_dim**-0.5) ** -2),
+        "rope_local_base_freq": local.theta,
+        "rope_parameters": {"full_attention": rope, "sliding_attention": rope_to_hf(local)},
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    }
+  _check_same(wanted, canonical(from_hf(fields)), family)
+  return fields
+
+
+def _check_same(wanted: ModelConfig, got: ModelConfig, family: Family) -> None:
+  for field in dataclasses.fields(ModelConfig):
+    a, b = getattr(wanted, field.name), getattr(got, field.name)
+    if a != b and not (isinstance(a, float) and math.isclose(a, b, rel_tol=1e-9)):
+      raise UserError(
+          f"this model cannot be exported as family {family.model_type!r}: {field.name}={a!r}, but "
+          f"the family has {b!r}"
+      )
