@@ -53,7 +53,7 @@ def make_mesh(
   shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
   free = [name for name, size in shape.items() if size == -1]
   fixed = int(np.prod([size for size in shape.values() if size != -1]))
-  if len(free) > 1 or fixed < 1 or len(devices) % fixed:
+  if len(free) > 1 or min(shape.values()) < -1 or 0 in shape.values() or len(devices) % fixed:
     raise UserError(
         f"config.mesh: {shape} does not fit {len(devices)} devices; the axes must multiply to the "
         "number of devices, and one of them may be -1 (the rest)"
@@ -130,7 +130,9 @@ def check_batch(mesh: jax.sharding.Mesh, **sizes: int) -> None:
 def place(batch: Any, mesh: jax.sharding.Mesh) -> Any:
   """Puts this process's rows of a host batch onto the mesh as global arrays."""
   sharding = batch_sharding(mesh)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+  return jax.tree.map(
+      lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+  )
 
 
 def to_host(tree: Any) -> Any:

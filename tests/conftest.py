@@ -24,6 +24,15 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture
+def light_compilation():
+  """For files whose time is that of the compiler: the same programs, hardly optimised."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
 def make_model():
   """make_model(seed, **fields of ModelConfig) -> (Transformer, {"params": ...}), one tiny decoder.
 

@@ -18,7 +18,7 @@ class Rope:
   theta: float = 10_000.0
   scaling: str = "none"  # none | linear | llama3
   factor: float = 1.0  # linear, llama3: how many times longer than trained.
-  low_freq_factor: float = 1.0  # llama3: below it (in wavelengths of the original length) scale fully.
+  low_freq_factor: float = 1.0  # llama3: below it (in original lengths) scale fully.
   high_freq_factor: float = 4.0  # llama3: above it do not scale.
   original_max_length: int = 8192  # llama3: tokens.
 
@@ -69,8 +69,13 @@ class ModelConfig:
         object.__setattr__(self, name, Rope(**getattr(self, name)))
     if isinstance(self.lora, Mapping):
       object.__setattr__(self, "lora", LoRA(**self.lora))
+    for name in ("hidden_size", "mlp_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
     if self.num_heads % self.num_kv_heads:
-      raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+      raise ValueError(
+          f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+      )
     if LOCAL in self.layer_pattern and self.window < 1:
       raise ValueError("window must be at least 1 where layer_pattern has a local layer")
     if not set(self.layer_pattern) <= {GLOBAL, LOCAL} or not self.layer_pattern:

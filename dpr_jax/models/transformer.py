@@ -60,7 +60,9 @@ def init_cache(cfg: ModelConfig, batch_size: int, slots: int) -> Cache:
   )
 
 
-def _param(module: nn.Module, name: str, init, axes: tuple[str | None, ...], shape: tuple[int, ...]):
+def _param(
+    module: nn.Module, name: str, init, axes: tuple[str | None, ...], shape: tuple[int, ...]
+):
   return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
@@ -82,7 +84,7 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-  """A dense map from the last `len(in_axes)` dims to `out_shape`; the one place of a matmul weight."""
+  """A dense map from the last `len(in_axes)` dims to `out_shape`; all matmul weights are here."""
 
   cfg: ModelConfig
   out_shape: tuple[int, ...]
@@ -106,7 +108,8 @@ class Projection(nn.Module):
     contract = (tuple(range(x.ndim - n_in, x.ndim)), tuple(range(n_in)))
     y = jax.lax.dot_general(x, kernel.astype(dtype), (contract, ((), ())))
     if self.use_bias:
-      bias = _param(self, "bias", nn.initializers.zeros, self.out_axes, self.out_shape).astype(dtype)
+      bias = _param(self, "bias", nn.initializers.zeros, self.out_axes, self.out_shape)
+      bias = bias.astype(dtype)
       y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
     low_rank = lora_lib.adapter(
         self, self.cfg.lora, x, self.in_axes, self.out_axes, self.out_shape, dtype
@@ -141,7 +144,8 @@ class Attention(nn.Module):
       # new slots are stored, and no copy of the other layers is made.
       at = (layer, 0, shared["index"], 0, 0)
       kv = tuple(
-          jax.lax.dynamic_update_slice(c, new[None].astype(c.dtype), at) for c, new in zip(kv, (k, v))
+          jax.lax.dynamic_update_slice(c, new[None].astype(c.dtype), at)
+          for c, new in zip(kv, (k, v))
       )
       k, v = (jax.lax.dynamic_index_in_dim(c, layer, 0, keepdims=False) for c in kv)
     scale = cfg.query_scale or cfg.head_dim**-0.5
@@ -171,7 +175,12 @@ class MLP(nn.Module):
     act = jax.nn.silu if cfg.activation == "silu" else lambda a: jax.nn.gelu(a, approximate=True)
     h = constrain(act(gate) * up, "batch", "sequence", "mlp")
     return Projection(
-        cfg, (cfg.hidden_size,), ("mlp",), ("embed",), init_scale=1.0 / (2 * cfg.num_layers), name="down"
+        cfg,
+        (cfg.hidden_size,),
+        ("mlp",),
+        ("embed",),
+        init_scale=1.0 / (2 * cfg.num_layers),
+        name="down",
     )(h)
 
 
@@ -267,7 +276,9 @@ class Transformer(nn.Module):
     if not cfg.tied_head:
       self.head = Table(cfg)
 
-  def __call__(self, tokens_BxT, positions_BxT=None, segment_ids_BxT=None, cache: Cache | None = None):
+  def __call__(
+      self, tokens_BxT, positions_BxT=None, segment_ids_BxT=None, cache: Cache | None = None
+  ):
     """Runs the decoder over T tokens a row, after those in the cache if one is given.
 
     Args:

@@ -35,7 +35,8 @@ def rollout_metrics(rollout: Rollout) -> dict[str, jax.Array]:
   return {
       "reward": jnp.sum(rollout.rewards) / rows,
       "reward_per_token": jnp.sum(rollout.rewards) / tokens,
-      "reward_eos": jnp.sum(jnp.where(at_eos, rollout.rewards, 0.0)) / jnp.maximum(jnp.sum(at_eos), 1),
+      "reward_eos": jnp.sum(jnp.where(at_eos, rollout.rewards, 0.0))
+      / jnp.maximum(jnp.sum(at_eos), 1),
       "kl": jnp.sum((rollout.policy_logp - rollout.sft_logp) * mask) / rows,
       "response_length": jnp.sum(rollout.lengths) / rows,
       "eos_rate": jnp.sum(rollout.hit_eos) / rows,

@@ -37,6 +37,9 @@ class Sampling:
       raise ValueError(f"{self}: temperature >= 0, top_k >= 0 and 0 < top_p <= 1 are needed")
 
 
+ON_POLICY = Sampling()
+
+
 @struct.dataclass
 class Generation:
   """Sampled responses behind their right-aligned prompts."""
@@ -91,7 +94,7 @@ def generate(
     *,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = ON_POLICY,
     weights: Sequence[float] = (1.0,),
 ) -> Generation:
   """Samples a response to every prompt. Traceable; jit it with the keywords static.
@@ -119,7 +122,8 @@ def generate(
     token_B = draw(logits_BxV, jax.random.fold_in(rng, step), sampling)
     token_B = jnp.where(done, 0, token_B)
     hit = jnp.arange(logits_BxV.shape[-1], dtype=jnp.int32)[None, :] == token_B[:, None]
-    logp_B = jnp.sum(jnp.where(hit, logits_BxV, 0.0), axis=-1) - jax.nn.logsumexp(logits_BxV, axis=-1)
+    logp_B = jnp.sum(jnp.where(hit, logits_BxV, 0.0), axis=-1)
+    logp_B = logp_B - jax.nn.logsumexp(logits_BxV, axis=-1)
     stopped = jnp.any(token_B[:, None] == stop_1xE, axis=1) & ~done
     return token_B, jnp.where(done, 0.0, logp_B), stopped
 
@@ -147,7 +151,8 @@ def generate(
     return (s["t"] < max_new_tokens) & ~jnp.all(s["done"])
 
   def body(s):
-    logits, caches = forward(s["token"][:, None], s["alive"][:, None].astype(jnp.int32), s["caches"])
+    token_Bx1, alive_Bx1 = s["token"][:, None], s["alive"][:, None].astype(jnp.int32)
+    logits, caches = forward(token_Bx1, alive_Bx1, s["caches"])
     token, logp, stopped = choose(logits, s["t"], s["done"])
     alive = ~s["done"]
     return {

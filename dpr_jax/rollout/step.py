@@ -15,7 +15,7 @@ from flax import struct
 from dpr_jax.data.batches import PromptBatch
 from dpr_jax.models.logprobs import TokenLogProbs, token_logprobs
 from dpr_jax.rewards import token_rewards
-from dpr_jax.rollout.sampler import Sampling, generate
+from dpr_jax.rollout.sampler import ON_POLICY, Sampling, generate
 
 
 @struct.dataclass
@@ -35,7 +35,7 @@ class Rollout:
   policy_logp: jax.Array  # float32 [B, N], re-scored by teacher forcing.
   sft_logp: jax.Array  # float32 [B, N].
   ref_logp: jax.Array  # float32 [B, N].
-  decode_logp: jax.Array  # float32 [B, N], as seen while decoding; its gap to policy_logp is numerical.
+  decode_logp: jax.Array  # float32 [B, N], as decoded; its gap to policy_logp is numerical.
   entropy: jax.Array  # float32 [B, N], of the policy, nats.
 
   @property
@@ -60,7 +60,7 @@ def make_rollout_step(
     *,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = ON_POLICY,
     reward: str | RewardFn = "baseline_relative",
     chunk_size: int = 128,
 ):

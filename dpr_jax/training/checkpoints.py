@@ -3,9 +3,11 @@
 A checkpoint of step s holds, atomically and together:
   variables   the trainable variables, readable on their own (as sft, as ref, for export)
   training    optimizer state and rng
-  meta        JSON: step and the position of the data
+  meta        JSON: step, the position of the data, and fingerprints of all arrays
 Restoring goes against an abstract tree with explicit shardings, so that any mesh reads
-any checkpoint. A save that was cut off leaves a temporary folder, which is ignored.
+any checkpoint. A save that was cut off leaves a temporary folder, which is ignored. A
+finished checkpoint that cannot be read, or whose values are not those that were saved, is
+passed over for an older one, with a warning.
 """
 
 import logging
@@ -17,19 +19,29 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dpr_jax.errors import UserError
+from dpr_jax.training.integrity import fingerprint, stored_dtypes
 from dpr_jax.training.steps import TrainState
 
-logging.getLogger("absl").setLevel(logging.WARNING)
-
 _policies = ocp.checkpoint_managers
+_log = logging.getLogger(__name__)
+
+
+class Damaged(RuntimeError):
+  """A checkpoint does not give back what was saved."""
 
 
 class Checkpoints:
   """The checkpoints of one stage, in `directory`; a context manager."""
 
-  def __init__(self, directory, *, keep: int = 1, keep_steps: Sequence[int] = (), read_only: bool = False):
+  def __init__(
+      self, directory, *, keep: int = 1, keep_steps: Sequence[int] = (), read_only: bool = False
+  ):
     """Args: keep, latest checkpoints kept; keep_steps, steps kept for ever (milestones)."""
-    self.directory = epath.Path(directory).absolute() if "://" not in str(directory) else epath.Path(directory)
+    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every file it opens.
+    self.directory = epath.Path(directory)
+    if "://" not in str(directory):
+      self.directory = self.directory.absolute()
+    self._read_only = read_only
     self._manager = ocp.CheckpointManager(
         self.directory,
         item_names=("variables", "training", "meta"),
@@ -57,31 +69,39 @@ class Checkpoints:
     """Starts saving (asynchronously) unless this step is there already."""
     if step in self._manager.all_steps():
       return
-    self._manager.save(
+    training = {"opt_state": state.opt_state, "rng": state.rng}
+    hashes = {"variables": fingerprint(state.trainable), "training": fingerprint(training)}
+    saved = self._manager.save(
         step,
         args=ocp.args.Composite(
             variables=ocp.args.StandardSave(state.trainable),
-            training=ocp.args.StandardSave({"opt_state": state.opt_state, "rng": state.rng}),
-            meta=ocp.args.JsonSave({"step": step, "data": data_state}),
+            training=ocp.args.StandardSave(training),
+            meta=ocp.args.JsonSave({"step": step, "data": data_state, "hashes": hashes}),
         ),
     )
+    if not saved:
+      raise RuntimeError(f"{self.directory}: step {step} was not saved; it holds {self.steps()}")
 
   def wait(self) -> None:
     self._manager.wait_until_finished()
 
-  def restore(self, abstract: TrainState, frozen: Any = None) -> tuple[TrainState, dict[str, Any]] | None:
-    """(state, data position) of the newest checkpoint, or None if there is none."""
-    step = self._manager.latest_step()
-    if step is None:
-      return None
+  def _meta(self, step: int) -> dict[str, Any]:
+    return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+  def _restore(
+      self, step: int, abstract: TrainState, frozen: Any
+  ) -> tuple[TrainState, dict[str, Any]]:
+    meta = self._meta(step)
+    training = {"opt_state": abstract.opt_state, "rng": abstract.rng}
     out = self._manager.restore(
         step,
         args=ocp.args.Composite(
             variables=ocp.args.StandardRestore(abstract.trainable),
-            training=ocp.args.StandardRestore({"opt_state": abstract.opt_state, "rng": abstract.rng}),
-            meta=ocp.args.JsonRestore(),
+            training=ocp.args.StandardRestore(training),
         ),
     )
+    _check(meta["hashes"]["variables"], out.variables)
+    _check(meta["hashes"]["training"], out.training)
     state = TrainState(
         step=jax.device_put(jax.numpy.int32(step), abstract.step.sharding),
         trainable=out.variables,
@@ -89,18 +109,83 @@ class Checkpoints:
         rng=out.training["rng"],
         frozen=frozen or {},
     )
-    return state, out.meta["data"]
+    return state, meta["data"]
+
+  def restore(
+      self, abstract: TrainState, frozen: Any = None
+  ) -> tuple[TrainState, dict[str, Any]] | None:
+    """(state, data position) of the newest checkpoint that is whole, or None if there is none.
+
+    Newer ones that are damaged are logged, and removed (unless read-only): their steps will
+    be saved again.
+
+    Raises:
+      UserError: there are checkpoints, and none can be read.
+    """
+    failed: dict[int, Exception] = {}
+    for step in reversed(self.steps()):
+      try:
+        out = self._restore(step, abstract, frozen)
+      except Exception as e:  # Orbax and TensorStore raise what they like for a torn file.
+        failed[step] = e
+        continue
+      for bad, error in failed.items():
+        _log.warning(
+            "%s: the checkpoint of step %d is damaged (%s); going on from step %d",
+            self.directory, bad, _first_line(error), step,
+        )
+        if not self._read_only:
+          self._manager.delete(bad)
+      return out
+    if failed:
+      newest = max(failed)
+      raise UserError(
+          f"{self.directory}: no checkpoint of steps {sorted(failed)} can be read into this model "
+          f"(step {newest}: {_first_line(failed[newest])}); restore the folder from a copy, or "
+          "remove it to start the stage again"
+      )
+    return None
 
   def restore_variables(self, step: int, abstract: Any) -> Any:
     """The variables of one checkpoint, cast and laid out like `abstract`.
 
     Raises:
-      UserError: there is no finished checkpoint of that step.
+      UserError: there is no finished checkpoint of that step, or it is damaged.
     """
     if step not in self._manager.all_steps():
       raise UserError(
           f"{self.directory}: no checkpoint of step {step}; it holds {self.steps() or 'none'}"
       )
-    return self._manager.restore(
-        step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(abstract))
-    ).variables
+    try:
+      hashes = self._meta(step)["hashes"]["variables"]
+      # In the dtype of the file, to be checked, and then cast leaf by leaf.
+      stored = self._manager.restore(
+          step,
+          args=ocp.args.Composite(
+              variables=ocp.args.StandardRestore(stored_dtypes(hashes, abstract))
+          ),
+      ).variables
+      _check(hashes, stored)
+    except Exception as e:
+      raise UserError(
+          f"{self.directory}: the checkpoint of step {step} cannot be read into this model "
+          f"({_first_line(e)}); restore it from a copy, or run the stage again"
+      ) from e
+
+    def cast(x, like):
+      return x if x.dtype == like.dtype else jax.device_put(x.astype(like.dtype), like.sharding)
+
+    return jax.tree.map(cast, stored, abstract)
+
+
+def _check(hashes: dict[str, str], restored: Any) -> None:
+  """Raises Damaged where an array differs from the one that was saved."""
+  now = fingerprint(restored)
+  bad = sorted(path for path in {*hashes, *now} if hashes.get(path) != now.get(path))
+  if bad:
+    raise Damaged(f"{bad[0]} is not what was saved ({len(bad)} of {len(now)} arrays differ)")
+
+
+def _first_line(error: Exception) -> str:
+  text = str(error).strip().splitlines()
+  return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -59,7 +59,9 @@ def run_stage(
   Raises:
     Diverged: the loss or the gradient was not finite. Nothing of that step is saved.
   """
-  with Checkpoints(directory / "checkpoints", keep=checkpoint_keep, keep_steps=keep_steps) as checkpoints:
+  with Checkpoints(
+      directory / "checkpoints", keep=checkpoint_keep, keep_steps=keep_steps
+  ) as checkpoints:
     restored = checkpoints.restore(abstract, frozen)
     if restored is None:
       state, start = make_state(), 0

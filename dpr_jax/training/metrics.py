@@ -76,7 +76,12 @@ class MetricsWriter:
         import tqdm
 
         self._bar = tqdm.tqdm(
-            total=steps, initial=start_step, desc=stage, unit="step", dynamic_ncols=True, mininterval=0.5
+            total=steps,
+            initial=start_step,
+            desc=stage,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
         )
     self._run_tokens, self._started = 0.0, time.monotonic()
     self._last = self._started
@@ -100,13 +105,16 @@ class MetricsWriter:
     self._pending = (step, metrics)
 
   def flush(self) -> None:
-    """Writes what is pending, down to the disk."""
-    self._emit()
+    """Writes what is pending, down to the disk, whatever `every` says.
+
+    Called before a checkpoint, so that a resumed run finds the totals of its first step.
+    """
+    self._emit(due=True)
     if self._file is not None:
       self._file.flush()
       os.fsync(self._file.fileno())
 
-  def _emit(self) -> None:
+  def _emit(self, due: bool = False) -> None:
     if self._pending is None:
       return
     (step, metrics), self._pending = self._pending, None
@@ -119,16 +127,18 @@ class MetricsWriter:
     self._run_tokens += trained
     if values.pop("skipped", 0.0) or not math.isfinite(values["loss"]):
       raise Diverged(
-          f"{self._stage}: the loss or gradient of step {step} is not finite (loss {values['loss']}); "
-          "the update was not applied. Lower the learning rate, or look at the batch."
+          f"{self._stage}: the loss or gradient of step {step} is not finite "
+          f"(loss {values['loss']}); the update was not applied. Lower the learning rate, or look "
+          "at the batch."
       )
     line = {"step": step, "loss": values.pop("loss"), "tokens": self._tokens}
     line |= {"seconds": round(self._seconds, 3), **values}
     self.latest = line
     if not self._lead:
       return
-    if step % self._every == 0 or step == self._steps:
-      self._file.write(json.dumps(line) + "\n")
+    if due or step % self._every == 0 or step == self._steps:
+      finite = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN.
+      self._file.write(json.dumps(finite) + "\n")
       if self._board is not None:
         for name, value in line.items():
           if name != "step":

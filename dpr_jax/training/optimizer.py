@@ -7,10 +7,14 @@ from dpr_jax.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Learning rate by step: linear warm-up, then constant, cosine or linear decay."""
+  """Learning rate by update, counted from 0: linear warm-up, then constant, cosine or linear decay.
+
+  The warm-up reaches the peak at its last update; the decay starts from there and reaches
+  final_fraction of the peak at update steps - 1, the last.
+  """
   peak, end = config.learning_rate, config.learning_rate * config.final_fraction
   warmup = min(config.warmup_steps, steps)
-  rest = max(steps - warmup, 1)
+  rest = max(steps - warmup - 1, 1)
   after = {
       "constant": lambda: optax.constant_schedule(peak),
       "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction),

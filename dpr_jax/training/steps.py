@@ -34,10 +34,20 @@ class TrainState:
 
   @classmethod
   def create(
-      cls, variables: Any, optimizer: optax.GradientTransformation, rng: jax.Array, frozen: Any = None
+      cls,
+      variables: Any,
+      optimizer: optax.GradientTransformation,
+      rng: jax.Array,
+      frozen: Any = None,
   ) -> "TrainState":
-    """A state at step 0. Optimizer moments are laid out like the variables they belong to."""
+    """A state at step 0, which takes over `variables`: a train step donates their buffers.
+
+    Optimizer moments are laid out like the variables they belong to.
+    """
+    variables = jax.tree.map(jnp.asarray, variables)
     shardings = state_shardings(variables, optimizer, frozen)
+    # Committed to where they are: the arrays of later steps are, and would compile a second time.
+    variables = jax.device_put(variables, shardings.trainable)
     return cls(
         step=jax.device_put(jnp.zeros((), jnp.int32), shardings.step),
         trainable=variables,
@@ -56,7 +66,7 @@ def state_shardings(variables: Any, optimizer, frozen: Any = None) -> TrainState
       if isinstance(first, jax.sharding.NamedSharding)
       else first
   )
-  opt_state = optax.tree_utils.tree_map_params(
+  opt_state = optax.tree.map_params(
       optimizer,
       lambda _, sharding: sharding,
       jax.eval_shape(optimizer.init, variables),
@@ -144,7 +154,7 @@ def make_train_step(
   """Returns train_step(state, batch) -> (state, metrics), jitted at its first call.
 
   The returned state keeps the shardings of the state that came in, and takes its buffers
-  (`donate`); `state.frozen` is never donated, because other models share it. The update
+  (`donate`); `state.frozen` and `state.rng` are never donated. The update
   is sum(gradients) / sum(weights) over micro-batches and devices. An update whose loss or
   gradient is not finite leaves variables and moments as they were and reports
   `skipped` = 1.
@@ -157,14 +167,14 @@ def make_train_step(
   The metrics are device scalars: `loss`, `grad_norm`, `skipped` and those of the loss.
   """
 
-  def update(state: TrainState, frozen, batch):
-    rng = jax.random.fold_in(state.rng, state.step)
+  def update(state: TrainState, fixed, batch):
+    frozen, rng = fixed
     grads, loss_sum, weight, metrics = accumulate(
-        loss_fn, state.trainable, frozen, batch, rng, accumulation
+        loss_fn, state.trainable, frozen, batch, jax.random.fold_in(rng, state.step), accumulation
     )
     safe = jnp.where(weight == 0, 1.0, weight)
     grads = jax.tree.map(lambda g: g / safe.astype(g.dtype), grads)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     finite = jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
@@ -181,18 +191,20 @@ def make_train_step(
 
   def lower_or_call(state: TrainState, batch, method):
     nonlocal jitted
-    inner = state.replace(frozen={})
+    # What a step does not change stays outside of the donated state: frozen variables are
+    # shared with other models, and the caller may use its key again.
+    inner, fixed = state.replace(frozen={}, rng=None), (state.frozen, state.rng)
     if jitted is None:
       shardings = jax.tree.map(lambda x: x.sharding, inner)
       jitted = jax.jit(
           update, donate_argnums=(0,) if donate else (), out_shardings=(shardings, None)
       )
-    return getattr(jitted, method)(inner, state.frozen, batch)
+    return getattr(jitted, method)(inner, fixed, batch)
 
   def train_step(state: TrainState, batch):
-    frozen = state.frozen
+    frozen, rng = state.frozen, state.rng
     state, metrics = lower_or_call(state, batch, "__call__")
-    return state.replace(frozen=frozen), metrics
+    return state.replace(frozen=frozen, rng=rng), metrics
 
   train_step.lower = lambda state, batch: lower_or_call(state, batch, "lower")
   train_step.compilations = lambda: 0 if jitted is None else jitted._cache_size()

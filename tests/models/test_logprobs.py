@@ -1,0 +1,135 @@
+"""Chunked log-probabilities against float64 numpy, and the one shift by one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpr_jax.models import token_logprobs
+from dpr_jax.models.logprobs import hidden_logprobs
+
+
+def _naive(logits, targets):
+  """(logp, logsumexp, entropy) in float64."""
+  logits = logits.astype(np.float64)
+  top = logits.max(-1, keepdims=True)
+  lse = (top + np.log(np.exp(logits - top).sum(-1, keepdims=True)))[..., 0]
+  log_p = logits - lse[..., None]
+  logp = np.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+  return logp, lse, -(np.exp(log_p) * log_p).sum(-1)
+
+
+@pytest.mark.parametrize("length,chunk_size", [(1, 4), (7, 3), (8, 4), (13, 5), (13, 12), (13, 64)])
+def test_chunks_equal_float64_numpy(rng, length, chunk_size):
+  hidden = rng.normal(size=(3, length, 6)).astype(np.float32)
+  table = (2 * rng.normal(size=(6, 11))).astype(np.float32)
+  targets = rng.integers(0, 11, (3, length)).astype(np.int32)
+  got = hidden_logprobs(
+      lambda h: h @ jnp.asarray(table)[None], hidden, targets, chunk_size=chunk_size,
+      with_entropy=True,
+  )
+  for ours, expected in zip(got, _naive(hidden @ table, targets)):
+    assert ours.shape == (3, length) and ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_gradients_do_not_depend_on_the_chunk_and_equal_the_analytic_one(rng):
+  hidden = rng.normal(size=(2, 9, 5)).astype(np.float32)
+  table = rng.normal(size=(5, 7)).astype(np.float32)
+  targets = rng.integers(0, 7, (2, 9)).astype(np.int32)
+  weight = rng.normal(size=(3, 2, 9)).astype(np.float32)
+
+  def loss(hidden, table, chunk_size):
+    out = hidden_logprobs(
+        lambda h: jnp.einsum("btd,dv->btv", h, table), hidden, targets, chunk_size=chunk_size,
+        with_entropy=True,
+    )
+    return sum(jnp.sum(w * x) for w, x in zip(weight, out))
+
+  # d logp = (one_hot - p), d logsumexp = p, and the entropy has none.
+  p = jax.nn.softmax(hidden @ table, axis=-1)
+  d_logits = weight[0][..., None] * (np.eye(7)[targets] - p) + weight[1][..., None] * p
+  expected = (d_logits @ table.T, np.einsum("btd,btv->dv", hidden, d_logits))
+  for chunk_size in (2, 4, 9):
+    got = jax.grad(loss, argnums=(0, 1))(hidden, table, chunk_size)
+    for ours, theirs in zip(got, expected):
+      np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_each_token_is_scored_from_the_column_before_it(make_model, rng):
+  model, variables = make_model(int(rng.integers(1 << 30)))
+  tokens = rng.integers(0, 29, (3, 10)).astype(np.int32)
+  segments = np.array(
+      [[0, 0, 1, 1, 1, 1, 1, 2, 2, 2], [1] * 8 + [0] * 2, [1, 1, 2, 2, 2, 3, 0, 4, 4, 0]], np.int32
+  )
+  hidden, _ = model.apply(variables, tokens, None, segments)
+  logits = np.asarray(model.apply(variables, hidden, method="unembed"))
+  naive = _naive(logits[:, :-1], tokens[:, 1:])
+  out = token_logprobs(model, variables, tokens, segments, chunk_size=4, with_entropy=True)
+  has_past = np.zeros((3, 10), bool)
+  for b, t in np.ndindex(3, 9):
+    has_past[b, t + 1] = segments[b, t + 1] != 0 and segments[b, t + 1] == segments[b, t]
+  for ours, expected in zip((out.logp, out.logsumexp, out.entropy), naive):
+    ours = np.asarray(ours)
+    assert ours.shape == (3, 10)
+    np.testing.assert_array_equal(ours[~has_past], 0.0)
+    np.testing.assert_allclose(
+        ours, np.where(has_past, np.pad(expected, ((0, 0), (1, 0))), 0.0), atol=2e-5
+    )
+
+  for start in (1, 4, 9):
+    part = token_logprobs(
+        model, variables, tokens, segments, start=start, chunk_size=4, with_entropy=True
+    )
+    for ours, whole in zip(jax.tree.leaves(part), jax.tree.leaves(out)):
+      assert ours.shape == (3, 10 - start)
+      np.testing.assert_allclose(ours, whole[:, start:], atol=1e-5)
+
+
+def test_entropy_is_zero_unless_asked_for(make_model, rng):
+  model, variables = make_model(0)
+  tokens = rng.integers(0, 29, (1, 4)).astype(np.int32)
+  out = token_logprobs(model, variables, tokens)
+  np.testing.assert_array_equal(out.entropy, 0.0)
+
+
+def _largest(jaxpr, found=None):
+  """Sizes of all floating arrays of a jaxpr, those inside scans and checkpoints included."""
+  found = set() if found is None else found
+  for eqn in jaxpr.eqns:
+    for var in eqn.outvars:
+      if jnp.issubdtype(var.aval.dtype, jnp.floating):
+        found.add(var.aval.size)
+    for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        _largest(inner, found)
+  return found
+
+
+def test_logits_of_all_columns_never_exist(rng):
+  """Neither forward nor backward: peak memory follows the chunk, not the length."""
+  batch, dim, vocab, chunk = 2, 8, 4096, 16
+
+  def loss(hidden, table, targets):
+    out = hidden_logprobs(
+        lambda h: jnp.einsum("btd,dv->btv", h, table), hidden, targets, chunk_size=chunk
+    )
+    return jnp.sum(out[0])
+
+  def shapes(length):
+    return [
+        jax.ShapeDtypeStruct((batch, length, dim), jnp.float32),
+        jax.ShapeDtypeStruct((dim, vocab), jnp.float32),
+        jax.ShapeDtypeStruct((batch, length), jnp.int32),
+    ]
+
+  grad = jax.value_and_grad(loss, argnums=(0, 1))
+  sizes = _largest(jax.make_jaxpr(grad)(*shapes(128)).jaxpr)
+  assert max(sizes) == batch * chunk * vocab  # of one chunk; the walk does see it.
+  temp = {
+      length: jax.jit(grad).lower(*shapes(length)).compile().memory_analysis().temp_size_in_bytes
+      for length in (128, 512)
+  }
+  assert temp[512] < 1.2 * temp[128]
+  assert temp[512] < 5 * batch * chunk * vocab * 4 + 4 * dim * vocab * 4

@@ -1,0 +1,223 @@
+"""A mesh changes where arrays live and nothing else: 8 forced host devices against one.
+
+The programs below run in a process of their own; see conftest.py.
+"""
+
+import pytest
+
+MESHES = ((2, 2, 2), (1, 2, 4))
+MORE_MESHES = ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 1, 4))  # each takes a compilation: slow.
+
+
+def _setup(shape, devices):
+  """(mesh, model, state, train_step, batch, optimizer) of one mesh, the same values on each."""
+  import numpy as np
+
+  from dpr_jax import sharding
+  from dpr_jax.config import OptimizerConfig
+  from dpr_jax.data.batches import SFTBatch
+  from dpr_jax.losses import make_sft_loss
+  from dpr_jax.models import ModelConfig, Transformer
+  from dpr_jax.training import make_train_step
+  from dpr_jax.training.optimizer import make_optimizer
+
+  # Two kv heads on tensor=4 and a vocabulary of 38 stay whole there; on tensor=2 they split.
+  cfg = ModelConfig(vocab_size=38, hidden_size=32, mlp_size=64, num_layers=2, num_heads=4,
+                    num_kv_heads=2, head_dim=8, layer_pattern=("local", "global"), window=5)
+  mesh = sharding.make_mesh(*shape, devices=devices)
+  optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, eps=1e-4), 10)
+  draw = np.random.default_rng(0)
+  tokens = draw.integers(0, 38, (8, 13)).astype(np.int32)
+  segments = np.sort(draw.integers(1, 3, (8, 13)), axis=1).astype(np.int32)
+  segments[:, 10:] *= draw.integers(0, 2, (8, 1)).astype(np.int32)
+  mask = ((draw.random((8, 13)) < 0.7) & (segments > 0)).astype(np.float32)
+  batch = sharding.place(SFTBatch(tokens=tokens, segment_ids=segments, loss_mask=mask), mesh)
+  model = Transformer(cfg)
+  step = make_train_step(make_sft_loss(model, chunk_size=5), optimizer, accumulation=2)
+  return mesh, model, step, batch, optimizer
+
+
+def _variables(model, mesh, seed=0):
+  import flax.linen as nn
+  import jax
+
+  from dpr_jax import sharding
+  from dpr_jax.models import init_variables
+
+  make = lambda key: jax.tree.map(lambda x: x * 1.5 if x.ndim > 1 else x,
+                                  nn.unbox(init_variables(model.cfg, key)))
+  boxed = jax.eval_shape(lambda key: init_variables(model.cfg, key), jax.random.key(0))
+  return jax.jit(make, out_shardings=sharding.shardings_of(boxed, mesh))(jax.random.key(seed))
+
+
+def train(shapes):
+  """Losses, gradient norms and parameters of 3 AdamW steps on each mesh, and on one device."""
+  import jax
+  import numpy as np
+
+  from dpr_jax import sharding
+  from dpr_jax.training import TrainState
+
+  runs = []
+  for shape in [(1, 1, 1), *shapes]:
+    devices = jax.devices()[: int(np.prod(shape))]
+    mesh, model, step, batch, optimizer = _setup(shape, devices)
+    with jax.set_mesh(mesh):
+      state = TrainState.create(_variables(model, mesh), optimizer, jax.random.key(1))
+      before = jax.tree.map(lambda x: x.sharding, state)
+      losses, norms = [], []
+      for _ in range(3):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+        norms.append(float(metrics["grad_norm"]))
+      kept = jax.tree.map(lambda x, s: x.sharding == s, state, before)
+      leaves = jax.tree.leaves(state.trainable)
+      moments = jax.tree.leaves(state.opt_state)
+      runs.append(dict(
+          losses=losses, norms=norms, compilations=step.compilations(),
+          kept=bool(jax.tree.all(kept)),
+          split=sum(not x.sharding.is_fully_replicated for x in leaves) / len(leaves),
+          moments_split=sum(not x.sharding.is_fully_replicated for x in moments),
+          params=[np.asarray(x, np.float64).ravel()[:40].tolist()
+                  for x in jax.tree.leaves(sharding.to_host(state.trainable))],
+      ))
+  return runs
+
+
+def roll_out(shapes):
+  """Rollout, weighing and one REINFORCE step on each mesh, and on one device."""
+  import jax
+  import numpy as np
+
+  from dpr_jax import sharding
+  from dpr_jax.data.batches import PromptBatch
+  from dpr_jax.losses import make_reinforce_loss, reinforce_batch
+  from dpr_jax.rollout import make_rollout_step
+  from dpr_jax.training import TrainState, make_train_step
+
+  draw = np.random.default_rng(5)
+  lengths = np.array([4, 1, 0, 3, 2, 4, 1, 3], np.int32)
+  prompts = PromptBatch(tokens=draw.integers(0, 38, (8, 4)).astype(np.int32), lengths=lengths)
+  runs = []
+  for shape in [(1, 1, 1), *shapes]:
+    mesh, model, _, _, optimizer = _setup(shape, jax.devices()[: int(np.prod(shape))])
+    with jax.set_mesh(mesh):
+      policy, sft, ref = (_variables(model, mesh, seed) for seed in (0, 1, 2))
+      rollout_step = make_rollout_step(model, max_new_tokens=6, stop_ids=(1, 2, 3), chunk_size=4)
+      rollout = rollout_step(policy, sft, ref, sharding.place(prompts, mesh), jax.random.key(7))
+      batch, _ = jax.jit(lambda r: reinforce_batch(r, beta=0.5, baseline="position_mean"))(rollout)
+      step = make_train_step(make_reinforce_loss(model, chunk_size=4), optimizer, accumulation=2)
+      state = TrainState.create(policy, optimizer, jax.random.key(1))
+      losses = []
+      for _ in range(2):
+        state, metrics = step(state, batch)
+        losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+      rows = sharding.batch_sharding(mesh)
+      runs.append(dict(
+          tokens=np.asarray(rollout.tokens).tolist(), lengths=np.asarray(rollout.lengths).tolist(),
+          rewards=np.asarray(rollout.rewards).tolist(), losses=losses,
+          by_rows=[
+              x.sharding.is_equivalent_to(rows, x.ndim) for x in jax.tree.leaves((rollout, batch))
+          ],
+          compilations=step.compilations(),
+      ))
+  return runs
+
+
+def save_and_restore(directory, shapes):
+  """Saves on the first mesh, restores on the others; True where every bit agrees."""
+  import jax
+  import numpy as np
+  import optax
+  from jax.sharding import NamedSharding
+
+  from dpr_jax import sharding
+  from dpr_jax.training import TrainState
+  from dpr_jax.training.checkpoints import Checkpoints
+  from dpr_jax.training.steps import abstract_state
+
+  axes = {"table": ("vocab", "embed"), "kernel": ("layers", "embed", "heads", "head_dim")}
+  draw = np.random.default_rng(0)
+  values = {
+      "table": draw.normal(size=(40, 16)).astype(np.float32),
+      "kernel": draw.normal(size=(3, 16, 4, 2)).astype(np.float32),
+  }
+  optimizer, key = optax.adamw(0.1), jax.random.key(3)
+  host = lambda s: [np.asarray(x) for x in jax.tree.leaves(sharding.to_host(
+      (s.trainable, s.opt_state, jax.random.key_data(s.rng))))]
+  saved, out = None, []
+  for shape in shapes:
+    mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    with jax.set_mesh(mesh):
+      own = {
+          k: NamedSharding(mesh, sharding.resolve(axes[k], v.shape, mesh))
+          for k, v in values.items()
+      }
+      if saved is None:
+        state = TrainState.create({"params": jax.device_put(values, own)}, optimizer, key)
+        moments = jax.tree.map(
+            lambda x: x + 1 if x.ndim else x, state.opt_state  # not the zeros of a fresh start.
+        )
+        state = state.replace(opt_state=moments)
+        with Checkpoints(directory) as checkpoints:
+          checkpoints.save(state, 1, {"next_step": 1})
+        saved = host(state)
+        continue
+      like = {"params": {
+          k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=own[k]) for k, v in values.items()
+      }}
+      with Checkpoints(directory, read_only=True) as checkpoints:
+        state, data = checkpoints.restore(abstract_state(like, optimizer, key))
+      same = all(np.array_equal(a, b) for a, b in zip(saved, host(state), strict=True))
+      laid_out = all(state.trainable["params"][k].sharding == own[k] for k in own)
+      split = all(not x.sharding.is_fully_replicated
+                  for x in jax.tree.leaves(state.opt_state) if x.ndim) or shape == [1, 1, 1]
+      out.append([same, laid_out, split, data])
+  return out
+
+
+def _quiet(stderr):
+  """The partitioner says so when it must gather a whole array: none of our programs may."""
+  for complaint in ("Involuntary full rematerialization", "not used: donated"):
+    assert complaint not in stderr, stderr
+
+
+@pytest.mark.parametrize("meshes", [MESHES, pytest.param(MORE_MESHES, marks=pytest.mark.slow)],
+                         ids=["some", "more"])
+def test_training_on_a_mesh_equals_one_device(run_on_devices, meshes):
+  done = run_on_devices(train, meshes)
+  alone, *sharded = done.result
+  assert alone["losses"][2] < alone["losses"][0]
+  for shape, run in zip(meshes, sharded, strict=True):
+    assert run["losses"] == pytest.approx(alone["losses"], rel=1e-5), shape
+    assert run["norms"] == pytest.approx(alone["norms"], rel=1e-5), shape
+    for ours, theirs in zip(run["params"], alone["params"], strict=True):
+      assert ours == pytest.approx(theirs, abs=1e-5), shape
+    assert run["kept"], f"{shape}: the returned state lost its shardings"
+    assert run["compilations"] == 1, shape
+    if shape[1:] != (1, 1):
+      assert run["split"] > 0.6 and run["moments_split"] > 1, shape
+  _quiet(done.stderr)
+
+
+@pytest.mark.parametrize("meshes", [MESHES[:1], pytest.param(MORE_MESHES, marks=pytest.mark.slow)],
+                         ids=["one", "more"])
+def test_rollouts_on_a_mesh_equal_one_device(run_on_devices, meshes):
+  done = run_on_devices(roll_out, meshes)
+  alone, *sharded = done.result
+  assert len(set(alone["lengths"])) > 2
+  for shape, run in zip(meshes, sharded, strict=True):
+    assert run["tokens"] == alone["tokens"] and run["lengths"] == alone["lengths"], shape
+    for ours, theirs in zip(run["rewards"], alone["rewards"], strict=True):
+      assert ours == pytest.approx(theirs, abs=1e-5), shape
+    for ours, theirs in zip(run["losses"], alone["losses"], strict=True):
+      assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6), shape
+    assert all(run["by_rows"]), f"{shape}: rollouts are not laid out by rows"
+    assert run["compilations"] == 1, shape
+  _quiet(done.stderr)
+
+
+def test_a_checkpoint_is_read_by_any_mesh(run_on_devices, tmp_path):
+  meshes = (MESHES[0], (1, 8, 1), (2, 1, 4), (1, 1, 1))
+  done = run_on_devices(save_and_restore, str(tmp_path / "checkpoints"), meshes)
+  assert done.result == [[True, True, True, {"next_step": 1}]] * 3

@@ -1,0 +1,105 @@
+"""The fused step: what it returns is what scoring the finished rows on their own gives."""
+
+import jax
+import numpy as np
+import pytest
+
+from dpr_jax.data.batches import PromptBatch
+from dpr_jax.losses import make_reinforce_loss, reinforce_batch
+from dpr_jax.models import token_logprobs
+from dpr_jax.rollout import make_rollout_step
+
+pytestmark = pytest.mark.usefixtures("light_compilation")
+
+N, P, EOS = 6, 4, 1
+LENGTHS = np.array([4, 1, 0, 3, 2, 4], np.int32)
+
+
+@pytest.fixture
+def models(make_model, rng):
+  """(model, policy, sft, ref), three parameter sets over one model."""
+  seeds = [int(s) for s in rng.integers(0, 1 << 30, 3)]
+  made = [make_model(s, vocab_size=5, num_layers=1) for s in seeds]
+  return made[0][0], *(variables for _, variables in made)
+
+
+def _prompts(rng):
+  tokens = rng.integers(0, 5, (6, P)).astype(np.int32)
+  return PromptBatch(tokens=np.where(np.arange(P) < LENGTHS[:, None], tokens, 0), lengths=LENGTHS)
+
+
+def _key(rng):
+  return jax.random.key(int(rng.integers(1 << 30)))
+
+
+def test_a_rollout_is_consistent_with_scoring_its_rows(models, rng):
+  model, policy, sft, ref = models
+  step = make_rollout_step(model, max_new_tokens=N, stop_ids=(EOS,), chunk_size=4)
+  rollout = step(policy, sft, ref, _prompts(rng), _key(rng))
+  lengths = np.asarray(rollout.lengths)
+  mask = np.arange(N) < lengths[:, None]
+  np.testing.assert_array_equal(rollout.mask, mask)
+  np.testing.assert_array_equal(rollout.prompt_lengths, LENGTHS)
+  np.testing.assert_array_equal(lengths == 0, LENGTHS == 0)
+  np.testing.assert_array_equal(rollout.response_tokens, rollout.tokens[:, P:])
+
+  logp = {}
+  for name, variables in (("policy", policy), ("sft", sft), ("ref", ref)):
+    out = token_logprobs(
+        model, variables, rollout.tokens, rollout.segment_ids, with_entropy=name == "policy"
+    )
+    logp[name] = np.where(mask, np.asarray(out.logp)[:, P:], 0.0)
+    np.testing.assert_allclose(getattr(rollout, f"{name}_logp"), logp[name], atol=1e-5)
+    if name == "policy":
+      np.testing.assert_allclose(
+          rollout.entropy, np.where(mask, np.asarray(out.entropy)[:, P:], 0.0), atol=1e-5
+      )
+  np.testing.assert_allclose(rollout.decode_logp, logp["policy"], atol=1e-4)
+  # Token rewards sum to the log-ratio of the sequences.
+  np.testing.assert_allclose(
+      np.asarray(rollout.rewards).sum(1), (logp["sft"] - logp["ref"]).sum(1), atol=1e-5
+  )
+  assert np.abs(rollout.rewards).max() > 0.1
+  np.testing.assert_array_equal(np.asarray(rollout.rewards)[~mask], 0.0)
+
+
+@pytest.mark.parametrize("reward", ["log_likelihood", "endogenous"])
+def test_other_rewards_by_name(models, rng, reward):
+  model, policy, sft, ref = models
+  step = make_rollout_step(model, max_new_tokens=N, stop_ids=(EOS,), reward=reward)
+  rollout = step(policy, sft, ref, _prompts(rng), _key(rng))
+  total = np.asarray(rollout.rewards).sum(1)
+  expected = np.asarray(rollout.sft_logp).sum(1)
+  if reward == "endogenous":  # telescopes: V(s_0) comes on top.
+    out = token_logprobs(model, sft, rollout.tokens, rollout.segment_ids, start=P)
+    expected = expected + np.where(LENGTHS > 0, np.asarray(out.logsumexp)[:, 0], 0.0)
+  np.testing.assert_allclose(total, expected, atol=2e-5)
+
+
+def test_ref_equal_to_sft_gives_no_reward_and_no_gradient(models, rng):
+  model, policy, sft, _ = models
+  step = make_rollout_step(model, max_new_tokens=N, stop_ids=(EOS,))
+  rollout = step(policy, sft, sft, _prompts(rng), _key(rng))
+  np.testing.assert_array_equal(np.asarray(rollout.rewards), 0.0)
+  loss = make_reinforce_loss(model)
+  grad = jax.jit(jax.grad(lambda v, b: loss(v, b, None)[0]))
+  batch, _ = reinforce_batch(rollout, beta=0.0)
+  assert all(not np.any(g) for g in jax.tree.leaves(grad(policy, batch)))
+  # With a KL the gradient is that of the KL alone, which is not zero.
+  batch, _ = reinforce_batch(rollout, beta=1.0)
+  assert max(np.abs(g).max() for g in jax.tree.leaves(grad(policy, batch))) > 1e-2
+
+
+def test_the_same_key_gives_the_same_rollout_and_another_another(models, rng):
+  model, policy, sft, ref = models
+  step = make_rollout_step(model, max_new_tokens=N, stop_ids=(EOS,))
+  prompts, key = _prompts(rng), _key(rng)
+  first, again = (step(policy, sft, ref, prompts, key) for _ in range(2))
+  jax.tree.map(np.testing.assert_array_equal, first, again)
+  other = step(policy, sft, ref, prompts, jax.random.fold_in(key, 1))
+  assert not np.array_equal(first.tokens, other.tokens)
+
+
+def test_without_end_tokens_it_is_refused(models):
+  with pytest.raises(ValueError, match="stop_ids"):
+    make_rollout_step(models[0], max_new_tokens=N, stop_ids=())

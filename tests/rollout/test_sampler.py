@@ -1,0 +1,251 @@
+"""Sampling against loops of full forwards, naive filters and exact probabilities."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpr_jax.data.batches import PromptBatch
+from dpr_jax.models import token_logprobs
+from dpr_jax.rollout import Sampling, generate
+from dpr_jax.rollout.sampler import draw, filter_logits, right_align
+
+pytestmark = pytest.mark.usefixtures("light_compilation")
+
+N, P = 7, 5
+LENGTHS = (5, 2, 0, 3, 1, 4)
+
+sample = jax.jit(
+    generate, static_argnums=0,
+    static_argnames=("max_new_tokens", "stop_ids", "sampling", "weights"),
+)
+
+
+def _prompts(rng, vocab=29, lengths=LENGTHS):
+  tokens = rng.integers(0, vocab, (len(lengths), P)).astype(np.int32)
+  lengths = np.asarray(lengths, np.int32)
+  return PromptBatch(tokens=np.where(np.arange(P) < lengths[:, None], tokens, 0), lengths=lengths)
+
+
+@jax.jit
+def _log_softmax(logits):
+  return jax.nn.log_softmax(logits, axis=-1)
+
+
+class Naive:
+  """Next-token logits by a full forward over the row, without cache or padding on its left."""
+
+  def __init__(self, model):
+    self._run = jax.jit(
+        lambda v, row: model.apply(v, model.apply(v, row)[0], method="unembed")[0]
+    )
+
+  def __call__(self, variables, row):
+    padded = np.resize(np.asarray(row, np.int32), (1, N + P))  # causal: what follows is not seen.
+    return np.asarray(self._run(variables, padded))[len(row) - 1]
+
+
+def test_right_align_moves_every_prompt_to_the_last_column(rng):
+  prompts = _prompts(rng)
+  tokens, segments = right_align(prompts)
+  for b, n in enumerate(LENGTHS):
+    np.testing.assert_array_equal(tokens[b], [0] * (P - n) + list(prompts.tokens[b, :n]))
+    np.testing.assert_array_equal(segments[b], [0] * (P - n) + [1] * n)
+
+
+@pytest.mark.parametrize("fields", [{}, dict(layer_pattern=("local", "global"), window=3)],
+                         ids=["global", "windowed"])
+def test_greedy_equals_a_loop_of_full_forwards(make_model, rng, fields):
+  model, variables = make_model(int(rng.integers(1 << 30)), **fields)
+  prompts = _prompts(rng)
+  # Ids that the model does like: stops happen early, late and not at all.
+  stop_ids = (3, 8, 15, 22)
+  out = sample(model, (variables,), prompts, jax.random.key(0), max_new_tokens=N,
+               stop_ids=stop_ids, sampling=Sampling(temperature=0.0))
+  naive = Naive(model)
+  for b, n in enumerate(LENGTHS):
+    row, logp, hit = list(prompts.tokens[b, :n]), [], False
+    while n and len(logp) < N and not hit:
+      log_p = np.asarray(_log_softmax(naive(variables, row)))
+      row.append(int(np.argmax(log_p)))
+      logp.append(log_p[row[-1]])
+      hit = row[-1] in stop_ids
+    new = len(logp)
+    assert int(out.lengths[b]) == new and bool(out.hit_eos[b]) == hit
+    np.testing.assert_array_equal(out.tokens[b], [0] * (P - n) + row + [0] * (N - new))
+    np.testing.assert_array_equal(
+        out.segment_ids[b], [0] * (P - n) + [1] * (n + new) + [0] * (N - new)
+    )
+    np.testing.assert_allclose(out.logp[b], logp + [0.0] * (N - new), atol=2e-5)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.5, top_k=4, top_p=0.8)],
+                         ids=["policy", "filtered"])
+def test_logp_is_that_of_the_policy_whatever_the_behaviour(make_model, rng, sampling):
+  model, variables = make_model(int(rng.integers(1 << 30)))
+  prompts = _prompts(rng)
+  out = sample(model, (variables,), prompts, jax.random.key(int(rng.integers(1 << 30))),
+               max_new_tokens=N, stop_ids=(1, 2), sampling=sampling)
+  scored = token_logprobs(model, variables, out.tokens, out.segment_ids, start=P)
+  mask = np.arange(N) < np.asarray(out.lengths)[:, None]
+  np.testing.assert_allclose(out.logp, np.where(mask, scored.logp, 0.0), atol=1e-4)
+  assert np.asarray(out.logp)[mask].min() < -0.1
+
+
+def test_an_end_token_inside_a_prompt_or_as_padding_ends_nothing(make_model, rng):
+  """Padding is id 0 here, and 0 ends a response: only lengths tell them apart."""
+  model, variables = make_model(int(rng.integers(1 << 30)), vocab_size=4)
+  prompts = PromptBatch(
+      tokens=np.zeros((64, P), np.int32), lengths=rng.integers(1, P + 1, 64).astype(np.int32)
+  )
+  out = sample(model, (variables,), prompts, jax.random.key(1), max_new_tokens=N, stop_ids=(0,))
+  tokens, lengths = np.asarray(out.tokens)[:, P:], np.asarray(out.lengths)
+  assert (lengths >= 1).all() and len(set(lengths)) > 1
+  for row, n, hit in zip(tokens, lengths, np.asarray(out.hit_eos)):
+    assert 0 not in row[: n - 1]
+    assert hit == (row[n - 1] == 0) and (hit or n == N)
+    np.testing.assert_array_equal(row[n:], 0)
+  np.testing.assert_array_equal(
+      out.segment_ids,
+      np.concatenate([np.arange(P) >= P - prompts.lengths[:, None],
+                      np.arange(N) < lengths[:, None]], axis=1),
+  )
+  assert (np.asarray(out.logp)[np.arange(N) < lengths[:, None]] < 0).all()
+
+
+def test_decoding_stops_when_every_row_is_done(make_model, rng):
+  model, variables = make_model(0)
+  calls = []
+
+  class Counted:
+    cfg = model.cfg
+
+    def apply(self, variables, *args, **kwargs):
+      if "method" not in kwargs:
+        jax.debug.callback(lambda: calls.append(1))
+      return model.apply(variables, *args, **kwargs)
+
+  prompts = _prompts(rng)
+  run = jax.jit(lambda stop: generate(
+      Counted(), (variables,), prompts, jax.random.key(5), max_new_tokens=N,
+      stop_ids=stop, sampling=Sampling(temperature=0.0)), static_argnums=0)
+  lengths = run((3, 8, 15, 22, 11, 12, 13, 14, 27, 28)).lengths
+  jax.effects_barrier()
+  assert len(calls) == int(max(lengths))  # the prefill and one a further token.
+  calls.clear()
+  out = run(tuple(range(29)))  # anything ends it.
+  jax.effects_barrier()
+  assert len(calls) == 1
+  np.testing.assert_array_equal(out.lengths, (np.asarray(LENGTHS) > 0).astype(int))
+
+
+def test_fillers_alone_end_at_once(make_model, rng):
+  model, variables = make_model(0)
+  out = sample(model, (variables,), _prompts(rng, lengths=(0,) * 6), jax.random.key(0),
+               max_new_tokens=N, stop_ids=(1,))
+  for x in (out.tokens, out.segment_ids, out.lengths, out.hit_eos, out.logp):
+    np.testing.assert_array_equal(np.asarray(x), 0)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(make_model, rng):
+  model, variables = make_model(int(rng.integers(1 << 30)))
+  prompts = _prompts(rng)
+  greedy = dict(max_new_tokens=N, stop_ids=(1, 2), sampling=Sampling(temperature=0.0))
+  whole = sample(model, (variables,), prompts, jax.random.key(0), **greedy)
+  order = rng.permutation(len(LENGTHS))
+  shuffled = sample(model, (variables,), jax.tree.map(lambda x: x[order], prompts),
+                    jax.random.key(0), **greedy)
+  np.testing.assert_array_equal(np.asarray(whole.tokens)[order], shuffled.tokens)
+
+
+def test_contrastive_decoding_equals_mixed_logits(make_model, rng):
+  model, sft = make_model(int(rng.integers(1 << 30)))
+  _, ref = make_model(int(rng.integers(1 << 30)))
+  prompts, alpha = _prompts(rng), 0.7
+  out = sample(model, (sft, ref), prompts, jax.random.key(0), max_new_tokens=N, stop_ids=(1, 2),
+               sampling=Sampling(temperature=0.0), weights=(1 + alpha, -alpha))
+  naive = Naive(model)
+  for b, n in enumerate(LENGTHS):
+    row = list(prompts.tokens[b, :n])
+    for t in range(int(out.lengths[b])):
+      mixed = (1 + alpha) * naive(sft, row) - alpha * naive(ref, row)
+      row.append(int(np.argmax(mixed)))
+      assert int(out.tokens[b, P + t]) == row[-1]
+      assert float(out.logp[b, t]) == pytest.approx(float(_log_softmax(mixed)[row[-1]]), abs=1e-4)
+
+
+def _naive_filter(logits, temperature, top_k, top_p):
+  """Allowed ids of one row, by sorting."""
+  logits = logits.astype(np.float64) / temperature
+  order = np.argsort(-logits)
+  if top_k:
+    order = order[:top_k]
+  p = np.exp(logits[order] - logits[order].max())
+  p /= p.sum()
+  kept, mass = [], 0.0
+  for i, q in zip(order, p):
+    if mass >= top_p:
+      break
+    kept.append(i)
+    mass += q
+  return set(kept)
+
+
+@pytest.mark.parametrize("temperature,top_k,top_p", [
+    (1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 3, 1.0), (1.0, 1, 1.0), (1.0, 99, 1.0), (1.0, 0, 0.6),
+    (1.3, 5, 0.5), (2.0, 0, 0.05),
+])
+def test_filters_keep_what_a_naive_filter_keeps(rng, temperature, top_k, top_p):
+  logits = (2 * rng.normal(size=(20, 13))).astype(np.float32)
+  got = np.asarray(filter_logits(jnp.asarray(logits), Sampling(temperature, top_k, top_p)))
+  for row, ours in zip(logits, got):
+    kept = _naive_filter(row, temperature, top_k, top_p)
+    assert set(np.flatnonzero(np.isfinite(ours))) == kept
+    i = sorted(kept)
+    np.testing.assert_allclose(ours[i], row[i] / temperature, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.6), Sampling(top_k=3)],
+                         ids=["plain", "cool", "top_k"])
+def test_frequencies_follow_the_softmax(sampling):
+  """Chi-square at fixed seeds; its 0.999 quantile at 5 degrees of freedom is 20.5."""
+  logits = np.array([1.0, -0.5, 0.3, 0.0, -1.5, 0.8], np.float32)
+  draws = 60_000
+  tokens = draw(jnp.broadcast_to(logits, (draws, 6)), jax.random.key(11), sampling)
+  count = np.bincount(np.asarray(tokens), minlength=6)
+  p = np.exp(logits / sampling.temperature)
+  if sampling.top_k:
+    p[np.argsort(-logits)[3:]] = 0.0
+  p = p / p.sum()
+  np.testing.assert_array_equal(count[p == 0], 0)
+  seen = p > 0
+  assert np.sum((count[seen] - draws * p[seen]) ** 2 / (draws * p[seen])) < 20.5
+
+
+def test_sampled_sequences_follow_the_exact_distribution(make_model):
+  """All 7 sequences of at most 2 tokens over 3 ids, at a fixed seed (6 degrees: 0.999 at 22.5)."""
+  model, variables = make_model(4, vocab_size=3)
+  rows = 20_000
+  prompts = PromptBatch(tokens=np.full((rows, P), 2, np.int32), lengths=np.full(rows, 2, np.int32))
+  out = sample(model, (variables,), prompts, jax.random.key(3), max_new_tokens=2, stop_ids=(0,))
+  seen = {}
+  for row, n in zip(np.asarray(out.tokens)[:, P:].tolist(), np.asarray(out.lengths)):
+    seen[tuple(row[:n])] = seen.get(tuple(row[:n]), 0) + 1
+  naive, exact = Naive(model), {}
+  for first, p in enumerate(np.exp(_log_softmax(naive(variables, [2, 2])))):
+    if first == 0:
+      exact[(0,)] = p
+      continue
+    for second, q in enumerate(np.exp(_log_softmax(naive(variables, [2, 2, first])))):
+      exact[(first, second)] = p * q
+  assert sum(exact.values()) == pytest.approx(1.0, abs=1e-5) and set(seen) <= set(exact)
+  assert min(exact.values()) * rows > 1
+  chi = sum((seen.get(y, 0) - rows * p) ** 2 / (rows * p) for y, p in exact.items())
+  assert len(exact) == 7 and chi < 22.5
+
+
+@pytest.mark.parametrize("bad", [dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0),
+                                 dict(top_p=1.5)])
+def test_impossible_sampling_is_refused(bad):
+  with pytest.raises(ValueError, match=next(iter(bad))):
+    Sampling(**bad)

@@ -1,0 +1,158 @@
+"""A resumed stage is the uninterrupted one, bit for bit; a diverged one saves nothing bad."""
+
+import json
+import logging
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from dpr_jax import sharding
+from dpr_jax.training import make_train_step
+from dpr_jax.training.loop import run_stage
+from dpr_jax.training.metrics import Diverged, read_metrics
+from dpr_jax.training.steps import abstract_state
+
+OPTIMIZER = optax.adam(0.1)
+
+
+class Killed(Exception):
+  """Stands for a process that ends in the middle of a stage."""
+
+
+class SeededBatches:
+  """Batch t is a pure function of (seed, t); `kill_at` raises instead of giving that batch."""
+
+  def __init__(self, make, kill_at=None, poison_at=None):
+    self.make, self.next_step, self.kill_at, self.poison_at = make, 0, kill_at, poison_at
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    t = self.next_step
+    if t == self.kill_at:
+      raise Killed
+    rows = self.make(np.random.default_rng([7, t]))
+    if t == self.poison_at:
+      rows = rows.replace(y=np.full_like(rows.y, np.nan), weight=np.ones_like(rows.y))
+    self.next_step = t + 1
+    return rows
+
+  def get_state(self):
+    return {"next_step": self.next_step}
+
+  def set_state(self, state):
+    self.next_step = state["next_step"]
+
+
+@pytest.fixture
+def stage(loss_fn, make_rows, make_state):
+  """stage(directory, **overrides) runs 11 steps, a checkpoint every 4, milestones at 3 and 6."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+
+  def run(directory, kill_at=None, poison_at=None, steps=11, **overrides):
+    with jax.set_mesh(mesh):
+      place = lambda tree: jax.device_put(tree, sharding.replicated(mesh))
+      make = lambda: place(make_state(OPTIMIZER, seed=2))
+      like = make()
+      describe = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+      arguments = dict(
+          make_state=make,
+          abstract=abstract_state(jax.tree.map(describe, like.trainable), OPTIMIZER, like.rng),
+          batches=SeededBatches(make_rows, kill_at, poison_at),
+          steps=steps, directory=directory, mesh=mesh, checkpoint_every=4, keep_steps=(3, 6),
+          progress=False, schedule=lambda t: 0.1,
+      )
+      return run_stage(
+          "stage", make_train_step(loss_fn, OPTIMIZER), **{**arguments, **overrides}
+      )
+
+  return run
+
+
+def _bits(state):
+  return [np.asarray(x).tobytes() for x in jax.tree.leaves(
+      (state.step, state.trainable, state.opt_state, jax.random.key_data(state.rng)))]
+
+
+def _lines(directory):
+  """Metrics without what a clock says."""
+  return [{k: v for k, v in line.items() if k != "seconds"}
+          for line in read_metrics(directory / "metrics.jsonl")]
+
+
+def test_an_uninterrupted_stage_writes_one_line_a_step(stage, tmp_path):
+  state = stage(tmp_path)
+  assert int(state.step) == 11
+  lines = read_metrics(tmp_path / "metrics.jsonl")
+  assert [line["step"] for line in lines] == list(range(1, 12))
+  for line in lines:
+    assert {"step", "loss", "tokens", "seconds", "grad_norm", "learning_rate"} <= set(line)
+  assert [a["tokens"] < b["tokens"] and a["seconds"] <= b["seconds"]
+          for a, b in zip(lines, lines[1:])] == [True] * 10
+  kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+  assert kept == [3, 6, 11]
+
+
+@pytest.mark.parametrize("kills,log_every", [
+    ((0,), 1), ((2,), 1), ((5,), 1), ((10,), 3), ((5, 7, 10), 3),
+], ids=str)
+def test_a_resumed_stage_equals_the_uninterrupted_one(stage, tmp_path, kills, log_every):
+  """Whatever the step it was cut at, and with what it had written beyond its last checkpoint."""
+  whole = stage(tmp_path / "whole", log_every=log_every)
+  for t in kills:
+    with pytest.raises(Killed):
+      stage(tmp_path / "cut", kill_at=t, log_every=log_every)
+  resumed = stage(tmp_path / "cut", log_every=log_every)
+  assert _bits(resumed) == _bits(whole)
+  lines = _lines(tmp_path / "cut")
+  assert lines == _lines(tmp_path / "whole")
+  steps = [line["step"] for line in lines]
+  assert len(steps) == len(set(steps)) and steps[-1] == 11
+
+
+def test_a_finished_stage_is_returned_and_not_run(stage, tmp_path):
+  first = stage(tmp_path)
+  again = stage(tmp_path, kill_at=0)  # asking for any batch would raise.
+  assert _bits(again) == _bits(first)
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(stage, tmp_path, caplog):
+  whole = stage(tmp_path / "whole")
+  with pytest.raises(Killed):
+    stage(tmp_path / "cut", kill_at=10)
+  newest = tmp_path / "cut" / "checkpoints" / "8" / "variables"
+  files = [p for p in newest.rglob("*") if p.is_file() and p.parent.name == "d"]
+  for path in files:  # arrays this small lie in several of them.
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  assert files
+  with caplog.at_level(logging.WARNING):
+    resumed = stage(tmp_path / "cut")
+  assert any("step 8 is damaged" in r.getMessage() for r in caplog.records)
+  assert _bits(resumed) == _bits(whole) and _lines(tmp_path / "cut") == _lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("at", [1, 4, 8, 11])
+def test_a_diverged_stage_raises_and_saves_nothing_of_that_step(stage, tmp_path, at):
+  """Also where the bad step is due for a checkpoint (4, 8), or is the last (11)."""
+  with pytest.raises(Diverged, match=f"step {at} is not finite"):
+    stage(tmp_path, poison_at=at - 1)
+  kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+  assert all(step < at for step in kept)
+  text = (tmp_path / "metrics.jsonl").read_text()
+  assert [json.loads(line)["step"] for line in text.splitlines()] == list(range(1, at))
+  # With the batch mended, the stage goes on to the same end.
+  state = stage(tmp_path)
+  assert int(state.step) == 11
+
+
+def test_the_last_batch_before_a_checkpoint_is_not_repeated(stage, tmp_path):
+  """The data position saved at step s is that of batch s, however far the loop reads ahead."""
+  with pytest.raises(Killed):
+    stage(tmp_path, kill_at=4)
+  meta = tmp_path / "checkpoints" / "4" / "meta"
+  (found,) = [json.loads(p.read_text()) for p in meta.iterdir() if p.is_file()
+              and p.read_text().startswith('{"')  and "next_step" in p.read_text()]
+  assert found["step"] == 4 and found["data"] == {"next_step": 4}

@@ -1,0 +1,85 @@
+"""metrics.jsonl: one line a step, one step late, never a step twice."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpr_jax.training.metrics import Diverged, MetricsWriter, read_metrics
+
+
+def _writer(directory, **fields):
+  return MetricsWriter(directory, **{"stage": "sft", "steps": 6, "progress": False, **fields})
+
+
+def _metrics(step):
+  device = {"loss": jnp.float32(step / 2), "tokens": jnp.float32(10.0)}
+  return {**device, "kl": np.float32(0.1), "skipped": 0.0}
+
+
+def test_lines_hold_totals_and_are_written_one_step_late(tmp_path):
+  with _writer(tmp_path) as writer:
+    for step in range(1, 4):
+      writer.write(step, _metrics(step))
+      assert writer.latest.get("step", 0) == step - 1
+  lines = read_metrics(tmp_path / "metrics.jsonl")
+  assert [(x["step"], x["loss"], x["tokens"]) for x in lines] == [
+      (1, 0.5, 10.0), (2, 1.0, 20.0), (3, 1.5, 30.0)
+  ]
+  assert all("skipped" not in x and x["kl"] == pytest.approx(0.1) for x in lines)
+
+
+def test_every_and_the_last_step(tmp_path):
+  with _writer(tmp_path, every=4) as writer:
+    for step in range(1, 7):
+      writer.write(step, _metrics(step))
+      if step == 2:
+        writer.flush()
+  lines = read_metrics(tmp_path / "metrics.jsonl")
+  assert [x["step"] for x in lines] == [2, 4, 6]
+  assert [x["tokens"] for x in lines] == [20.0, 40.0, 60.0]
+
+
+def test_a_resumed_writer_cuts_what_came_after_its_step(tmp_path):
+  with _writer(tmp_path) as writer:
+    for step in range(1, 6):
+      writer.write(step, _metrics(step))
+  with open(tmp_path / "metrics.jsonl", "a") as f:
+    f.write('{"step": 6, "lo')  # the process died here.
+  with _writer(tmp_path, start_step=3) as writer:
+    writer.write(4, _metrics(40))
+  lines = read_metrics(tmp_path / "metrics.jsonl")
+  assert [(x["step"], x["loss"], x["tokens"]) for x in lines] == [
+      (1, 0.5, 10.0), (2, 1.0, 20.0), (3, 1.5, 30.0), (4, 20.0, 40.0)
+  ]
+  assert lines[3]["seconds"] >= lines[2]["seconds"]
+
+
+@pytest.mark.parametrize("bad", [dict(loss=np.nan), dict(loss=np.inf), dict(skipped=1.0)])
+def test_what_is_not_finite_raises_and_is_not_written(tmp_path, bad):
+  with pytest.raises(Diverged, match="sft: .* step 2 is not finite"):
+    with _writer(tmp_path) as writer:
+      writer.write(1, _metrics(1))
+      writer.write(2, {**_metrics(2), **bad})
+      writer.flush()
+  assert [x["step"] for x in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_lines_are_json_even_where_a_metric_is_not_finite(tmp_path):
+  with _writer(tmp_path) as writer:
+    writer.write(1, {**_metrics(1), "kl": jnp.inf})
+  text = (tmp_path / "metrics.jsonl").read_text()
+
+  def refuse(name):
+    raise AssertionError(name)
+
+  assert json.loads(text, parse_constant=refuse)["kl"] is None
+
+
+def test_tensorboard_gets_the_same_scalars(tmp_path):
+  with _writer(tmp_path, tensorboard_dir=tmp_path / "board") as writer:
+    writer.write(1, _metrics(1))
+  (events,) = (tmp_path / "board").iterdir()
+  data = events.read_bytes()
+  assert b"sft/loss" in data and b"sft/kl" in data and b"sft/step" not in data
