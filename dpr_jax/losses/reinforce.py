@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpr_jax.models.logprobs import token_logprobs
-from dpr_jax.rewards import returns as returns_lib
 from dpr_jax.rewards import token_rewards
+from dpr_jax.rewards.returns import advantages as advantages_of
+from dpr_jax.rewards.returns import returns as returns_of
 
 NORMALISERS = ("tokens", "sequences", "constant")
 
@@ -35,6 +36,7 @@ def reinforce_batch(
     rollout,
     *,
     beta: float,
+    beta_ref: float = 0.0,
     gamma: float = 1.0,
     returns: str = "reward_to_go",
     baseline: str = "none",
@@ -48,6 +50,8 @@ def reinforce_batch(
     rollout: a `rollout.Rollout`.
     beta: weight of the KL to SFT in the reward, in reward nats per nat; 1 / beta is how far
       the optimum extrapolates away from ref.
+    beta_ref: weight of a KL to ref beside it (dual KL), in the same unit; the optimum is then
+      proportional to pi_sft^((1 + beta) / b) pi_ref^((beta_ref - 1) / b), b = beta + beta_ref.
     gamma: discount; the paper's objective is undiscounted.
     returns, baseline, group_size: see `rewards.returns`.
     truncated: what to do with a rollout that ended without EOS: "keep", or "mask" it.
@@ -61,9 +65,11 @@ def reinforce_batch(
   rewards = jnp.where(mask > 0, rollout.rewards, 0.0).astype(jnp.float32)
   if transform is not None:
     rewards = transform(rewards, mask)
-  shaped = token_rewards.kl_penalised(rewards, rollout.policy_logp, rollout.sft_logp, mask, beta)
-  g = returns_lib.returns(shaped, mask, returns, gamma)
-  advantages = returns_lib.advantages(g, mask, baseline, group_size)
+  shaped = token_rewards.kl_penalised(
+      rewards, rollout.policy_logp, rollout.sft_logp, mask, beta, rollout.ref_logp, beta_ref
+  )
+  g = returns_of(shaped, mask, returns, gamma)
+  advantages = advantages_of(g, mask, baseline, group_size)
   tokens = jnp.maximum(jnp.sum(mask), 1.0)
   mean = jnp.sum(advantages * mask) / tokens
   metrics = {
@@ -103,11 +109,13 @@ def make_reinforce_loss(model, *, normaliser: str = "tokens", chunk_size: int = 
         chunk_size=chunk_size,
         rngs=rngs,
     )
-    weighted = jax.lax.stop_gradient(batch.advantages) * out.logp * batch.mask
-    rows = jnp.sum(jnp.any(batch.mask > 0, axis=1).astype(jnp.float32))
+    # where, not a product: whatever stands outside of the mask must not turn into a NaN.
+    on = batch.mask > 0
+    weighted = jnp.where(on, jax.lax.stop_gradient(batch.advantages) * out.logp, 0.0)
+    rows = jnp.sum(jnp.any(on, axis=1).astype(jnp.float32))
     tokens = jnp.sum(batch.mask)
     weight = {"tokens": tokens, "sequences": rows, "constant": rows * length}[normaliser]
-    drift = jnp.sum((out.logp - batch.behaviour_logp) * batch.mask)
+    drift = jnp.sum(jnp.where(on, out.logp - batch.behaviour_logp, 0.0))
     return -jnp.sum(weighted), weight, {"tokens": tokens, "on_policy_drift": (drift, tokens)}
 
   return loss_fn

@@ -1,7 +1,12 @@
 """Token rewards, transforms, returns and advantages: pure functions of [B, T] arrays."""
 
 from dpr_jax.rewards.returns import advantages, returns
-from dpr_jax.rewards.token_rewards import baseline_relative, endogenous, kl_penalised, log_likelihood
+from dpr_jax.rewards.token_rewards import (
+    baseline_relative,
+    endogenous,
+    kl_penalised,
+    log_likelihood,
+)
 
 __all__ = [
     "advantages",

@@ -1,4 +1,4 @@
-"""Returns and advantages of masked token rewards, float32 [B, T]. METHOD: undiscounted, critic-free.
+"""Returns and advantages of masked token rewards, float32 [B, T]: undiscounted, critic-free.
 
 Padding never leaks: what stands outside of the mask is ignored, whatever it holds.
 """
@@ -79,7 +79,8 @@ def advantages(
           f"{group_size}, batch={batch}"
       )
     grouped = lambda x: x.reshape(batch // group_size, group_size, length)
-    others = lambda x: (jnp.sum(grouped(x), axis=1, keepdims=True) - grouped(x)).reshape(batch, length)
+    rest = lambda x: jnp.sum(x, axis=1, keepdims=True) - x
+    others = lambda x: rest(grouped(x)).reshape(batch, length)
     b = others(g) / jnp.maximum(others(mask_BxT), 1.0)
   elif baseline == "whiten":
     count = jnp.maximum(jnp.sum(mask_BxT), 1.0)

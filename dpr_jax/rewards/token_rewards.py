@@ -39,11 +39,22 @@ def endogenous(logp_sft: jax.Array, logsumexp_sft: jax.Array, mask: jax.Array) -
 
 
 def kl_penalised(
-    rewards: jax.Array, logp_policy: jax.Array, logp_sft: jax.Array, mask: jax.Array, beta: float
+    rewards: jax.Array,
+    logp_policy: jax.Array,
+    logp_sft: jax.Array,
+    mask: jax.Array,
+    beta: float,
+    logp_ref: jax.Array | None = None,
+    beta_ref: float = 0.0,
 ) -> jax.Array:
   """r~(t) = r(t) - beta (log pi_policy - log pi_sft), the KL to SFT inside the reward ("k1").
 
-  A constant for the gradient: returns of it weigh the score function.
+  With `logp_ref` also - beta_ref (log pi_policy - log pi_ref): a dual KL, which holds the
+  policy near ref as well and weakens the extrapolation away from it. A constant for the
+  gradient: returns of it weigh the score function.
   """
-  kl = jax.lax.stop_gradient(logp_policy) - logp_sft
-  return jnp.where(mask > 0, rewards.astype(jnp.float32) - beta * kl, 0.0)
+  logp_policy = jax.lax.stop_gradient(logp_policy)
+  penalty = beta * (logp_policy - logp_sft)
+  if logp_ref is not None:
+    penalty = penalty + beta_ref * (logp_policy - logp_ref)
+  return jnp.where(mask > 0, rewards.astype(jnp.float32) - penalty, 0.0)

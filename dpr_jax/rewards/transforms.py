@@ -1,7 +1,7 @@
 """Reward transforms: small functions (rewards, mask) -> rewards, applied in a stated order.
 
 They trade fidelity to the log-ratio for robustness: one token with a reward of -12 can
-otherwise outweigh a whole batch. All keep 0 where the mask is 0.
+otherwise outweigh a whole batch. All give 0 where the mask is 0, whatever stands there.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ Transform = Callable[[jax.Array, jax.Array], jax.Array]
 
 def scale(factor: float) -> Transform:
   """Multiplies every reward."""
-  return lambda rewards, mask: rewards * factor * (mask > 0)
+  return lambda rewards, mask: jnp.where(mask > 0, rewards * factor, 0.0)
 
 
 def clip(low: float, high: float) -> Transform:
@@ -30,11 +30,11 @@ def zscore_by_position(epsilon: float = 1e-6) -> Transform:
   """
 
   def apply(rewards, mask):
-    count = jnp.sum(mask, axis=0, keepdims=True)
-    safe = jnp.maximum(count, 1.0)
-    mean = jnp.sum(rewards * mask, axis=0, keepdims=True) / safe
-    variance = jnp.sum(jnp.square(rewards - mean) * mask, axis=0, keepdims=True) / safe
-    return (rewards - mean) * jax.lax.rsqrt(variance + epsilon) * (mask > 0)
+    rewards = jnp.where(mask > 0, rewards, 0.0)
+    count = jnp.maximum(jnp.sum(mask, axis=0, keepdims=True), 1.0)
+    mean = jnp.sum(rewards, axis=0, keepdims=True) / count
+    variance = jnp.sum(jnp.square(rewards - mean) * mask, axis=0, keepdims=True) / count
+    return jnp.where(mask > 0, (rewards - mean) * jax.lax.rsqrt(variance + epsilon), 0.0)
 
   return apply
 
@@ -43,7 +43,7 @@ def compose(transforms: Sequence[Transform]) -> Transform:
   """Applies transforms from first to last; none at all is the identity."""
 
   def apply(rewards, mask):
-    rewards = rewards.astype(jnp.float32)
+    rewards = jnp.where(mask > 0, rewards, 0.0).astype(jnp.float32)
     for transform in transforms:
       rewards = transform(rewards, mask)
     return rewards

@@ -1,0 +1,186 @@
+"""The product's own losses and rewards on a tabular policy, under exact expectation.
+
+`TabularModel` looks like a `Transformer` to `token_logprobs`, to the losses and to the
+sampler, but its logits are a table. A batch that enumerates every response and weighs it
+with its probability replaces sampling, so what the code converges to has no noise and can
+be held against the closed form (`optimum.py`).
+
+A prompt is one token, of id A + p, in column 0. Dims as in `mdp.py`, and B rows, C columns.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dpr_jax.losses.reinforce import ReinforceBatch, make_reinforce_loss, reinforce_batch
+from dpr_jax.models.config import ModelConfig
+from dpr_jax.models.logprobs import token_logprobs
+from dpr_jax.rollout.step import REWARDS, RewardFn, Rollout
+from dpr_jax.theory.mdp import TokenMDP
+from dpr_jax.training.steps import TrainState, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TabularModel:
+  """A policy given by a table of logits, with the interface of `models.Transformer`.
+
+  Variables are {"params": {"table": float32 [S, A]}}; see `variables`. The hidden states are the
+  logits themselves, and `unembed` is the identity.
+  """
+
+  mdp: TokenMDP
+
+  @property
+  def cfg(self) -> ModelConfig:
+    """A cache of one number a token: `apply` keeps the token ids there."""
+    return ModelConfig(
+        vocab_size=self.mdp.vocab_size, hidden_size=self.mdp.vocab_size, mlp_size=1, num_layers=1,
+        num_heads=1, num_kv_heads=1, head_dim=1, max_length=1 + self.mdp.max_length,
+    )
+
+  def variables(self, logits_SxA: np.ndarray) -> dict[str, Any]:
+    """{"params": ...} of a table of logits."""
+    return {"params": {"table": jnp.asarray(logits_SxA, jnp.float32)}}
+
+  def states(self, tokens_BxC: jax.Array, segment_ids_BxC: jax.Array) -> jax.Array:
+    """int32 [B, C], the state after each column; S before the prompt and after the end."""
+    mdp, end = self.mdp, self.mdp.num_states
+    # Row `end` stays there, and a column past the vocabulary opens prompt p in state p.
+    after = np.full((end + 1, mdp.vocab_size + mdp.num_prompts), end, np.int32)
+    after[:end, : mdp.vocab_size] = mdp.next_SxA
+    after[:, mdp.vocab_size :] = np.arange(mdp.num_prompts)
+    after = jnp.asarray(after)
+
+    def step(state_B, column):
+      token_B, segment_B = column
+      state_B = jnp.where(segment_B > 0, after[state_B, token_B], state_B)
+      return state_B, state_B
+
+    start_B = jnp.full(tokens_BxC.shape[:1], end, jnp.int32)
+    return jax.lax.scan(step, start_B, (tokens_BxC.T, segment_ids_BxC.T))[1].T
+
+  def apply(
+      self, variables, tokens, positions=None, segment_ids=None, cache=None, *, method=None,
+      rngs=None,
+  ):
+    """(logits [B, C, A], cache); with method="unembed", what it is given."""
+    if method == "unembed":
+      return tokens
+    length = tokens.shape[1]
+    if segment_ids is None:
+      segment_ids = jnp.ones_like(tokens)
+    if cache is None:
+      states_BxC = self.states(tokens, segment_ids)
+    else:
+      keys = cache.keys[0][0]  # [1, B, slots, 1, 1]
+      keys = jax.lax.dynamic_update_slice(
+          keys, tokens[None, :, :, None, None].astype(keys.dtype), (0, 0, cache.index, 0, 0)
+      )
+      seen = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.index))
+      states_BxC = jax.lax.dynamic_slice_in_dim(
+          self.states(keys[0, :, :, 0, 0].astype(jnp.int32), seen), cache.index, length, axis=1
+      )
+      cache = cache.replace(
+          keys=((keys,),), segment_ids=seen, index=cache.index + length,
+          lengths=cache.lengths + jnp.sum(segment_ids > 0, axis=1).astype(jnp.int32),
+      )
+    table = jnp.pad(variables["params"]["table"], ((0, 1), (0, 0)))  # uniform after the end.
+    return table[states_BxC], cache
+
+
+def enumerate_rollout(
+    model: TabularModel, policy, sft, ref, reward: str | RewardFn = "baseline_relative"
+) -> Rollout:
+  """Every response to every prompt as a `Rollout`, scored by the product's code. Jittable.
+
+  policy, sft, ref: variables of `model`. `decode_logp` repeats `policy_logp`.
+  """
+  y = model.mdp.responses
+  tokens = np.concatenate([model.mdp.vocab_size + y.prompts_Y[:, None], y.tokens_YxT], axis=1)
+  segments = np.concatenate([np.ones((len(tokens), 1)), y.mask_YxT], axis=1)
+  tokens, segments = jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32)
+  mask = jnp.asarray(y.mask_YxT, jnp.float32)
+  score = lambda variables: token_logprobs(
+      model, variables, tokens, segments, start=1, with_entropy=True
+  )
+  policy_out, sft_out, ref_out = score(policy), score(sft), score(ref)
+  reward_fn = REWARDS[reward] if isinstance(reward, str) else reward
+  return Rollout(
+      tokens=tokens,
+      segment_ids=segments,
+      prompt_lengths=jnp.ones(len(tokens), jnp.int32),
+      lengths=jnp.asarray(y.lengths_Y, jnp.int32),
+      hit_eos=jnp.asarray(y.hit_eos_Y),
+      mask=mask,
+      rewards=reward_fn(sft_out, ref_out, mask),
+      policy_logp=policy_out.logp * mask,
+      sft_logp=sft_out.logp * mask,
+      ref_logp=ref_out.logp * mask,
+      decode_logp=policy_out.logp * mask,
+      entropy=policy_out.entropy * mask,
+  )
+
+
+def expected_batch(rollout: Rollout, num_prompts: int, **kwargs) -> ReinforceBatch:
+  """`reinforce_batch` of an enumerated rollout whose loss is the expected one.
+
+  Each row's advantages are multiplied by its probability under the policy that `rollout` was
+  made with, so a sum over rows is an expectation over uniform prompts and sampled responses.
+  Baselines and normalisation over rows would mix responses unweighted: leave them out.
+
+  Args:
+    kwargs: of `losses.reinforce_batch`.
+  """
+  batch, _ = reinforce_batch(rollout, **kwargs)
+  p_Yx1 = jnp.exp(jnp.sum(rollout.policy_logp, axis=1, keepdims=True)) / num_prompts
+  return batch.replace(advantages=batch.advantages * p_Yx1)
+
+
+def ascend(
+    mdp: TokenMDP,
+    sft_SxA: np.ndarray,
+    ref_SxA: np.ndarray,
+    *,
+    steps: int = 400,
+    learning_rate: float = 0.2,
+    reward: str | RewardFn = "baseline_relative",
+    start_SxA: np.ndarray | None = None,
+    every: int = 50,
+    **kwargs,
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+  """Dense-Path REINFORCE with the product's loss and train step, without sampling noise.
+
+  Args:
+    steps, learning_rate: of Adam with a cosine decay to 0, logits a step.
+    start_SxA: the first policy, by default sft.
+    every: steps between the policies that are kept.
+    kwargs: of `losses.reinforce_batch`: beta, beta_ref, returns, gamma, ...
+
+  Returns:
+    the logits [S, A] at the end, and [(step, logits)] along the way.
+  """
+  model = TabularModel(mdp)
+  sft, ref = model.variables(sft_SxA), model.variables(ref_SxA)
+  # A short memory of squared gradients: in rarely visited states they shrink by orders of
+  # magnitude on the way, and the usual 0.999 would hold back the last digits for long.
+  optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps), b2=0.95)
+  state = TrainState.create(
+      model.variables(sft_SxA if start_SxA is None else start_SxA), optimizer, jax.random.key(0)
+  )
+  train_step = make_train_step(make_reinforce_loss(model, normaliser="sequences"), optimizer)
+  weigh = jax.jit(
+      lambda policy: expected_batch(
+          enumerate_rollout(model, policy, sft, ref, reward), mdp.num_prompts, **kwargs
+      )
+  )
+  table = lambda: np.asarray(state.trainable["params"]["table"], np.float64)
+  kept = [(0, table())]
+  for step in range(1, steps + 1):
+    state, _ = train_step(state, weigh(state.variables))
+    if step % every == 0 or step == steps:
+      kept.append((step, table()))
+  return kept[-1][1], kept
