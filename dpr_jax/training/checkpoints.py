@@ -37,7 +37,8 @@ class Checkpoints:
       self, directory, *, keep: int = 1, keep_steps: Sequence[int] = (), read_only: bool = False
   ):
     """Args: keep, latest checkpoints kept; keep_steps, steps kept for ever (milestones)."""
-    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every file it opens.
+    # Orbax tells of every file it opens, and warns of what read_only means.
+    logging.getLogger("absl").setLevel(logging.ERROR if read_only else logging.WARNING)
     self.directory = epath.Path(directory)
     if "://" not in str(directory):
       self.directory = self.directory.absolute()

@@ -67,7 +67,7 @@ class MetricsWriter:
       temporary = path.with_suffix(".tmp")
       temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
       os.replace(temporary, path)
-      self._file = open(path, "a", encoding="utf-8")
+      self._file = open(path, "a", encoding="utf-8", buffering=1)  # A line at a time.
       if tensorboard_dir is not None:
         from tensorboardX import SummaryWriter  # Slow to import, and only needed here.
 
