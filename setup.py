@@ -25,8 +25,11 @@ EXTRAS["test"] = ["pytest>=8", *EXTRAS["gguf"], *EXTRAS["parquet"], *EXTRAS["not
 setuptools.setup(
     name="dpr_jax",
     version="0.1.0",
-    description="Dense token rewards from demonstrations: SFT, baseline-relative rewards and Dense-Path REINFORCE in JAX",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    description=(
+        "Dense token rewards from demonstrations: SFT, baseline-relative rewards and Dense-Path "
+        "REINFORCE in JAX"
+    ),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=setuptools.find_packages(include=["dpr_jax", "dpr_jax.*"]),

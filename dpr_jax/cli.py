@@ -33,7 +33,7 @@ def run_door(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
     raise SystemExit(130) from None
 
 
-# --- Flags of the doors that take a CKPT -----------------------------------------------------------
+# --- Flags of the doors that take a CKPT ----------------------------------------------------------
 
 
 def positive(text: str) -> int:
@@ -47,7 +47,8 @@ def positive(text: str) -> int:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                       help="compute dtype; auto: bfloat16 on TPU and GPU, float32 on CPU")
-  parser.add_argument("--template", default="", help="a .jinja chat template; '' is the tokenizer's own")
+  parser.add_argument("--template", default="",
+                      help="a .jinja chat template; '' is the tokenizer's own")
   parser.add_argument("--mesh", default="1,-1,1", help="data,fsdp,tensor; one may be -1, the rest")
 
 
@@ -75,7 +76,7 @@ def model_mesh(args: argparse.Namespace) -> Iterator[tuple[Any, str]]:
   import jax
 
   from dpr_jax import distributed, sharding
-  from dpr_jax.pipeline import compute_dtype
+  from dpr_jax.loading import compute_dtype
 
   distributed.initialize()
   try:
@@ -104,8 +105,8 @@ def load_pair(sft: str, ref: str, mesh: Any, dtype: str) -> tuple[Any, Any]:
   for field in dataclasses.fields(a.model.cfg):
     x, y = getattr(a.model.cfg, field.name), getattr(b.model.cfg, field.name)
     if x != y and field.name != "remat":
-      raise UserError(f"--sft={sft} and --ref={ref} differ in {field.name} ({x} and {y}); they must "
-                      "be checkpoints of one architecture")
+      raise UserError(f"--sft={sft} and --ref={ref} differ in {field.name} ({x} and {y}); they "
+                      "must be checkpoints of one architecture")
   if a.tokenizer.get_vocab() != b.tokenizer.get_vocab():
     raise UserError(f"--sft={sft} and --ref={ref} have different vocabularies; token rewards need "
                     "the same tokens")

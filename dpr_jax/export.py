@@ -16,7 +16,8 @@ def parser() -> argparse.ArgumentParser:
   out.add_argument("--model", required=True, help="CKPT")
   out.add_argument("--output", required=True, help="folder to write; must not exist or be empty")
   out.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-  out.add_argument("--adapter", action="store_true", help="of a LoRA stage: only the adapter, for PEFT")
+  out.add_argument("--adapter", action="store_true",
+                   help="of a LoRA stage: only the adapter, for PEFT")
   return out
 
 

@@ -1,6 +1,6 @@
 """Responses of a model to a file of prompts.
 
-    python -m dpr_jax.generate --model=CKPT --input=PROMPTS.jsonl --output=OUT.jsonl [--temperature=1 ...]
+    python -m dpr_jax.generate --model=CKPT --input=PROMPTS.jsonl --output=OUT.jsonl
 
 Reads lines {"prompt": str} or {"messages": [...]} (a closing assistant turn is left out) and
 adds "response", "length" (tokens, EOS included) and "hit_eos". With --samples=N each line
@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
     template = args.template or loaded.template
     where = [f"{args.input}: prompt {i + 1}" for i in range(len(items))]
     prompts = [
-        render_prompt(messages, loaded.tokenizer, template, w) for (messages, _), w in zip(items, where)
+        render_prompt(messages, loaded.tokenizer, template, w)
+        for (messages, _), w in zip(items, where, strict=True)
     ]
     longest = max(len(p) for p in prompts)
     if longest + args.max_new_tokens > loaded.model.cfg.max_length:

@@ -27,8 +27,19 @@ def root_key(seed: int, name: str) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
+def compute_dtype(dtype: str) -> str:
+  """auto: bfloat16 on TPU and GPU, float32 on CPU."""
+  if dtype != "auto":
+    return dtype
+  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def initial_variables(
-    section: config_lib.ModelSection, cfg: ModelConfig, mesh: jax.sharding.Mesh, seed: int, dtype: str
+    section: config_lib.ModelSection,
+    cfg: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    seed: int,
+    dtype: str,
 ) -> dict[str, Any]:
   """What the SFT stage starts from: pretrained or random weights, with LoRA a fresh adapter.
 
@@ -67,9 +78,6 @@ def stage_variables(
   trainable, _ = split_trainable(abstract_variables(cfg, mesh, dtype))
   with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
     return {**frozen, **checkpoints.restore_variables(step, trainable)}
-
-
-# --- CKPT ------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,7 +77,9 @@ def check_fields(argv: Sequence[str]) -> None:
       if not hasattr(section, "keys") or name not in section:
         known = list(section.keys()) if hasattr(section, "keys") else []
         near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known)) or 'none'}"
+        hint = f"known: {', '.join(sorted(known)) or 'none'}"
+        if near:
+          hint = f"did you mean {near[0]!r}?"
         raise UserError(f"--config.{path}: {name!r} is not a field; {hint}")
       section = section[name]
 

@@ -1,6 +1,6 @@
 """Dense token rewards of given responses: log pi_sft - log pi_ref, token by token.
 
-    python -m dpr_jax.score --sft=CKPT --ref=CKPT --input=IN.jsonl --output=OUT.jsonl [--html=PAGE.html]
+    python -m dpr_jax.score --sft=CKPT --ref=CKPT --input=IN.jsonl --output=OUT.jsonl
 
 Reads lines {"prompt": str, "response": str} or {"messages": [...]} that end with the
 assistant, and adds to each "tokens", "token_rewards", "logp_sft", "logp_ref" (over the
@@ -23,7 +23,8 @@ def parser() -> argparse.ArgumentParser:
   out.add_argument("--output", required=True, help="JSONL to write; must not exist")
   out.add_argument("--html", default="", help="also write the tokens as a heatmap page")
   out.add_argument("--batch_size", type=cli.positive, default=8, help="responses scored at a time")
-  out.add_argument("--max_length", type=int, default=0, help="tokens of prompt and response; 0: the model's")
+  out.add_argument("--max_length", type=int, default=0,
+                   help="tokens of prompt and response; 0: the model's")
   cli.add_model_flags(out)
   return out
 

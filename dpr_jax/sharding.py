@@ -147,3 +147,11 @@ def to_host(tree: Any) -> Any:
     return np.asarray(x)
 
   return jax.tree.map(leaf, tree)
+
+
+def barrier(name: str) -> None:
+  """Waits for all processes: process 0 has written files that others are about to read."""
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(name)

@@ -13,8 +13,11 @@ from dpr_jax.data.loader import pad_prompts
 from dpr_jax.rollout.sampler import Sampling, generate
 
 _generate = jax.jit(
-    generate, static_argnums=0, static_argnames=("max_new_tokens", "stop_ids", "sampling", "weights")
+    generate,
+    static_argnums=0,
+    static_argnames=("max_new_tokens", "stop_ids", "sampling", "weights"),
 )
+_POLICY_ITSELF = Sampling()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,7 @@ def respond(
     prompt_length: int,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = _POLICY_ITSELF,
     weights: Sequence[float] = (1.0,),
     on_batch: Callable[[int], None] = lambda n: None,
 ) -> list[Response]:

@@ -15,7 +15,7 @@ from dpr_jax.evals.statistics import compare, interval
 from dpr_jax.evals.systems import MODES
 from dpr_jax.training.metrics import read_metrics
 
-# The order of systems in tables, and what is compared with what; names that a run lacks are skipped.
+# The order of systems in tables, and what is compared with what; those a run lacks are skipped.
 ORDER = (
     "base", "ref", "sft", "low_temperature", "contrastive", "weight_extrapolation", "continued_sft",
     "dpr",
@@ -59,7 +59,8 @@ def _metrics(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
       chosen = [r["correct"] for r in rows if r["task"] == task]
       out[f"accuracy_{mode}/{task}"] = np.asarray(chosen, np.float64)
     for kind, unique in (("unique", True), ("varied", False)):
-      chosen = [r["correct"] for r in rows if r["task"] in TASKS and TASKS[r["task"]].unique == unique]
+      known = [r for r in rows if r["task"] in TASKS]
+      chosen = [r["correct"] for r in known if TASKS[r["task"]].unique == unique]
       if chosen:
         out[f"accuracy_{mode}/{kind}"] = np.asarray(chosen, np.float64)
     out[f"length_{mode}"] = np.asarray([r["length"] for r in rows], np.float64)

@@ -67,7 +67,12 @@ def response_logps(
 
 
 def score_responses(
-    model: Any, sft: Any, ref: Any, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **how: Any
+    model: Any,
+    sft: Any,
+    ref: Any,
+    prompts: Sequence[np.ndarray],
+    responses: Sequence[np.ndarray],
+    **how: Any,
 ) -> list[TokenScores]:
   """Token scores of each response under two sets of variables; `how` as in `response_logps`."""
   logp_sft, logp_ref = (response_logps(model, v, prompts, responses, **how) for v in (sft, ref))

@@ -53,7 +53,8 @@ def test_ref_equal_to_sft_scores_zero(finished_run, tmp_path):
   workdir, source, scored = finished_run[0], tmp_path / "in.jsonl", tmp_path / "out.jsonl"
   source.write_text('{"messages": [{"role": "user", "content": "sort ba"},'
                     ' {"role": "assistant", "content": "ab"}]}\n')
-  call(score, f"--sft={workdir}/sft", f"--ref={workdir}/sft", f"--input={source}", f"--output={scored}")
+  call(score, f"--sft={workdir}/sft", f"--ref={workdir}/sft", f"--input={source}",
+       f"--output={scored}")
   assert lines(scored)[0]["token_rewards"] == [0.0, 0.0, 0.0]
   assert lines(scored)[0]["logp_sft"][0] < 0
 

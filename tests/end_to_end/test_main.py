@@ -144,7 +144,9 @@ BAD_INPUTS = {
         ["--config.data.demos={dir}/unknown.jsonl"], ["unknown.jsonl:1", "no known format"]
     ),
     "format field": (["--config.data.format=csv"], ["config.data.format", "'csv'"]),
-    "empty response": (["--config.data.demos={dir}/empty.jsonl"], ["empty.jsonl:1", "empty response"]),
+    "empty response": (
+        ["--config.data.demos={dir}/empty.jsonl"], ["empty.jsonl:1", "empty response"]
+    ),
     "prompt beyond the budget": (
         ["--config.data.demos={dir}/many.jsonl", "--config.data.prompt_length=3"],
         ["many.jsonl:1", "data.prompt_length=3"],

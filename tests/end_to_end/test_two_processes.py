@@ -27,10 +27,11 @@ def test_two_processes_train_like_one(door, finished_run, tmp_path):
     # The mesh has two devices here and one there: sums are taken in another order.
     for name in ("loss", "grad_norm", "tokens"):
       np.testing.assert_allclose(
-          [x[name] for x in two], [x[name] for x in one], rtol=1e-4, atol=1e-6, err_msg=f"{stage} {name}"
+          [x[name] for x in two], [x[name] for x in one], rtol=1e-4, atol=1e-6,
+          err_msg=f"{stage} {name}",
       )
   results = [json.loads((w / "report" / "results.json").read_text()) for w in (whole, workdir)]
   assert results[0]["systems"].keys() == results[1]["systems"].keys()
-  for name, metrics in results[0]["systems"].items():
+  for name in ("base", "ref", "sft", "dpr", "continued_sft"):
     a, b = (r["systems"][name]["heldout_nll"]["mean"] for r in results)
     np.testing.assert_allclose(a, b, rtol=1e-4, err_msg=name)

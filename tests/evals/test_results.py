@@ -43,11 +43,13 @@ def test_means_counts_and_order(tmp_path, rng):
     for mode in ("sampled", "greedy"):
       rows = [r for r in records if r["mode"] == mode]
       adds = [r["correct"] for r in rows if r["task"] == "add"]
-      assert metrics[f"accuracy_{mode}"]["mean"] == pytest.approx(np.mean([r["correct"] for r in rows]))
+      right = [r["correct"] for r in rows]
+      assert metrics[f"accuracy_{mode}"]["mean"] == pytest.approx(np.mean(right))
       assert metrics[f"accuracy_{mode}"]["n"] == 40
       assert metrics[f"accuracy_{mode}/add"]["mean"] == pytest.approx(np.mean(adds))
       assert metrics[f"accuracy_{mode}/unique"] == metrics[f"accuracy_{mode}/add"]
-      assert metrics[f"length_{mode}"]["mean"] == pytest.approx(np.mean([r["length"] for r in rows]))
+      lengths = [r["length"] for r in rows]
+      assert metrics[f"length_{mode}"]["mean"] == pytest.approx(np.mean(lengths))
   assert results["systems"]["sft"]["heldout_nll"]["mean"] == pytest.approx(np.mean(nll["sft"]))
   assert "heldout_nll" not in results["systems"]["contrastive"]
   assert results["stages"]["sft"] == {"steps": 2, "seconds": 1.0, "tokens": 20.0}
@@ -58,7 +60,10 @@ def test_comparisons_are_paired_differences(tmp_path, rng):
   comparisons = build_results([tmp_path], [0])["comparisons"]
   (found,) = [c for c in comparisons if c["metric"] == "accuracy_greedy"]
   assert found["pair"] == ["dpr", "sft"]
-  rows = {name: [r["correct"] for r in records if r["mode"] == "greedy"] for name, records in truth.items()}
+  rows = {
+      name: [r["correct"] for r in records if r["mode"] == "greedy"]
+      for name, records in truth.items()
+  }
   assert found["difference"] == pytest.approx(np.mean(rows["dpr"]) - np.mean(rows["sft"]))
   assert found["ci95"][0] <= found["difference"] <= found["ci95"][1] and 0 < found["p"] <= 1
 

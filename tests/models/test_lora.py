@@ -18,8 +18,8 @@ from dpr_jax.models.variables import random_adapter, random_variables
 from dpr_jax.training import TrainState, make_train_step
 
 PLAIN = ModelConfig(
-    vocab_size=31, hidden_size=16, mlp_size=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4,
-    qkv_bias=True, tied_head=False, layer_pattern=("local", "global"), window=3,
+    vocab_size=31, hidden_size=16, mlp_size=24, num_layers=3, num_heads=4, num_kv_heads=2,
+    head_dim=4, qkv_bias=True, tied_head=False, layer_pattern=("local", "global"), window=3,
 )
 CFG = dataclasses.replace(PLAIN, lora=LoRA(rank=3, alpha=6.0))
 

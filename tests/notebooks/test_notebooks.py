@@ -21,9 +21,8 @@ def test_runs_from_start_to_end(path, tmp_path, monkeypatch):
   root = str(path.parents[1])
   monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-  client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}})
+  where = {"metadata": {"path": tmp_path}}
+  client = nbclient.NotebookClient(notebook, timeout=600, resources=where)
   client.execute()  # Raises CellExecutionError with the traceback of the cell.
-  printed = [
-      out for cell in notebook.cells for out in cell.get("outputs", []) if out.output_type != "error"
-  ]
-  assert any("image/png" in out.get("data", {}) for out in printed)
+  outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+  assert any("image/png" in out.get("data", {}) for out in outputs)

@@ -1,0 +1,49 @@
+"""Stage `dpr`: Dense-Path REINFORCE from the last SFT checkpoint."""
+
+from dpr_jax.data.loader import prompt_batches
+from dpr_jax.losses import make_reinforce_loss
+from dpr_jax.rewards import transforms
+from dpr_jax.rollout import Sampling, make_rollout_step
+from dpr_jax.stages.context import Run, process_block, train
+from dpr_jax.training import make_train_step
+from dpr_jax.training.dpr_step import make_dpr_step
+from dpr_jax.training.optimizer import make_optimizer
+
+
+def dpr_stage(run: Run) -> None:
+  section, chunk_size = run.config.dpr, run.config.model.chunk_size
+  if not section.steps:
+    return
+  optimizer = make_optimizer(section.optimizer, section.steps)
+  rollout_step = make_rollout_step(
+      run.model,
+      max_new_tokens=section.max_new_tokens,
+      stop_ids=run.stop_ids,
+      sampling=Sampling(section.temperature, section.top_k, section.top_p),
+      reward=section.reward,
+      chunk_size=chunk_size,
+  )
+  loss_fn = make_reinforce_loss(run.model, normaliser=section.normaliser, chunk_size=chunk_size)
+  dpr_step = make_dpr_step(
+      rollout_step,
+      make_train_step(loss_fn, optimizer, accumulation=section.accumulation),
+      sft=run.load("sft"),
+      ref=run.load("ref"),
+      rng=run.rng("dpr/rollouts"),
+      beta=section.beta,
+      gamma=section.gamma,
+      returns=section.returns,
+      baseline=section.baseline,
+      group_size=section.samples_per_prompt,
+      truncated=section.truncated,
+      transform=transforms.clip(-section.clip, section.clip) if section.clip else None,
+  )
+  batches = prompt_batches(
+      run.data.prompts.tokens,
+      section.batch_size,
+      run.config.data.prompt_length,
+      run.config.seed,
+      samples_per_prompt=section.samples_per_prompt,
+      **process_block(),
+  )
+  train(run, "dpr", section, dpr_step, optimizer, batches, run.sft_float32)

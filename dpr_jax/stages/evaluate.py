@@ -1,0 +1,116 @@
+"""Stage `evaluate`: every system on the held-out prompts; samples/ of the workdir."""
+
+import json
+
+import numpy as np
+
+from dpr_jax.data.loader import Prompts
+from dpr_jax.data.templates import encode_response
+from dpr_jax.evals import systems as systems_lib
+from dpr_jax.evals.results import NLL_FILE
+from dpr_jax.evals.scoring import response_logps, score_record, score_responses
+from dpr_jax.evals.systems import System, evaluate_system, system_file
+from dpr_jax.sharding import barrier
+from dpr_jax.stages.context import Run, contrastive_alpha
+from dpr_jax.workdir import read_lines, write_json, write_lines
+
+
+def trained_systems(run: Run) -> list[System]:
+  later = ("continued_sft", "dpr") if run.config.dpr.steps else ()
+  return [System(name, (name,)) for name in ("base", "ref", "sft", *later)]
+
+
+def heldout_prompts(run: Run) -> Prompts:
+  """The held-out prompts that are evaluated: the first `eval.num_prompts` of them."""
+  n = run.config.eval.num_prompts or len(run.data.heldout.tokens)
+  held = run.data.heldout
+  return held._replace(tokens=held.tokens[:n], demos=held.demos[:n])
+
+
+def evaluate_stage(run: Run) -> None:
+  """Every system on the held-out prompts, and the likelihood of the held-out demonstrations."""
+  config, section = run.config, run.config.eval
+  prompts = heldout_prompts(run)
+  demonstrated = [
+      encode_response(d.response, d.prompt, run.tokenizer, config.data.template)
+      for d in prompts.demos
+  ]
+  # Only lengths that the model can take; a cut response has no likelihood as a whole.
+  fits = [
+      i
+      for i, (p, r) in enumerate(zip(prompts.tokens, demonstrated))
+      if len(p) + len(r) <= run.model.cfg.max_length
+  ]
+  nll_file = run.workdir.samples / NLL_FILE
+  nll = json.loads(nll_file.read_text()) if nll_file.exists() else {}
+  verifier = run.data.verifier if section.verifier == "auto" else section.verifier
+  trained = trained_systems(run)
+  controls = systems_lib.controls(
+      section.controls, contrastive_alpha(config), section.low_temperature
+  )
+  todo = [s for s in trained + controls if not system_file(run.workdir.samples, s.name).exists()]
+  scoring = {
+      "mesh": run.mesh, "batch_size": section.batch_size, "chunk_size": config.model.chunk_size
+  }
+  for system in todo:
+    loaded = {name: run.load(name) for name in system.members}
+    if len(system.members) == 1 and system in trained:
+      logps = response_logps(
+          run.model,
+          loaded[system.name],
+          [prompts.tokens[i] for i in fits],
+          [demonstrated[i] for i in fits],
+          **scoring,
+      )
+      nll[system.name] = [-float(x.astype(np.float64).sum()) for x in logps]
+      write_json(nll_file, nll)
+    total = len(prompts.tokens) * len(system.modes)
+    with run.bar(f"evaluate {system.name}", total, "response") as bar:
+      records = evaluate_system(
+          system,
+          run.model,
+          loaded.__getitem__,
+          prompts,
+          run.tokenizer,
+          verifier=verifier,
+          rng=run.rng("evaluate"),
+          seed=config.seed,
+          stop_ids=run.stop_ids,
+          mesh=run.mesh,
+          batch_size=section.batch_size,
+          prompt_length=config.data.prompt_length,
+          max_new_tokens=section.max_new_tokens,
+          on_batch=bar.update,
+      )
+    # Last, and whole: a system whose file exists is done.
+    write_lines(system_file(run.workdir.samples, system.name), records)
+  barrier("evaluate")
+  _write_heatmaps(run, prompts, demonstrated, scoring)
+
+
+def _write_heatmaps(run: Run, prompts, demonstrated, scoring) -> None:
+  """Token rewards of some held-out demonstrations, and of the last policy's answers to them."""
+  policy = "dpr" if run.config.dpr.steps else "sft"
+  answers = read_lines(system_file(run.workdir.samples, policy))
+  answers = [r for r in answers if r["mode"] == "sampled"]
+  n = min(run.config.eval.heatmaps, len(prompts.demos))
+  # (text, token ids) of each response; the sampled ids themselves, never the text encoded again.
+  sources = {
+      "heatmap_demos": [(d.response, t) for d, t in zip(prompts.demos[:n], demonstrated)],
+      "heatmap_rollouts": [(a["response"], np.asarray(a["token_ids"])) for a in answers[:n]],
+  }
+  files = {name: run.workdir.samples / f"{name}.jsonl" for name in sources}
+  if not n or all(path.exists() for path in files.values()):
+    return
+  sft, ref = run.load("sft"), run.load("ref")
+  for name, items in sources.items():
+    tokens = [t for _, t in items]
+    scores = score_responses(run.model, sft, ref, prompts.tokens[:n], tokens, **scoring)
+    records = [
+        {"messages": list(d.prompt), "response": text, **score_record(run.tokenizer, t, s)}
+        for d, (text, t), s in zip(prompts.demos[:n], items, scores, strict=True)
+    ]
+    if name == "heatmap_rollouts":
+      for record, answer in zip(records, answers):
+        record["correct"] = answer["correct"]
+    write_lines(files[name], records)
