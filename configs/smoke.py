@@ -11,6 +11,7 @@ def get_config(arg: str = ""):
   """arg: "" or "debug", the same way in seconds."""
   config = default_config()
   config.model.remat = "none"  # A layer is small enough to keep.
+  config.sft.steps, config.dpr.steps = 480, 60
   # The longest prompt and answer of the built-in tasks.
   config.data.prompt_length = 32
   config.dpr.max_new_tokens = config.eval.max_new_tokens = 20

@@ -1,7 +1,8 @@
 """What all doors share: exit codes, readable errors, common flags.
 
 A door is `main(argv) -> None`. An error a user can make ends with exit code 2 and one line on
-stderr; anything else is a bug and keeps its traceback.
+stderr, a run that diverged with 1, one that was preempted with 143; anything else is a bug and
+keeps its traceback.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from dpr_jax.errors import UserError
+from dpr_jax.errors import Diverged, Preempted, UserError
 
 
 def fail(message: str) -> NoReturn:
@@ -28,6 +29,9 @@ def run_door(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
     main(sys.argv[1:] if argv is None else argv)
   except UserError as e:
     fail(str(e))
+  except (Diverged, Preempted) as e:
+    print(f"error: {e}", file=sys.stderr)
+    raise SystemExit(1 if isinstance(e, Diverged) else 143) from None
   except KeyboardInterrupt:
     print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
     raise SystemExit(130) from None
@@ -101,7 +105,8 @@ def load_pair(sft: str, ref: str, mesh: Any, dtype: str) -> tuple[Any, Any]:
 
   from dpr_jax.loading import load_checkpoint
 
-  a, b = load_checkpoint(sft, mesh, dtype), load_checkpoint(ref, mesh, dtype)
+  a = load_checkpoint(sft, mesh, dtype)
+  b = load_checkpoint(ref, mesh, dtype, beside=a)
   for field in dataclasses.fields(a.model.cfg):
     x, y = getattr(a.model.cfg, field.name), getattr(b.model.cfg, field.name)
     if x != y and field.name != "remat":

@@ -86,7 +86,9 @@ class SFTSection:
 class ReferenceSection:
   """Which checkpoint is pi_ref."""
 
-  fraction: float = 0.5  # of the SFT steps; must be among sft.milestones.
+  kind: str = "midrun"  # midrun: a milestone of the SFT run | half_data: a run of its own.
+  # midrun: of the SFT steps, among sft.milestones; half_data: of the training demonstrations.
+  fraction: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +170,7 @@ class RunConfig:
   log: LogSection = LogSection()
 
 
-# Sections that may differ between a run and its resumption: they do not change results.
+# Sections that may differ between a run and its resumption: they change results by rounding alone.
 RESUMABLE = ("mesh", "log", "checkpoint")
 
 CONTROLS = ("contrastive", "weight_extrapolation", "low_temperature")
@@ -181,6 +183,7 @@ _CHOICES = {
     "data.train_on": ("all", "last"),
     "data.overlong": ("drop", "truncate", "error"),
     "data.overlong_prompt": ("error", "drop"),
+    "reference.kind": ("midrun", "half_data"),
     "dpr.reward": ("baseline_relative", "log_likelihood", "endogenous"),
     "dpr.returns": ("reward_to_go", "full_return", "per_token"),
     "dpr.baseline": ("none", "position_mean", "leave_one_out", "whiten"),
@@ -373,6 +376,14 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
         "config.dpr.beta=0 has no matching strength 1 / beta for the decode-time controls; set "
         "config.eval.contrastive_alpha"
     )
+  if run.data.demos:
+    for name, neutral in (("corrupt", 0.0), ("tasks", ())):
+      if getattr(run.data, name) != neutral:
+        raise UserError(f"config.data.{name} is of the built-in tasks; it has no meaning with "
+                        f"config.data.demos={run.data.demos}")
+    if run.eval.verifier == "tasks":
+      raise UserError("config.eval.verifier=tasks is of the built-in tasks; use exact or gsm8k "
+                      f"with config.data.demos={run.data.demos}")
   if run.eval.num_prompts > run.data.holdout:
     raise UserError(
         f"config.eval.num_prompts={run.eval.num_prompts} exceeds "

@@ -1,4 +1,4 @@
-"""The one exception a user can cause.
+"""The exceptions that end a run in one line.
 
 Anything that is wrong with a file, a flag, a config field or a checkpoint is
 raised as `UserError` with a single line that names the place (field, flag, or
@@ -12,3 +12,11 @@ class UserError(ValueError):
 
   def __init__(self, message: str):
     super().__init__(" ".join(message.split()))
+
+
+class Diverged(RuntimeError):
+  """The loss or the gradient stopped being finite; the last checkpoint is from before."""
+
+
+class Preempted(RuntimeError):
+  """The machines were told to end (SIGTERM); a checkpoint of this step is saved."""

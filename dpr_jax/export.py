@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> None:
 
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
-    loaded = load_checkpoint(args.model, mesh, args.dtype)
+    # In float32 also where bfloat16 is stored: an adapter is merged before anything is rounded.
+    loaded = load_checkpoint(args.model, mesh, "float32")
     cfg = loaded.model.cfg
     if args.adapter:
       save_adapter(output, cfg, loaded.variables.get("lora"), base=loaded.base)
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         dataclasses.replace(cfg, lora=LoRA()),
         merge(loaded.variables, cfg.lora)["params"],
         tokenizer=loaded.tokenizer,
-        generation_config={"eos_token_id": list(loaded.stop_ids)},
+        generation_config={**loaded.generation_config, "eos_token_id": list(loaded.stop_ids)},
         dtype=args.dtype,
     )
 

@@ -15,7 +15,7 @@ import jax
 from dpr_jax import config as config_lib
 from dpr_jax.errors import UserError
 from dpr_jax.models import ModelConfig, Transformer
-from dpr_jax.models.lora import split_trainable
+from dpr_jax.models.lora import LoRA, split_trainable
 from dpr_jax.models.variables import abstract_variables, cast, random_adapter, random_variables
 from dpr_jax.rewards.references import milestone_steps, reference_step
 from dpr_jax.training.checkpoints import Checkpoints
@@ -34,36 +34,30 @@ def compute_dtype(dtype: str) -> str:
   return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def initial_variables(
+def base_variables(
     section: config_lib.ModelSection,
     cfg: ModelConfig,
     mesh: jax.sharding.Mesh,
     seed: int,
     dtype: str,
 ) -> dict[str, Any]:
-  """What the SFT stage starts from: pretrained or random weights, with LoRA a fresh adapter.
-
-  Args:
-    cfg: of the model, LoRA included.
-    dtype: of the parameters that are trained. A base under LoRA is frozen, and so has the compute
-      dtype `cfg.dtype`.
-  """
+  """{"params"}: pretrained weights, else random ones of the run's seed, in `dtype`."""
   from dpr_jax import weights
 
-  rng = root_key(seed, "init")
-  if not section.pretrained:
-    variables = random_variables(cfg, mesh, rng)
-    trainable, frozen = split_trainable(variables)
-    to = lambda tree, kind: tree if kind == "float32" else cast(tree, kind)
-    return {**to(frozen, cfg.dtype), **to(trainable, dtype)}
-  lora = cfg.lora.rank > 0
-  _, params = weights.load_pretrained(
-      section.pretrained, dtype=cfg.dtype if lora else dtype, mesh=mesh
-  )
-  if not lora:
+  if section.pretrained:
+    _, params = weights.load_pretrained(section.pretrained, dtype=dtype, mesh=mesh)
     return {"params": params}
-  adapter = random_adapter(cfg, mesh, rng)
-  return {"params": params, "lora": adapter if dtype == "float32" else cast(adapter, dtype)}
+  plain = dataclasses.replace(cfg, lora=LoRA())
+  variables = random_variables(plain, mesh, root_key(seed, "init"))
+  return variables if dtype == "float32" else cast(variables, dtype)
+
+
+def fresh_adapter(
+    cfg: ModelConfig, mesh: jax.sharding.Mesh, seed: int, dtype: str
+) -> dict[str, Any]:
+  """{"lora"}: an adapter that changes nothing yet, in `dtype`."""
+  adapter = {"lora": random_adapter(cfg, mesh, root_key(seed, "init"))}
+  return adapter if dtype == "float32" else cast(adapter, dtype)
 
 
 def stage_variables(
@@ -89,7 +83,9 @@ class LoadedModel:
   tokenizer: Any
   stop_ids: tuple[int, ...]
   template: str  # "" or the path of a .jinja chat template.
+  generation_config: Mapping[str, Any]  # that of the pretrained weights, {} without.
   base: str = ""  # path of the pretrained weights it started from, "" for none.
+  workdir: pathlib.Path | None = None  # of the run it is a stage of.
 
 
 def split_checkpoint(spec: str) -> tuple[pathlib.Path, str]:
@@ -125,12 +121,18 @@ def stage_step(path: pathlib.Path, fraction: str, record: Mapping[str, Any]) -> 
   return step
 
 
-def load_checkpoint(spec: str, mesh: jax.sharding.Mesh, dtype: str = "float32") -> LoadedModel:
+def load_checkpoint(
+    spec: str,
+    mesh: jax.sharding.Mesh,
+    dtype: str = "float32",
+    beside: LoadedModel | None = None,
+) -> LoadedModel:
   """Loads what a CKPT argument names, with parameters and activations in `dtype`.
 
   Args:
     spec: a Hugging Face folder, a .gguf file, or a stage of a workdir: DIR/sft, DIR/sft@0.5,
       DIR/dpr.
+    beside: a model loaded before; a LoRA stage of the same run takes the base from it.
 
   Raises:
     UserError: nothing of that kind is there.
@@ -144,19 +146,24 @@ def load_checkpoint(spec: str, mesh: jax.sharding.Mesh, dtype: str = "float32") 
     record = workdir.read_config()
     cfg = dataclasses.replace(ModelConfig.from_dict(record["model"]["config"]), dtype=dtype)
     step = stage_step(path, fraction, record)
+    run_config = config_lib.resolve(record["config"])
+    # The paths of config.json are as they were typed, from another directory perhaps.
+    section = dataclasses.replace(run_config.model, pretrained=record["model"]["pretrained"])
     frozen = {}
-    if cfg.lora.rank:
-      run_config = config_lib.resolve(record["config"])
-      first = initial_variables(run_config.model, cfg, mesh, record["seed"], dtype)
-      _, frozen = split_trainable(first)
+    if cfg.lora.rank and beside is not None and beside.workdir == workdir.path:
+      frozen = {"params": beside.variables["params"]}
+    elif cfg.lora.rank:
+      frozen = base_variables(section, cfg, mesh, record["seed"], dtype)
     variables = stage_variables(path, step, cfg, mesh, dtype, frozen)
     return LoadedModel(
         model=Transformer(cfg),
         variables=variables,
         tokenizer=weights.load_tokenizer(workdir.tokenizer),
         stop_ids=tuple(record["model"]["stop_ids"]),
-        template=record["config"]["data"]["template"],
-        base=record["config"]["model"]["pretrained"],
+        template=record["data"]["template"],
+        generation_config=record["model"]["generation_config"],
+        base=section.pretrained,
+        workdir=workdir.path,
     )
   if fraction or not path.exists():
     raise UserError(
@@ -165,10 +172,12 @@ def load_checkpoint(spec: str, mesh: jax.sharding.Mesh, dtype: str = "float32") 
     )
   cfg, params = weights.load_pretrained(path, dtype=dtype, mesh=mesh)
   tokenizer = weights.load_tokenizer(path)
+  generation_config = weights.load_generation_config(path)
   return LoadedModel(
       model=Transformer(dataclasses.replace(cfg, dtype=dtype)),
       variables={"params": params},
       tokenizer=tokenizer,
-      stop_ids=stop_ids(tokenizer, weights.load_generation_config(path)),
+      stop_ids=stop_ids(tokenizer, generation_config),
       template="",
+      generation_config=generation_config,
   )

@@ -40,7 +40,7 @@ def parse(argv: Sequence[str]):
     path = config_path(argv)
     raise UserError(f"--config={path}: {e.strerror or 'no such file'}; expected a file such as "
                     "configs/smoke.py") from None
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
+  except Exception as e:  # A config file is a program: it can raise anything.
     check_fields(argv)
     # An error inside of the file arrives as a traceback in a string; its end says it.
     raise UserError(re.split(r"\b[\w.]*Error: ", str(e))[-1]) from None
@@ -50,6 +50,9 @@ def parse(argv: Sequence[str]):
   if rest:
     raise UserError(f"{rest[0]!r} is not a flag; fields are set as --config.FIELD=VALUE")
   for flag, example in ((config, "configs/smoke.py"), (workdir, "runs/smoke")):
+    if flag is config and flag.value is None and config_path(argv):
+      raise UserError(f"--config={config_path(argv)}: its get_config returns nothing; it must "
+                      "return the config")
     if flag.value is None:
       raise UserError(f"--{flag.name} is missing; for example --{flag.name}={example}")
   return config_lib.resolve(config.value), workdir.value

@@ -1,4 +1,4 @@
-"""The order of stages: sft, dpr, baselines, evaluate, report; for one seed or several."""
+"""The order of stages: sft, ref, dpr, baselines, evaluate, report; for one seed or several."""
 
 import dataclasses
 import sys
@@ -15,7 +15,7 @@ from dpr_jax.stages.context import Run, set_up
 from dpr_jax.stages.continued_sft import continued_sft_stage
 from dpr_jax.stages.dpr import dpr_stage
 from dpr_jax.stages.evaluate import evaluate_stage
-from dpr_jax.stages.sft import sft_stage
+from dpr_jax.stages.sft import ref_stage, sft_stage
 from dpr_jax.workdir import Workdir, write_json
 
 
@@ -29,6 +29,7 @@ def report_stage(workdir: Workdir, parts: list[Workdir], seeds: list[int]) -> di
 
 STAGES: tuple[tuple[str, Callable[[Run], None]], ...] = (
     ("sft", sft_stage),
+    ("ref", ref_stage),
     ("dpr", dpr_stage),
     ("continued_sft", continued_sft_stage),
     ("evaluate", evaluate_stage),

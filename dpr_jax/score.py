@@ -37,6 +37,8 @@ def main(argv: Sequence[str]) -> None:
 
   demos = read_demos(args.input).demos  # One a record: an empty response is an error here.
   lines = [record for record, _ in iter_records(args.input)]
+  import jax
+
   from dpr_jax.data.templates import encode_response, render_prompt
   from dpr_jax.evals.scoring import score_record, score_responses
 
@@ -71,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
   from dpr_jax.workdir import write_lines
 
   write_lines(output, records)
-  if html is not None:
+  if html is not None and jax.process_index() == 0:
     from dpr_jax.report.heatmap import write_heatmap
 
     write_heatmap(records, pathlib.Path(html), f"Token rewards: {args.sft} against {args.ref}")

@@ -128,11 +128,18 @@ def check_batch(mesh: jax.sharding.Mesh, **sizes: int) -> None:
 
 
 def place(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Puts this process's rows of a host batch onto the mesh as global arrays."""
+  """Puts a host batch onto the mesh as global arrays.
+
+  Every process passes the whole batch, the same one; each keeps the rows of its own devices,
+  in whatever order the mesh has them.
+  """
   sharding = batch_sharding(mesh)
-  return jax.tree.map(
-      lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-  )
+
+  def leaf(x):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+  return jax.tree.map(leaf, batch)
 
 
 def to_host(tree: Any) -> Any:

@@ -12,6 +12,7 @@ With several seeds, seed_N/ is a whole workdir for each, and report/ is of all o
 
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -22,6 +23,7 @@ import jax
 
 from dpr_jax import config as config_lib
 from dpr_jax.errors import UserError
+from dpr_jax.sharding import barrier
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
@@ -34,13 +36,23 @@ def versions() -> dict[str, str]:
   return out
 
 
+def _finite(value: Any) -> Any:
+  """The value with null for NaN and infinities, which JSON does not have."""
+  if isinstance(value, Mapping):
+    return {k: _finite(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(v) for v in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes atomically, from process 0 only: a reader sees the old file or the new one."""
   if jax.process_index():
     return
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+  text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+  temporary.write_text(text + "\n", encoding="utf-8")
   os.replace(temporary, path)
 
 
@@ -64,6 +76,9 @@ class Workdir:
   """Paths of a run, and its config.json."""
 
   def __init__(self, path: str | os.PathLike):
+    if "://" in str(path):
+      raise UserError(f"--workdir={path}: a bucket must be mounted as a folder that all hosts see, "
+                      "for example with gcsfuse; give its path")
     self.path = pathlib.Path(path).absolute()
     self.config_file = self.path / "config.json"
     self.tokenizer = self.path / "tokenizer"
@@ -92,7 +107,8 @@ class Workdir:
     if not self.path.is_dir():
       raise UserError(f"--workdir={self.path} is a file; it must be a folder, or not exist yet")
     if not self.config_file.exists():
-      ours = {self.compilations.name}  # Written before config.json where a run died in between.
+      # Written before config.json is there, by a run that died in between.
+      ours = {self.compilations.name, self.config_file.name + ".tmp"}
       foreign = sorted(p.name for p in self.path.iterdir() if p.name not in ours)
       if foreign:
         raise UserError(
@@ -115,6 +131,7 @@ class Workdir:
     Raises:
       UserError: the demonstrations file has changed since the run began.
     """
+    barrier("claim")  # No process is still checking a folder that the first one writes to.
     if self.config_file.exists():
       old = self.read_config().get("data", {}).get("blake2b")
       new = facts.get("data", {}).get("blake2b")
@@ -124,4 +141,7 @@ class Workdir:
             f"--workdir={self.path} began ({old} there, {new} now); use a new folder"
         )
     record = {"config": config_lib.to_json(config), "seed": config.seed, "versions": versions()}
-    write_json(self.config_file, {**record, **facts})
+    try:
+      write_json(self.config_file, {**record, **facts})
+    except OSError as e:
+      raise UserError(f"--workdir={self.path} cannot be written: {e.strerror}") from None

@@ -18,17 +18,19 @@ Nothing is deleted for you: end with --delete.
   --version VERSION    runtime version; default: the one for TYPE
   --project PROJECT    default: gcloud's own
   --spot               a spot VM, cheaper and preemptible
-  --extras EXTRAS      of the package; default: tpu. A workdir on gs:// needs tpu,gcp
+  --extras EXTRAS      of the package; default: tpu
   --dry-run            print every command, ready to be pasted, and run nothing
   --logs               follow the log of worker 0 again
-  --stop               send SIGTERM to the run on every host: it saves a checkpoint and ends
+  --stop               end the run on every host: SIGTERM, upon which a stage that trains saves and
+                       ends, then SIGKILL a minute later; the same command goes on
   --delete             delete the VM
 
-ARGS are those of dpr_jax.main. The workdir of several hosts must be one that all of them see.
+ARGS are those of dpr_jax.main. The workdir of several hosts must be a folder that all of them see,
+such as a Filestore share, or a bucket mounted with gcsfuse.
 
 example:
-  launch/tpu_vm.sh --name dpr --zone europe-west4-b --type v5litepod-16 --extras tpu,gcp -- \
-    --config=configs/smoke.py --workdir=gs://BUCKET/run
+  launch/tpu_vm.sh --name dpr --zone europe-west4-b --type v5litepod-16 -- \
+    --config=configs/smoke.py --workdir=/mnt/share/run
 EOF
 }
 
@@ -153,7 +155,9 @@ EOF
 )
 
 stop=$(cat <<'EOF'
-pid=$(cat "$HOME/dpr_jax_run/pid") && kill -0 "$pid" && kill -s TERM -- "-$pid"
+pid=$(cat "$HOME/dpr_jax_run/pid") && kill -0 "$pid" && kill -s TERM -- "-$pid" || exit 1
+for _ in {1..60}; do kill -0 "$pid" 2>/dev/null || exit 0; sleep 1; done
+kill -s KILL -- "-$pid"
 EOF
 )
 

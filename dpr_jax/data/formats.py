@@ -111,7 +111,7 @@ def _iter_parquet(path: pathlib.Path) -> Iterator[tuple[Any, str]]:
     import pyarrow
     import pyarrow.parquet
   except ImportError:
-    raise UserError(f"{path}: Parquet needs pyarrow: pip install 'dpr_jax[parquet]'") from None
+    raise UserError(f"{path}: Parquet needs pyarrow: pip install -e '.[parquet]'") from None
   try:
     file = pyarrow.parquet.ParquetFile(path)
     index = 0

@@ -1,10 +1,11 @@
 """Rows and prompts -> endless batches.
 
 A batch is a pure function of (seed, step): Grain shuffles and repeats by random
-access, so a resumed run needs nothing but its step. Each process takes a
-contiguous block of the rows of the global batch, so the global batch does not
-depend on the number of processes. Prefetching happens in threads and changes
-nothing. Arrays stay on the host.
+access, so a resumed run needs nothing but its step. Every process makes the
+whole batch, a few copies out of memory, and `sharding.place` keeps the rows its
+devices hold, whatever the layout of the mesh; so a batch cannot depend on the
+number of processes. Prefetching happens in threads and changes nothing. Arrays
+stay on the host.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ _THREADS, _PREFETCH = 2, 8  # Assembling a batch is a few copies: more threads o
 
 
 class Batches(Generic[BatchT]):
-  """Endless, resumable iterator over this process's block of every global batch.
+  """Endless, resumable iterator over global batches.
 
   The whole state is the step of the next batch. An item is drawn once per epoch in an order that
   changes from epoch to epoch; batches run across the border of epochs.
@@ -41,11 +42,9 @@ class Batches(Generic[BatchT]):
     seed: int,
     start_step: int = 0,
     repeats: int = 1,
-    process_index: int = 0,
-    process_count: int = 1,
   ):
     """Args:
-      gather: item indices, int64 [rows of this process] -> batch. Called from other threads.
+      gather: item indices, int64 [batch_size] -> batch. Called from other threads.
       n_items: number of items to draw from.
       batch_size: rows of the global batch.
       repeats: adjacent rows that one item fills.
@@ -56,20 +55,14 @@ class Batches(Generic[BatchT]):
       raise UserError("no data to make batches from; expected at least one item")
     if seed < 0:
       raise UserError(f"seed={seed} must be at least 0")
-    if not 0 <= process_index < process_count:
-      raise UserError(f"process_index={process_index} must be at least 0 and below "
-                      f"process_count={process_count}")
-    if batch_size < 1 or batch_size % process_count:
-      raise UserError(f"batch_size={batch_size} must be a positive multiple of the {process_count} "
-                      "processes")
+    if batch_size < 1:
+      raise UserError(f"batch_size={batch_size} must be at least 1")
     if repeats < 1 or batch_size % repeats:
       raise UserError(f"batch_size={batch_size} must be a multiple of "
                       f"samples_per_prompt={repeats}")
-    block = batch_size // process_count
-    rows = slice(process_index * block, (process_index + 1) * block)
     items = grain.MapDataset.range(n_items).seed(seed).shuffle().repeat()
     items = items.batch(batch_size // repeats)
-    self._rows = items.map(lambda indices: np.repeat(np.asarray(indices), repeats)[rows])
+    self._rows = items.map(lambda indices: np.repeat(np.asarray(indices), repeats))
     self._batches = self._rows.map(gather).to_iter_dataset(
       grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
     )
@@ -90,7 +83,7 @@ class Batches(Generic[BatchT]):
     return batch
 
   def item_indices(self, step: int) -> np.ndarray:
-    """Which items fill this process's rows at `step`; int64 [rows]. Does not move the iterator."""
+    """Which items fill the rows at `step`; int64 [batch_size]. Does not move the iterator."""
     return self._rows[step]
 
   def get_state(self) -> dict[str, int]:
@@ -107,18 +100,9 @@ class Batches(Generic[BatchT]):
 
 
 def sft_batches(
-  rows: PackedRows,
-  batch_size: int,
-  seed: int,
-  start_step: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: PackedRows, batch_size: int, seed: int, start_step: int = 0
 ) -> Batches[SFTBatch]:
-  """Endless batches of packed rows; [batch_size / process_count, T] per process.
-
-  Raises:
-    UserError: `batch_size` is not a multiple of `process_count`.
-  """
+  """Endless batches of packed rows, [batch_size, T] each."""
 
   def gather(index_B: np.ndarray) -> SFTBatch:
     return SFTBatch(
@@ -127,10 +111,7 @@ def sft_batches(
       loss_mask=rows.loss_mask[index_B],
     )
 
-  return Batches(
-    gather, len(rows), batch_size, seed, start_step,
-    process_index=process_index, process_count=process_count,
-  )
+  return Batches(gather, len(rows), batch_size, seed, start_step)
 
 
 def pad_prompts(prompts: Sequence[np.ndarray], prompt_length: int) -> PromptBatch:
@@ -156,8 +137,6 @@ def prompt_batches(
   seed: int,
   start_step: int = 0,
   samples_per_prompt: int = 1,
-  process_index: int = 0,
-  process_count: int = 1,
 ) -> Batches[PromptBatch]:
   """Endless batches of prompts, each `samples_per_prompt` times in adjacent rows.
 
@@ -165,18 +144,15 @@ def prompt_batches(
   row holds, for verifiers.
 
   Raises:
-    UserError: `batch_size` is not a multiple of `samples_per_prompt` and of `process_count`, or a
-      prompt is longer than `prompt_length`.
+    UserError: `batch_size` is not a multiple of `samples_per_prompt`, or a prompt is longer than
+      `prompt_length`.
   """
   padded = pad_prompts(prompts, prompt_length)
 
   def gather(index_B: np.ndarray) -> PromptBatch:
     return PromptBatch(tokens=padded.tokens[index_B], lengths=padded.lengths[index_B])
 
-  return Batches(
-    gather, len(prompts), batch_size, seed, start_step, repeats=samples_per_prompt,
-    process_index=process_index, process_count=process_count,
-  )
+  return Batches(gather, len(prompts), batch_size, seed, start_step, repeats=samples_per_prompt)
 
 
 class Prompts(NamedTuple):

@@ -87,7 +87,9 @@ def _parser(name: str, pattern: str) -> Callable[[str], tuple[str, ...]]:
 
 
 def _sample_range(rng: random.Random) -> str:
-  low, high = sorted(rng.sample(range(10, 100), 2))
+  low, high = 10, 99
+  while (low, high) == (10, 99):  # It has no wrong answer.
+    low, high = sorted(rng.sample(range(10, 100), 2))
   return f"from {low} to {high}"
 
 

@@ -29,13 +29,6 @@ class Response:
   logp: float  # of the whole response under the sampled distribution's logits, nats.
 
 
-def process_rows(batch: Any) -> Any:
-  """This process's contiguous block of the rows of a global host batch."""
-  index, count = jax.process_index(), jax.process_count()
-  block = lambda x: x[index * (len(x) // count) : (index + 1) * (len(x) // count)]
-  return jax.tree.map(block, batch)
-
-
 def respond(
     model: Any,
     members: Sequence[Any],
@@ -69,7 +62,7 @@ def respond(
         _generate(
             model,
             tuple(members),
-            sharding.place(process_rows(batch), mesh),
+            sharding.place(batch, mesh),
             jax.random.fold_in(rng, start // batch_size),
             max_new_tokens=max_new_tokens,
             stop_ids=tuple(stop_ids),

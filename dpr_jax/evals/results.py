@@ -87,7 +87,7 @@ def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dic
     shared = [m for m in values[name][0] if all(m in v for v in values[name])]
     systems[name] = {m: interval([v[m] for v in values[name]]) for m in shared}
   for name in names:
-    if all(name in x for x in nll):
+    if all(x.get(name) for x in nll):
       systems[name]["heldout_nll"] = interval([np.asarray(x[name]) for x in nll])
   comparisons = []
   for a, b in PAIRS:

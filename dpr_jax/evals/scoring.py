@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from dpr_jax import sharding
-from dpr_jax.evals.responses import process_rows
 from dpr_jax.models.logprobs import token_logprobs
 
 _score = jax.jit(token_logprobs, static_argnums=0, static_argnames=("chunk_size",))
@@ -58,7 +57,7 @@ def response_logps(
     segments = np.zeros((batch_size, length), np.int32)
     for b, i in enumerate(chosen):
       tokens[b, : len(rows[i])], segments[b, : len(rows[i])] = rows[i], 1
-    tokens, segments = sharding.place(process_rows((tokens, segments)), mesh)
+    tokens, segments = sharding.place((tokens, segments), mesh)
     logp = sharding.to_host(_score(model, variables, tokens, segments, chunk_size=chunk_size).logp)
     for b, i in enumerate(chosen):
       out[i] = logp[b, len(prompts[i]) : len(rows[i])]

@@ -22,6 +22,12 @@ class Rope:
   high_freq_factor: float = 4.0  # llama3: above it do not scale.
   original_max_length: int = 8192  # llama3: tokens.
 
+  def __post_init__(self):
+    if self.scaling not in ("none", "linear", "llama3"):
+      raise ValueError(f"rope scaling={self.scaling!r} is not one of none, linear, llama3")
+    if self.theta <= 0 or self.factor <= 0:
+      raise ValueError(f"rope theta={self.theta} and factor={self.factor} must be above 0")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -72,6 +78,11 @@ class ModelConfig:
     for name in ("hidden_size", "mlp_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+    if self.head_dim % 2 or self.max_length < 1 or self.window < 0:
+      raise ValueError(
+          f"head_dim={self.head_dim} must be even, max_length={self.max_length} at least 1 and "
+          f"window={self.window} at least 0"
+      )
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
           f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"

@@ -1,6 +1,7 @@
 """Plain sentences about what moved while a policy was trained, computed from its metrics.
 
-A metric is summarised by the means of its first and last tenth of lines. It "moved" if the
+A metric is summarised by the means of its first and last tenth of lines, five at least. It "moved"
+if the
 difference exceeds twice its standard error (lines of a window taken as independent); with
 several seeds, if it did so in every seed and in one direction.
 """

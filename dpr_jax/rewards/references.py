@@ -1,7 +1,10 @@
-"""Which SFT checkpoints serve as pi_ref.
+"""Which SFT checkpoint serves as pi_ref.
 
-The paper's reference is an earlier checkpoint, trained on half of the samples. Here it
-is `midrun`: a milestone of the same run at a fraction of its steps.
+The paper's reference is an earlier checkpoint, trained on half of the samples. Two readings:
+
+  midrun     a milestone of the SFT run at a fraction of its steps; costs nothing.
+  half_data  a run of its own, with its full schedule, on a fraction of the demonstrations; as many
+             passes over them as the SFT run makes over all.
 """
 
 from collections.abc import Sequence
@@ -41,3 +44,29 @@ def reference_step(fraction: float, milestones: Sequence[float], steps: int) -> 
       f"config.reference.fraction={fraction} is not among the kept milestones "
       f"{sorted(kept)}; add it to config.sft.milestones"
   )
+
+
+def reference_steps(fraction: float, steps: int) -> int:
+  """Steps of the `half_data` reference: the SFT run's, times the share of demonstrations.
+
+  Raises:
+    UserError: the fraction is outside of (0, 1), or gives no step.
+  """
+  if not 0 < fraction < 1 or round(fraction * steps) < 1:
+    raise UserError(
+        f"config.reference.fraction={fraction} must lie between 0 and 1 and leave at least one of "
+        f"the {steps} SFT steps"
+    )
+  return round(fraction * steps)
+
+
+def reference_checkpoint(config) -> tuple[str, int]:
+  """(stage, step) of the checkpoint that is pi_ref under a `RunConfig`.
+
+  Raises:
+    UserError: as `reference_step` and `reference_steps`.
+  """
+  fraction, sft = config.reference.fraction, config.sft
+  if config.reference.kind == "half_data":
+    return "ref", reference_steps(fraction, sft.steps)
+  return "sft", reference_step(fraction, sft.milestones, sft.steps)

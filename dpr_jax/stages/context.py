@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +15,19 @@ from dpr_jax.data.dataset import Dataset, build_dataset
 from dpr_jax.data.loader import Batches
 from dpr_jax.data.templates import stop_ids
 from dpr_jax.errors import UserError
-from dpr_jax.loading import compute_dtype, initial_variables, root_key, stage_variables
+from dpr_jax.loading import (
+    base_variables,
+    compute_dtype,
+    fresh_adapter,
+    root_key,
+    stage_variables,
+)
 from dpr_jax.models import Transformer
 from dpr_jax.models.lora import split_trainable
-from dpr_jax.models.variables import abstract_variables, extrapolate
-from dpr_jax.rewards.references import milestone_steps, reference_step
+from dpr_jax.models.variables import abstract_variables, cast, extrapolate
+from dpr_jax.rewards.references import milestone_steps, reference_checkpoint
 from dpr_jax.training import TrainState
+from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.training.loop import run_stage
 from dpr_jax.training.optimizer import make_schedule
 from dpr_jax.training.steps import abstract_state
@@ -48,15 +56,19 @@ class Run:
     return root_key(self.config.seed, name)
 
   def initial_variables(self, dtype: str) -> Any:
-    config = self.config
-    return initial_variables(config.model, self.model.cfg, self.mesh, config.seed, dtype)
+    """What the SFT stage starts from; what is trained has `dtype`."""
+    config, cfg = self.config, self.model.cfg
+    if cfg.lora.rank:
+      return {**self.frozen, **fresh_adapter(cfg, self.mesh, config.seed, dtype)}
+    return base_variables(config.model, cfg, self.mesh, config.seed, dtype)
 
   @functools.cached_property
   def frozen(self) -> Any:
     """What no stage trains, shared by policy, sft and ref: the base under LoRA, else nothing."""
     if not self.model.cfg.lora.rank:
       return {}
-    return split_trainable(self.initial_variables(self.dtype))[1]
+    config = self.config
+    return base_variables(config.model, self.model.cfg, self.mesh, config.seed, self.dtype)
 
   def stage_variables(self, stage: str, step: int, dtype: str) -> Any:
     return stage_variables(
@@ -67,16 +79,30 @@ class Run:
     """Where every later stage starts: the last SFT parameters, as they were trained."""
     return self.stage_variables("sft", self.config.sft.steps, "float32")
 
+  def ref_variables(self, dtype: str) -> Any:
+    """The reference: a milestone of the SFT run, or a run of its own (see `rewards.references`)."""
+    stage, step = reference_checkpoint(self.config)
+    return self.stage_variables(stage, step, dtype)
+
+  def finished(self, stage: str, steps: int) -> bool:
+    """Whether a stage has its last checkpoint, so that nothing needs to be loaded for it."""
+    folder = self.workdir.stage(stage) / "checkpoints"
+    if not folder.is_dir():
+      return False
+    with Checkpoints(folder, read_only=True) as checkpoints:
+      return steps in checkpoints.steps()
+
   def load(self, name: str) -> Any:
     """The parameter set called `name`, in the compute dtype: base, ref, sft, dpr, a baseline."""
     config = self.config
     if name == "base":
       return self.initial_variables(self.dtype)
     if name == "ref":
-      step = reference_step(config.reference.fraction, config.sft.milestones, config.sft.steps)
-      return self.stage_variables("sft", step, self.dtype)
+      return self.ref_variables(self.dtype)
     if name == "extrapolated":
-      return extrapolate(self.load("sft"), self.load("ref"), contrastive_alpha(config))
+      # In float32: the difference of two nearby checkpoints is about as small as bfloat16's steps.
+      sft, ref = self.sft_float32(), self.ref_variables("float32")
+      return cast(extrapolate(sft, ref, contrastive_alpha(config)), self.dtype)
     steps = config.sft.steps if name == "sft" else config.dpr.steps
     return self.stage_variables(name, steps, self.dtype)
 
@@ -93,20 +119,21 @@ def contrastive_alpha(config: config_lib.RunConfig) -> float:
   return config.eval.contrastive_alpha or 1.0 / config.dpr.beta
 
 
-def build_model(config: config_lib.RunConfig) -> tuple[Any, Transformer, tuple[int, ...], str]:
-  """(tokenizer, model, stop ids, origin of the weights).
+def build_model(
+    config: config_lib.RunConfig,
+) -> tuple[Any, Transformer, tuple[int, ...], dict[str, Any]]:
+  """(tokenizer, model, stop ids, generation config of the weights).
 
   Raises:
     UserError: unreadable weights or tokenizer, or a length beyond what the model was trained for.
   """
   section = config.model
   how = {"dtype": compute_dtype(section.dtype), "remat": section.remat, "lora": section.lora}
-  generation_config = None
+  generation_config = {}
   if section.pretrained:
     tokenizer = weights.load_tokenizer(section.pretrained)
     generation_config = weights.load_generation_config(section.pretrained)
     cfg = dataclasses.replace(weights.load_config(section.pretrained), **how)
-    origin = section.pretrained
   else:
     tokenizer = byte_tokenizer()
     cfg = dataclasses.replace(
@@ -117,7 +144,6 @@ def build_model(config: config_lib.RunConfig) -> tuple[Any, Transformer, tuple[i
           f"config.model.shape.vocab_size={cfg.vocab_size} is below the {len(tokenizer)} tokens of "
           "the tokenizer; 0 takes that number"
       )
-    origin = "random"
   new = max(config.dpr.max_new_tokens, config.eval.max_new_tokens)
   for field, length in (
       ("data.row_length", config.data.row_length),
@@ -128,7 +154,12 @@ def build_model(config: config_lib.RunConfig) -> tuple[Any, Transformer, tuple[i
           f"config.{field}={length} exceeds the {cfg.max_length} tokens that the model was made for"
       )
   ends = stop_ids(tokenizer, generation_config, config.data.template)
-  return tokenizer, Transformer(cfg), ends, origin
+  return tokenizer, Transformer(cfg), ends, generation_config
+
+
+def absolute(path: str) -> str:
+  """The path from the root, so that it is found from any directory; "" stays ""."""
+  return os.path.abspath(path) if path else ""
 
 
 def set_up(config: config_lib.RunConfig, workdir: Workdir, mesh: jax.sharding.Mesh) -> Run:
@@ -141,18 +172,20 @@ def set_up(config: config_lib.RunConfig, workdir: Workdir, mesh: jax.sharding.Me
       eval__batch_size=config.eval.batch_size,
   )
   milestone_steps(config.sft.milestones, config.sft.steps)
-  reference_step(config.reference.fraction, config.sft.milestones, config.sft.steps)
-  tokenizer, model, ends, origin = build_model(config)
+  reference_checkpoint(config)
+  tokenizer, model, ends, generation_config = build_model(config)
   data = build_dataset(config.data, tokenizer, config.seed)
   workdir.claim(
       config,
       model={
-          "source": origin,
+          "source": config.model.pretrained or "random",
+          "pretrained": absolute(config.model.pretrained),
+          "generation_config": generation_config,
           "num_params": model.cfg.num_params,
           "config": model.cfg.to_dict(),
           "stop_ids": list(ends),
       },
-      data=data.summary,
+      data={**data.summary, "template": absolute(config.data.template)},
       devices={"platform": jax.default_backend(), "count": jax.device_count()},
   )
   if jax.process_index() == 0:
@@ -196,7 +229,3 @@ def train(
       tensorboard_dir=run.workdir.tensorboard / name if config.log.tensorboard else None,
       schedule=make_schedule(section.optimizer, section.steps),
   )
-
-
-def process_block() -> dict[str, int]:
-  return {"process_index": jax.process_index(), "process_count": jax.process_count()}

@@ -6,7 +6,7 @@ from dpr_jax.data.loader import sft_batches
 from dpr_jax.data.packing import pack
 from dpr_jax.data.templates import encode_demo
 from dpr_jax.losses import make_sft_loss
-from dpr_jax.stages.context import Run, process_block, train
+from dpr_jax.stages.context import Run, train
 from dpr_jax.training import make_train_step
 from dpr_jax.training.optimizer import make_optimizer
 
@@ -19,7 +19,7 @@ def continued_sft_stage(run: Run) -> None:
   the counts).
   """
   section, data = run.config.dpr, run.config.data
-  if not section.steps:
+  if not section.steps or run.finished("continued_sft", section.steps):
     return
   optimizer = make_optimizer(section.optimizer, section.steps)
   loss_fn = make_sft_loss(run.model, chunk_size=run.config.model.chunk_size)
@@ -43,6 +43,6 @@ def continued_sft_stage(run: Run) -> None:
       make_train_step(loss_fn, optimizer, accumulation=section.accumulation),
       optimizer,
       # Another order than SFT's, which has just seen these demonstrations.
-      sft_batches(rows, section.batch_size, run.config.seed + 1, **process_block()),
+      sft_batches(rows, section.batch_size, run.config.seed + 1),
       run.sft_float32,
   )

@@ -4,7 +4,7 @@ from dpr_jax.data.loader import prompt_batches
 from dpr_jax.losses import make_reinforce_loss
 from dpr_jax.rewards import transforms
 from dpr_jax.rollout import Sampling, make_rollout_step
-from dpr_jax.stages.context import Run, process_block, train
+from dpr_jax.stages.context import Run, train
 from dpr_jax.training import make_train_step
 from dpr_jax.training.dpr_step import make_dpr_step
 from dpr_jax.training.optimizer import make_optimizer
@@ -12,7 +12,7 @@ from dpr_jax.training.optimizer import make_optimizer
 
 def dpr_stage(run: Run) -> None:
   section, chunk_size = run.config.dpr, run.config.model.chunk_size
-  if not section.steps:
+  if not section.steps or run.finished("dpr", section.steps):
     return
   optimizer = make_optimizer(section.optimizer, section.steps)
   rollout_step = make_rollout_step(
@@ -44,6 +44,5 @@ def dpr_stage(run: Run) -> None:
       run.config.data.prompt_length,
       run.config.seed,
       samples_per_prompt=section.samples_per_prompt,
-      **process_block(),
   )
   train(run, "dpr", section, dpr_step, optimizer, batches, run.sft_float32)

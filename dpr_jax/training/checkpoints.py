@@ -83,6 +83,13 @@ class Checkpoints:
     if not saved:
       raise RuntimeError(f"{self.directory}: step {step} was not saved; it holds {self.steps()}")
 
+  def reached_preemption(self, step: int) -> bool:
+    """Whether a process was told to end (SIGTERM) and this is the step at which all of them save.
+
+    Every process must ask at every step. False without `jax.distributed.initialize`.
+    """
+    return jax.distributed.is_initialized() and self._manager.reached_preemption(step)
+
   def wait(self) -> None:
     self._manager.wait_until_finished()
 
@@ -128,6 +135,8 @@ class Checkpoints:
       try:
         out = self._restore(step, abstract, frozen)
       except Exception as e:  # Orbax and TensorStore raise what they like for a torn file.
+        if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e):
+          raise  # The file may be whole; it is the machine that is too small.
         failed[step] = e
         continue
       for bad, error in failed.items():

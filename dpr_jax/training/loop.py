@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import jax
 
 from dpr_jax import sharding
+from dpr_jax.errors import Preempted
 from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.training.metrics import MetricsWriter
 from dpr_jax.training.steps import TrainState
@@ -58,6 +59,7 @@ def run_stage(
 
   Raises:
     Diverged: the loss or the gradient was not finite. Nothing of that step is saved.
+    Preempted: a process got SIGTERM (in a distributed run); the step is saved.
   """
   with Checkpoints(
       directory / "checkpoints", keep=checkpoint_keep, keep_steps=keep_steps
@@ -87,10 +89,14 @@ def run_stage(
         if schedule is not None:
           metrics = {**metrics, "learning_rate": schedule(step - 1)}
         writer.write(step, metrics)
-        if step in due or step % checkpoint_every == 0:
+        preempted = checkpoints.reached_preemption(step)
+        if step in due or step % checkpoint_every == 0 or preempted:
           # Metrics first: a step that is not finite raises here, and is not saved; and no
           # checkpoint is ahead of its metrics.
           writer.flush()
           checkpoints.save(state, step, batches.get_state())
+        if preempted:
+          checkpoints.wait()
+          raise Preempted(f"{name}: told to end; step {step} is saved, the same command goes on")
     checkpoints.wait()
   return state

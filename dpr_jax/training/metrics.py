@@ -16,9 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-
-class Diverged(RuntimeError):
-  """The loss or the gradient stopped being finite; the last checkpoint is from before."""
+from dpr_jax.errors import Diverged
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:

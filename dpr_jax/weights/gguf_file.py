@@ -178,6 +178,6 @@ def _package() -> Any:
     import gguf.quants
   except ImportError:
     raise UserError(
-        "reading .gguf files needs the gguf package: pip install 'dpr_jax[gguf]'"
+        "reading .gguf files needs the gguf package: pip install -e '.[gguf]'"
     ) from None
   return gguf

@@ -1,4 +1,4 @@
-"""Batches: a pure function of (seed, step), whatever the processes and the restarts."""
+"""Batches: a pure function of (seed, step), whatever the restarts."""
 
 import json
 
@@ -64,22 +64,11 @@ def test_batches_are_a_function_of_seed_and_step(maker):
 
 
 @pytest.mark.parametrize("maker", [sft_maker, prompt_maker])
-@pytest.mark.parametrize("processes", [2, 4])
-def test_the_global_batch_does_not_depend_on_the_number_of_processes(maker, processes):
+def test_a_resumed_run_gets_the_batches_of_one_that_was_not(maker):
   want = take(maker(seed=5), 9)
-  parts = [take(maker(seed=5, process_index=p, process_count=processes), 9)
-           for p in range(processes)]
-  assert_equal(want, [jax.tree.map(lambda *x: np.concatenate(x), *step) for step in zip(*parts)])
-  # Two processes stop at step 4 and one goes on, and the reverse.
   resumed = maker(seed=5)
-  resumed.set_state(json.loads(json.dumps(
-    take_and_state(maker(seed=5, process_index=1, process_count=processes), 4))))
+  resumed.set_state(json.loads(json.dumps(take_and_state(maker(seed=5), 4))))
   assert_equal(want[4:], take(resumed, 5))
-  alone = take_and_state(maker(seed=5), 6)
-  for p in range(processes):
-    half = maker(seed=5, process_index=p, process_count=processes)
-    half.set_state(alone)
-    assert_equal(parts[p][6:], take(half, 3))
 
 
 def take_and_state(batches, n):
@@ -133,14 +122,11 @@ def test_rows_are_handed_over_whole():
     np.testing.assert_array_equal(batch.loss_mask, rows.loss_mask[index])
 
 
-@pytest.mark.parametrize("processes", [1, 2, 8])
-def test_samples_of_a_prompt_are_adjacent(processes):
+def test_samples_of_a_prompt_are_adjacent():
   prompts = make_token_prompts(11)
-  parts = [prompt_batches(prompts, 16, 8, seed=3, samples_per_prompt=4, process_index=p,
-                          process_count=processes) for p in range(processes)]
+  batches = prompt_batches(prompts, 16, 8, seed=3, samples_per_prompt=4)
   for step in range(6):
-    index = np.concatenate([p.item_indices(step) for p in parts])
-    batch = jax.tree.map(lambda *x: np.concatenate(x), *[next(p) for p in parts])
+    index, batch = batches.item_indices(step), next(batches)
     groups = index.reshape(4, 4)
     assert (groups == groups[:, :1]).all()
     for row, i in enumerate(index):
@@ -178,14 +164,10 @@ def test_make_prompts():
 
 
 @pytest.mark.parametrize("kwargs, pattern", [
-  ({"batch_size": 6, "process_count": 4}, "batch_size=6 must be a positive multiple of the 4"),
-  ({"batch_size": 0}, "batch_size=0 must be a positive multiple"),
-  ({"batch_size": -4}, "batch_size=-4 must be a positive multiple"),
+  ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+  ({"batch_size": -4}, "batch_size=-4 must be at least 1"),
   ({"batch_size": 6, "repeats": 4}, "batch_size=6 must be a multiple of samples_per_prompt=4"),
   ({"batch_size": 6, "repeats": 0}, "samples_per_prompt=0"),
-  ({"batch_size": 4, "process_index": 2, "process_count": 2}, "process_index=2 must be at least 0"),
-  ({"batch_size": 4, "process_index": -1}, "process_index=-1"),
-  ({"batch_size": 4, "process_count": 0}, "process_count=0"),
   ({"batch_size": 4, "n_items": 0}, "no data to make batches from"),
   ({"batch_size": 4, "seed": -1}, "seed=-1 must be at least 0"),
   ({"batch_size": 4, "start_step": -1}, "next_step"),

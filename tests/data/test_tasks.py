@@ -171,6 +171,13 @@ def test_corruption(corrupt):
   assert demos == make_demos(list(TASKS), n, seed=7, corrupt=corrupt)
 
 
+def test_every_prompt_has_a_wrong_answer():
+  """Ranges most of all: nothing is outside of the widest one, which must not be asked for."""
+  for seed in range(10):
+    demos = make_demos(["range"], 2000, seed, corrupt=1.0)
+    assert not any(verify(d.task, d.messages[0]["content"], d.response) for d in demos)
+
+
 def test_more_corruption_contains_less():
   """`corrupt` may be swept: the demonstrations wrong at 0.1 are wrong at 0.3 as well."""
   for seed in range(5):

@@ -20,7 +20,10 @@ def lines(path):
 @pytest.fixture
 def prompts(tmp_path):
   path = tmp_path / "prompts.jsonl"
-  records = [{"prompt": f"upper {w}", "id": i} for i, w in enumerate(("rose", "tulip", "oak"))]
+  records = [
+      {"prompt": f"upper {w}", "response": w.upper(), "id": i}
+      for i, w in enumerate(("rose", "tulip", "oak"))
+  ]
   path.write_text("".join(json.dumps(r) + "\n" for r in records))
   return path
 

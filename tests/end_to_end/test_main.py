@@ -123,6 +123,14 @@ def test_seeds_are_aggregated(door, tmp_path):
   assert "seed_1/report/report.html" in (tmp_path / "seeds" / "report" / "report.html").read_text()
 
 
+@pytest.mark.slow
+def test_a_reference_of_half_of_the_data(door, tmp_path):
+  door.finish(door.start(tmp_path / "half", "--config.reference.kind=half_data"))
+  assert len(read_metrics(tmp_path / "half" / "ref" / "metrics.jsonl")) == STAGES["sft"] // 2
+  results = json.loads((tmp_path / "half" / "report" / "results.json").read_text())
+  assert set(results["systems"]) == SYSTEMS
+
+
 # --- Bad input: one line that names the place, exit code 2, nothing overwritten -------------------
 
 GOOD = '{"prompt": "hi", "response": "hello"}'
@@ -158,7 +166,7 @@ BAD_INPUTS = {
         ["--config.reference.fraction=0.33"], ["config.reference.fraction=0.33", "milestones"]
     ),
     "row beyond the model": (
-        ["--config.data.row_length=4096"], ["config.data.row_length=4096", "2048"]
+        ["--config.data.row_length=4096"], ["config.data.row_length=4096", "256 tokens"]
     ),
     "missing weights": (["--config.model.pretrained=nowhere.gguf"], ["nowhere.gguf"]),
     "mesh": (["--config.mesh.tensor=3"], ["config.mesh", "devices"]),

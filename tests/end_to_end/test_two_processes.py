@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 
@@ -35,3 +38,30 @@ def test_two_processes_train_like_one(door, finished_run, tmp_path):
   for name in ("base", "ref", "sft", "dpr", "continued_sft"):
     a, b = (r["systems"][name]["heldout_nll"]["mean"] for r in results)
     np.testing.assert_allclose(a, b, rtol=1e-4, err_msg=name)
+
+
+def test_sigterm_saves_in_every_process_and_the_run_goes_on(door, finished_run, tmp_path):
+  whole, workdir = finished_run[0], tmp_path / "preempted"
+  command = [
+      "bash", "launch/local_multiprocess.sh", "2", "--", sys.executable, "-m", "dpr_jax.main",
+      "--config=configs/smoke.py:debug", f"--workdir={workdir}", "--config.log.progress=False",
+  ]
+  environment = {**os.environ, "PYTHONPATH": str(door.root), "DPR_GRACE_SECONDS": "60"}
+  with subprocess.Popen(
+      command, cwd=door.root, env=environment, text=True, stdout=subprocess.PIPE
+  ) as process:
+    started = workdir / "sft" / "metrics.jsonl"
+    while not (started.exists() and len(read_metrics(started)) >= 2):
+      assert process.poll() is None, process.stdout.read()[-3000:]
+      time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=300)
+  assert process.returncode == 143, out[-3000:]
+  steps = {int(p.name) for p in (workdir / "sft" / "checkpoints").iterdir() if p.name.isdigit()}
+  saved = max(steps)
+  assert saved < 20 and len(re.findall(rf"sft: told to end; step {saved} is saved", out)) == 2
+  # One process goes on from what two have saved.
+  door.finish(door.start(workdir))
+  one, two = (read_metrics(w / "sft" / "metrics.jsonl") for w in (whole, workdir))
+  assert [x["step"] for x in two] == [x["step"] for x in one]
+  np.testing.assert_allclose([x["loss"] for x in two], [x["loss"] for x in one], rtol=1e-4)

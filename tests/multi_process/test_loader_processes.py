@@ -24,11 +24,16 @@ tokenizer = byte_tokenizer()
 demos = make_demos(list(TASKS), 150, seed=3)
 rows = pack([encode_demo(d, tokenizer) for d in demos], 64, seed=3)
 prompts = make_prompts(demos, tokenizer, 48).tokens
-mesh = make_mesh(data=2, fsdp=2)
-processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
+devices = jax.devices()
+# Contiguous, with the devices of the processes interleaved, and with both holding every row.
+MESHES = {
+  "contiguous": make_mesh(data=2, fsdp=2),
+  "interleaved": make_mesh(data=2, fsdp=2, devices=[devices[i] for i in (0, 2, 1, 3)]),
+  "shared rows": make_mesh(data=1, fsdp=1, tensor=4),
+}
 
 
-def globally(batches, n):
+def globally(batches, n, mesh=MESHES["contiguous"]):
   found = []
   for _ in range(n):
     batch = place(next(batches), mesh)
@@ -39,14 +44,16 @@ def globally(batches, n):
 
 
 def sft(step):
-  return sft_batches(rows, 8, seed=5, start_step=step, **processes)
+  return sft_batches(rows, 8, seed=5, start_step=step)
 
 
 def prompt(step):
-  return prompt_batches(prompts, 8, 48, seed=5, start_step=step, samples_per_prompt=2, **processes)
+  return prompt_batches(prompts, 8, 48, seed=5, start_step=step, samples_per_prompt=2)
 
 
 out = {"sft": globally(sft(0), 5), "prompt": globally(prompt(0), 5)}
+for mesh in MESHES.values():
+  assert globally(sft(0), 5, mesh) == out["sft"] and globally(prompt(0), 5, mesh) == out["prompt"]
 assert globally(sft(3), 2) == out["sft"][3:] and globally(prompt(3), 2) == out["prompt"][3:]
 print("BATCHES " + json.dumps(out))
 """

@@ -221,7 +221,7 @@ def test_another_model_is_refused_and_its_checkpoints_are_left(tmp_path, trained
 def test_fingerprints_see_single_bits_places_and_dtypes(rng):
   tree = {
       "a": jnp.asarray(rng.normal(size=(3, 5)), jnp.float32),
-      "b": jnp.asarray(rng.normal(size=7), jnp.bfloat16),
+      "b": jnp.asarray(1 + rng.permutation(7) + rng.random(), jnp.bfloat16),  # all different.
       "c": [jnp.arange(4), jnp.array(True), jax.random.key(1)],
   }
   first = fingerprint(tree)

@@ -9,9 +9,10 @@ import optax
 import pytest
 
 from dpr_jax import sharding
+from dpr_jax.errors import Diverged
 from dpr_jax.training import make_train_step
 from dpr_jax.training.loop import run_stage
-from dpr_jax.training.metrics import Diverged, read_metrics
+from dpr_jax.training.metrics import read_metrics
 from dpr_jax.training.steps import abstract_state
 
 OPTIMIZER = optax.adam(0.1)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpr_jax.training.metrics import Diverged, MetricsWriter, read_metrics
+from dpr_jax.errors import Diverged
+from dpr_jax.training.metrics import MetricsWriter, read_metrics
 
 
 def _writer(directory, **fields):

@@ -53,9 +53,11 @@ def test_accumulated_equals_full_batch_for_a_packed_decoder(make_model, rng):
     step = make_train_step(make_sft_loss(model), optax.sgd(1.0), accumulation=accumulation)
     out.append(step(state, batch))
   (a, a_metrics), (b, b_metrics) = out
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), a.trainable, b.trainable)
-  assert float(a_metrics["loss"]) == pytest.approx(float(b_metrics["loss"]), rel=1e-6)
-  assert float(a_metrics["grad_norm"]) == pytest.approx(float(b_metrics["grad_norm"]), rel=1e-6)
+  # Gradients of order 1 in float32: over hundreds of seeds sums in another order moved them by
+  # at most 4e-6; a mean of means moves them by more than 1e-2.
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a.trainable, b.trainable)
+  assert float(a_metrics["loss"]) == pytest.approx(float(b_metrics["loss"]), rel=5e-6)
+  assert float(a_metrics["grad_norm"]) == pytest.approx(float(b_metrics["grad_norm"]), rel=5e-6)
   assert float(a_metrics["grad_norm"]) > 0.1
 
 
