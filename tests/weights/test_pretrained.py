@@ -17,7 +17,6 @@ from dpr_jax.models import Transformer, init_cache, token_logprobs
 from dpr_jax.weights import load_generation_config, load_pretrained, load_tokenizer, save_pretrained
 from dpr_jax.weights.names import flatten, tensor_specs
 
-pytestmark = pytest.mark.slow
 torch = pytest.importorskip("torch")
 
 TEXT = (
@@ -33,7 +32,7 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["smollm2", "gemma3"])
+@pytest.fixture(scope="module", params=["smollm2", pytest.param("gemma3", marks=pytest.mark.slow)])
 def loaded(request, tmp_path_factory):
   """(path, cfg, params, tokenizer, transformers model from our export, its folder)."""
   from transformers import AutoModelForCausalLM
@@ -83,6 +82,7 @@ def _greedy(cfg, params, prompts, steps):
   return np.stack(out, 1)
 
 
+@pytest.mark.slow
 def test_greedy_continuations_equal_those_of_transformers(loaded):
   _, cfg, params, tokenizer, model, _ = loaded
   prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
@@ -96,6 +96,7 @@ def test_greedy_continuations_equal_those_of_transformers(loaded):
     assert len(theirs) == 32 and ours[row].tolist() == theirs, PROMPTS[row]
 
 
+@pytest.mark.slow
 def test_tensors_equal_those_of_the_gguf_package_and_its_name_map(loaded):
   """An independent route: GGUFReader, its dequantisation, llama.cpp's map of tensor names."""
   gguf = pytest.importorskip("gguf")
@@ -126,6 +127,7 @@ def test_tensors_equal_those_of_the_gguf_package_and_its_name_map(loaded):
   assert seen == set(stored)
 
 
+@pytest.mark.slow
 def test_tokenizer_equals_the_exported_one_and_that_of_transformers(loaded):
   from tokenizers import pre_tokenizers
   from transformers import AutoTokenizer
@@ -167,6 +169,7 @@ print(json.dumps([peak() - before, sum(x.nbytes for x in leaves)]))
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_the_model_and_little_more(loaded):
   """Resident memory of a fresh process; beside the parameters a block of rows and metadata."""
   if not sys.platform.startswith("linux"):
