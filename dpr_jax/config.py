@@ -106,6 +106,7 @@ class DPRSection:
   reward: str = "baseline_relative"  # baseline_relative | log_likelihood | endogenous.
   clip: float = 0.0  # clip token rewards to [-clip, clip] nats; 0 does not clip.
   beta: float = 1.0  # weight of the KL to SFT; 1 / beta is the extrapolation strength.
+  beta_ref: float = 0.0  # weight of a KL to ref as well.
   gamma: float = 1.0  # discount.
   returns: str = "reward_to_go"  # reward_to_go | full_return | per_token.
   baseline: str = "position_mean"  # none | position_mean | leave_one_out | whiten.
@@ -114,6 +115,19 @@ class DPRSection:
   optimizer: OptimizerConfig = OptimizerConfig(
       learning_rate=1e-4, schedule="constant", warmup_steps=5
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class BaselineSection:
+  """Trained systems to compare DPR with, each on its steps, optimizer and number of tokens."""
+
+  # continued_sft | dft | iq_lm (on demonstrations), spin | gsil (on pairs with own samples),
+  # sentence_level | endogenous | log_likelihood (ablations of DPR).
+  names: tuple[str, ...] = ("continued_sft",)
+  iq_lambda: float = 1.0  # nats; the larger, the weaker the regulariser of IQ-LM.
+  spin_beta: float = 0.1  # per nat of the summed log-ratio.
+  gsil_kind: str = "bernoulli"  # bernoulli | brier | hinge | kliep | lsif.
+  gsil_alpha: float = 0.1  # per nat of the summed log-ratio.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +178,7 @@ class RunConfig:
   sft: SFTSection = SFTSection()
   reference: ReferenceSection = ReferenceSection()
   dpr: DPRSection = DPRSection()
+  baseline: BaselineSection = BaselineSection()
   eval: EvalSection = EvalSection()
   mesh: MeshSection = MeshSection()
   checkpoint: CheckpointSection = CheckpointSection()
@@ -173,6 +188,10 @@ class RunConfig:
 # Sections that may differ between a run and its resumption: they change results by rounding alone.
 RESUMABLE = ("mesh", "log", "checkpoint")
 
+BASELINES = (
+    "continued_sft", "dft", "iq_lm", "spin", "gsil", "sentence_level", "endogenous",
+    "log_likelihood",
+)
 CONTROLS = ("contrastive", "weight_extrapolation", "low_temperature")
 
 _CHOICES = {
@@ -184,6 +203,7 @@ _CHOICES = {
     "data.overlong": ("drop", "truncate", "error"),
     "data.overlong_prompt": ("error", "drop"),
     "reference.kind": ("midrun", "half_data"),
+    "baseline.gsil_kind": ("bernoulli", "brier", "hinge", "kliep", "lsif"),
     "dpr.reward": ("baseline_relative", "log_likelihood", "endogenous"),
     "dpr.returns": ("reward_to_go", "full_return", "per_token"),
     "dpr.baseline": ("none", "position_mean", "leave_one_out", "whiten"),
@@ -217,6 +237,10 @@ _BOUNDS = {
     "dpr.top_k": (0, None),
     "dpr.top_p": (0, 1),
     "dpr.beta": (0, None),
+    "dpr.beta_ref": (0, None),
+    "baseline.iq_lambda": (1e-6, None),
+    "baseline.spin_beta": (1e-6, None),
+    "baseline.gsil_alpha": (1e-6, None),
     "dpr.gamma": (0, 1),
     "dpr.clip": (0, None),
     "eval.num_prompts": (0, None),
@@ -368,9 +392,10 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
     raise UserError(
         "config.dpr.baseline=leave_one_out needs config.dpr.samples_per_prompt of at least 2"
     )
-  for name in run.eval.controls:
-    if name not in CONTROLS:
-      raise UserError(f"config.eval.controls: {name!r} is not one of {', '.join(CONTROLS)}")
+  for field, known in (("eval.controls", CONTROLS), ("baseline.names", BASELINES)):
+    for name in _get(run, field):
+      if name not in known:
+        raise UserError(f"config.{field}: {name!r} is not one of {', '.join(known)}")
   if run.dpr.beta == 0 and not run.eval.contrastive_alpha:
     raise UserError(
         "config.dpr.beta=0 has no matching strength 1 / beta for the decode-time controls; set "

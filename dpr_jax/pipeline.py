@@ -12,9 +12,15 @@ from dpr_jax import sharding
 from dpr_jax.evals.results import build_results
 from dpr_jax.report import write_report
 from dpr_jax.stages.context import Run, set_up
-from dpr_jax.stages.continued_sft import continued_sft_stage
-from dpr_jax.stages.dpr import dpr_stage
+from dpr_jax.stages.dpr import (
+    dpr_stage,
+    endogenous_stage,
+    log_likelihood_stage,
+    sentence_level_stage,
+)
 from dpr_jax.stages.evaluate import evaluate_stage
+from dpr_jax.stages.on_demos import continued_sft_stage, dft_stage, iq_lm_stage
+from dpr_jax.stages.on_pairs import gsil_stage, spin_stage
 from dpr_jax.stages.sft import ref_stage, sft_stage
 from dpr_jax.workdir import Workdir, write_json
 
@@ -27,13 +33,23 @@ def report_stage(workdir: Workdir, parts: list[Workdir], seeds: list[int]) -> di
   return results
 
 
-STAGES: tuple[tuple[str, Callable[[Run], None]], ...] = (
-    ("sft", sft_stage),
-    ("ref", ref_stage),
-    ("dpr", dpr_stage),
-    ("continued_sft", continued_sft_stage),
-    ("evaluate", evaluate_stage),
-)
+BASELINES: dict[str, Callable[[Run], None]] = {
+    "continued_sft": continued_sft_stage,
+    "dft": dft_stage,
+    "iq_lm": iq_lm_stage,
+    "spin": spin_stage,
+    "gsil": gsil_stage,
+    "sentence_level": sentence_level_stage,
+    "endogenous": endogenous_stage,
+    "log_likelihood": log_likelihood_stage,
+}
+
+
+def stages(config: config_lib.RunConfig) -> list[tuple[str, Callable[[Run], None]]]:
+  """(name, stage) in the order in which they run."""
+  trained = [("sft", sft_stage), ("ref", ref_stage), ("dpr", dpr_stage)]
+  baselines = [(name, BASELINES[name]) for name in config.baseline.names]
+  return [*trained, *baselines, ("evaluate", evaluate_stage)]
 
 
 def run_seed(
@@ -41,7 +57,7 @@ def run_seed(
 ) -> dict[str, Any]:
   """All stages of one seed; returns its results."""
   run = set_up(config, workdir, mesh)
-  for name, stage in STAGES:
+  for name, stage in stages(config):
     stage(run)
     sharding.barrier(name)
   return report_stage(workdir, [workdir], [config.seed])

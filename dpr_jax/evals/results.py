@@ -17,20 +17,15 @@ from dpr_jax.training.metrics import read_metrics
 
 # The order of systems in tables, and what is compared with what; those a run lacks are skipped.
 ORDER = (
-    "base", "ref", "sft", "low_temperature", "contrastive", "weight_extrapolation", "continued_sft",
-    "dpr",
+    "base", "ref", "sft", "low_temperature", "contrastive", "weight_extrapolation",
+    "continued_sft", "dft", "iq_lm", "spin", "gsil", "log_likelihood", "endogenous",
+    "sentence_level", "dpr",
 )
 PAIRS = (
     ("sft", "ref"),
-    ("continued_sft", "sft"),
-    ("contrastive", "sft"),
-    ("low_temperature", "sft"),
-    ("weight_extrapolation", "sft"),
+    *((name, "sft") for name in ORDER[3:-1]),
     ("dpr", "sft"),
-    ("dpr", "continued_sft"),
-    ("dpr", "contrastive"),
-    ("dpr", "low_temperature"),
-    ("dpr", "weight_extrapolation"),
+    *(("dpr", name) for name in ORDER[3:-1]),
 )
 NLL_FILE = "heldout_nll.json"
 

@@ -12,6 +12,9 @@ LABELS = {
   "base": "Base model", "ref": "Reference", "sft": "SFT", "dpr": "DPR",
   "continued_sft": "Continued SFT", "contrastive": "Contrastive decoding",
   "weight_extrapolation": "Weight extrapolation", "low_temperature": "SFT, low temperature",
+  "dft": "DFT", "iq_lm": "IQ-LM", "spin": "SPIN", "gsil": "GSIL",
+  "sentence_level": "Sentence-level REINFORCE", "endogenous": "DPR, endogenous reward",
+  "log_likelihood": "DPR, no reference",
 }
 _MAIN = (
   "accuracy_sampled", "accuracy_greedy", "accuracy_sampled/unique", "accuracy_sampled/varied",

@@ -50,6 +50,12 @@ class Generation:
   hit_eos: jax.Array  # bool [B]; False: truncated at N.
   logp: jax.Array  # float32 [B, N], at temperature 1 over the whole vocabulary; 0 past the end.
 
+  @property
+  def mask(self) -> jax.Array:
+    """float32 [B, N], 1 on response tokens; made from lengths, not from ids."""
+    columns_1xN = jnp.arange(self.logp.shape[1], dtype=jnp.int32)[None, :]
+    return (columns_1xN < self.lengths[:, None]).astype(jnp.float32)
+
 
 def filter_logits(logits_BxV: jax.Array, sampling: Sampling) -> jax.Array:
   """Logits after temperature, top-k and top-p; -inf where a token is not allowed."""

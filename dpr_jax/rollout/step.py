@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 
 from dpr_jax.data.batches import PromptBatch
@@ -104,8 +103,7 @@ def make_rollout_step(
       )
 
     policy_out, sft_out, ref_out = score(policy, with_entropy=True), score(sft), score(ref)
-    columns_1xN = jnp.arange(max_new_tokens, dtype=jnp.int32)[None, :]
-    mask = (columns_1xN < sample.lengths[:, None]).astype(jnp.float32)
+    mask = sample.mask
     return Rollout(
         tokens=sample.tokens,
         segment_ids=sample.segment_ids,

@@ -171,6 +171,9 @@ def set_up(config: config_lib.RunConfig, workdir: Workdir, mesh: jax.sharding.Me
       dpr__batch_size=config.dpr.batch_size // config.dpr.accumulation,
       eval__batch_size=config.eval.batch_size,
   )
+  if {"spin", "gsil"} & set(config.baseline.names):  # Half as many pairs as DPR has rollouts.
+    half = config.dpr.batch_size // config.dpr.accumulation // 2
+    sharding.check_batch(mesh, dpr__batch_size=half)
   milestone_steps(config.sft.milestones, config.sft.steps)
   reference_checkpoint(config)
   tokenizer, model, ends, generation_config = build_model(config)

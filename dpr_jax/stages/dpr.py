@@ -1,4 +1,10 @@
-"""Stage `dpr`: Dense-Path REINFORCE from the last SFT checkpoint."""
+"""Stage `dpr`: Dense-Path REINFORCE from the last SFT checkpoint; and its ablations.
+
+An ablation differs from DPR in one field: its return (`sentence_level`), or its reward
+(`endogenous`, `log_likelihood`: no reference).
+"""
+
+import dataclasses
 
 from dpr_jax.data.loader import prompt_batches
 from dpr_jax.losses import make_reinforce_loss
@@ -10,9 +16,10 @@ from dpr_jax.training.dpr_step import make_dpr_step
 from dpr_jax.training.optimizer import make_optimizer
 
 
-def dpr_stage(run: Run) -> None:
-  section, chunk_size = run.config.dpr, run.config.model.chunk_size
-  if not section.steps or run.finished("dpr", section.steps):
+def _reinforce(run: Run, name: str, **changes) -> None:
+  section = dataclasses.replace(run.config.dpr, **changes)
+  chunk_size = run.config.model.chunk_size
+  if not section.steps or run.finished(name, section.steps):
     return
   optimizer = make_optimizer(section.optimizer, section.steps)
   rollout_step = make_rollout_step(
@@ -29,8 +36,9 @@ def dpr_stage(run: Run) -> None:
       make_train_step(loss_fn, optimizer, accumulation=section.accumulation),
       sft=run.load("sft"),
       ref=run.load("ref"),
-      rng=run.rng("dpr/rollouts"),
+      rng=run.rng(f"{name}/rollouts"),
       beta=section.beta,
+      beta_ref=section.beta_ref,
       gamma=section.gamma,
       returns=section.returns,
       baseline=section.baseline,
@@ -45,4 +53,20 @@ def dpr_stage(run: Run) -> None:
       run.config.seed,
       samples_per_prompt=section.samples_per_prompt,
   )
-  train(run, "dpr", section, dpr_step, optimizer, batches, run.sft_float32)
+  train(run, name, section, dpr_step, optimizer, batches, run.sft_float32)
+
+
+def dpr_stage(run: Run) -> None:
+  _reinforce(run, "dpr")
+
+
+def sentence_level_stage(run: Run) -> None:
+  _reinforce(run, "sentence_level", returns="full_return")
+
+
+def endogenous_stage(run: Run) -> None:
+  _reinforce(run, "endogenous", reward="endogenous")
+
+
+def log_likelihood_stage(run: Run) -> None:
+  _reinforce(run, "log_likelihood", reward="log_likelihood")

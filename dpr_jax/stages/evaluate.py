@@ -16,7 +16,7 @@ from dpr_jax.workdir import read_lines, write_json, write_lines
 
 
 def trained_systems(run: Run) -> list[System]:
-  later = ("continued_sft", "dpr") if run.config.dpr.steps else ()
+  later = (*run.config.baseline.names, "dpr") if run.config.dpr.steps else ()
   return [System(name, (name,)) for name in ("base", "ref", "sft", *later)]
 
 

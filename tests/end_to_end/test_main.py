@@ -10,6 +10,7 @@ import pytest
 
 from dpr_jax import cli
 from dpr_jax import main as main_door
+from dpr_jax.config import BASELINES
 from dpr_jax.training.metrics import read_metrics
 
 CONFIG = "configs/smoke.py:debug"
@@ -129,6 +130,27 @@ def test_a_reference_of_half_of_the_data(door, tmp_path):
   assert len(read_metrics(tmp_path / "half" / "ref" / "metrics.jsonl")) == STAGES["sft"] // 2
   results = json.loads((tmp_path / "half" / "report" / "results.json").read_text())
   assert set(results["systems"]) == SYSTEMS
+
+
+@pytest.mark.slow
+def test_every_baseline_trains_and_is_compared(door, tmp_path):
+  workdir = tmp_path / "all"
+  door.finish(door.start(workdir, f"--config.baseline.names={','.join(BASELINES)}"))
+  results = json.loads((workdir / "report" / "results.json").read_text())
+  assert set(results["systems"]) == SYSTEMS | set(BASELINES)
+  tokens = {}
+  for name in ("dpr", *BASELINES):
+    lines = read_metrics(workdir / name / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    tokens[name] = lines[-1]["tokens"]
+    assert {("dpr", name)} - {("dpr", "dpr")} <= {tuple(c["pair"]) for c in results["comparisons"]}
+  # Rollouts of a model that has learnt little are long; what trains on them has as many tokens.
+  for name in ("sentence_level", "endogenous", "log_likelihood"):
+    assert 0.5 < tokens[name] / tokens["dpr"] < 2
+  # At SFT itself both log-ratios are 0: the logistic losses start at log 2 and 2 log 2.
+  spin, gsil = (read_metrics(workdir / n / "metrics.jsonl")[0]["loss"] for n in ("spin", "gsil"))
+  assert spin == pytest.approx(np.log(2), abs=1e-4)
+  assert gsil == pytest.approx(2 * np.log(2), abs=1e-4)
 
 
 # --- Bad input: one line that names the place, exit code 2, nothing overwritten -------------------
