@@ -124,6 +124,18 @@ def test_seeds_are_aggregated(door, tmp_path):
   assert "seed_1/report/report.html" in (tmp_path / "seeds" / "report" / "report.html").read_text()
 
 
+FAMILIES = ("llama31_8b", "qwen25_7b", "mistral_7b", "gemma3_4b", "gemma3_270m", "smollm2_135m")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_config_runs_at_debug_size(door, tmp_path, name):
+  door.finish(door.start(tmp_path / name, config=f"configs/{name}.py:debug"))
+  dpr = read_metrics(tmp_path / name / "dpr" / "metrics.jsonl")
+  assert max(line["decode_gap"] for line in dpr) < 1e-4 and abs(dpr[0]["kl"]) < 1e-5
+  assert (tmp_path / name / "report" / "report.html").exists()
+
+
 @pytest.mark.slow
 def test_a_reference_of_half_of_the_data(door, tmp_path):
   door.finish(door.start(tmp_path / "half", "--config.reference.kind=half_data"))
