@@ -36,10 +36,10 @@ class TabularModel:
 
   @property
   def cfg(self) -> ModelConfig:
-    """A cache of one number a token: `apply` keeps the token ids there."""
+    """A cache of two numbers a token (heads are even): `apply` keeps the ids in the first."""
     return ModelConfig(
         vocab_size=self.mdp.vocab_size, hidden_size=self.mdp.vocab_size, mlp_size=1, num_layers=1,
-        num_heads=1, num_kv_heads=1, head_dim=1, max_length=1 + self.mdp.max_length,
+        num_heads=1, num_kv_heads=1, head_dim=2, max_length=1 + self.mdp.max_length,
     )
 
   def variables(self, logits_SxA: np.ndarray) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class TabularModel:
     if cache is None:
       states_BxC = self.states(tokens, segment_ids)
     else:
-      keys = cache.keys[0][0]  # [1, B, slots, 1, 1]
+      keys = cache.keys[0][0]  # [1, B, slots, 1, 2]
       keys = jax.lax.dynamic_update_slice(
           keys, tokens[None, :, :, None, None].astype(keys.dtype), (0, 0, cache.index, 0, 0)
       )
