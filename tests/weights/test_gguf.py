@@ -396,7 +396,7 @@ def test_random_damage_of_the_table_never_gives_anything_but_a_user_error(hf_mod
 def test_without_the_gguf_package(tmp_path, monkeypatch):
   path = _bare(tmp_path / "m.gguf")
   monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-  with pytest.raises(UserError, match=r"dpr_jax\[gguf\]"):
+  with pytest.raises(UserError, match=r"pip install -e .*gguf"):
     load_pretrained(path)
 
 
