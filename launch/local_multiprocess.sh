@@ -16,7 +16,7 @@ Needs bash 4.4 or newer.
 
 example: two processes with four devices each
   XLA_FLAGS=--xla_force_host_platform_device_count=4 launch/local_multiprocess.sh 2 -- \
-    python -m dpr_jax.main --config=configs/smoke.py --workdir=/tmp/run
+    python -m dpr_jax.main --config=configs/smoke.py --workdir=runs/two
 EOF
 }
 

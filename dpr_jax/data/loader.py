@@ -61,7 +61,8 @@ class Batches(Generic[BatchT]):
       raise UserError(f"batch_size={batch_size} must be a multiple of "
                       f"samples_per_prompt={repeats}")
     items = grain.MapDataset.range(n_items).seed(seed).shuffle().repeat()
-    items = items.batch(batch_size // repeats)
+    # Endless, so nothing remains; and a length rounded up would not fit an integer at batch size 1.
+    items = items.batch(batch_size // repeats, drop_remainder=True)
     self._rows = items.map(lambda indices: np.repeat(np.asarray(indices), repeats))
     self._batches = self._rows.map(gather).to_iter_dataset(
       grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)

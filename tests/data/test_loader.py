@@ -89,7 +89,7 @@ def test_state_can_move_back_and_forth_in_one_iterator():
       batches.set_state(bad)
 
 
-@pytest.mark.parametrize("n, batch_size", [(20, 4), (21, 8), (3, 8), (1, 4), (7, 7)])
+@pytest.mark.parametrize("n, batch_size", [(20, 4), (21, 8), (3, 8), (1, 4), (7, 7), (5, 1)])
 def test_every_epoch_is_a_permutation_and_epochs_differ(n, batch_size):
   batches = Batches(lambda index: index, n, batch_size, seed=2)
   steps = 10 * n // batch_size + 1
