@@ -28,7 +28,8 @@ class ModelSection:
   pretrained: str = ""  # HF folder or .gguf; "" starts from random weights of the shape below.
   dtype: str = "auto"  # of activations and matmuls; auto: bfloat16 on TPU and GPU, float32 on CPU.
   remat: str = "full"  # none | dots | full: what the backward pass recomputes.
-  chunk_size: int = 128  # token columns whose logits live at a time.
+  chunk_size: int = 0  # token columns whose logits live at a time; 0 fills logits_budget.
+  logits_budget: float = 0.25  # GiB a device for the logits of a loss or of scoring.
   lora: LoRA = LoRA()  # adapters to train instead of all parameters; see models/lora.py.
   # Of a model that starts from random weights; ignored with `pretrained`. A vocab_size of 0 takes
   # that of the byte-level tokenizer; `dtype`, `remat` and `lora` stand above.
@@ -97,7 +98,8 @@ class DPRSection:
 
   steps: int = 100
   batch_size: int = 64  # rollouts a step.
-  samples_per_prompt: int = 1
+  samples_per_prompt: int = 1  # adjacent rollouts that share a prompt and its prefill.
+  slots: int = 0  # rollouts decoded at a time, refilled as they end; 0 decodes all at once.
   accumulation: int = 1  # micro-batches a step.
   max_new_tokens: int = 24
   temperature: float = 1.0  # of the behaviour; anything but 1 biases the gradient.
@@ -218,7 +220,8 @@ _CHOICES = {
 _BOUNDS = {
     "seed": (0, None),
     "seeds": (1, None),
-    "model.chunk_size": (1, None),
+    "model.chunk_size": (0, None),
+    "model.logits_budget": (0.001, None),
     "data.corrupt": (0, 1),
     "data.max_demos": (0, None),
     "data.holdout": (1, None),
@@ -231,6 +234,7 @@ _BOUNDS = {
     "dpr.steps": (0, None),
     "dpr.batch_size": (1, None),
     "dpr.samples_per_prompt": (1, None),
+    "dpr.slots": (0, None),
     "dpr.accumulation": (1, None),
     "dpr.max_new_tokens": (1, None),
     "dpr.temperature": (0, None),

@@ -58,7 +58,7 @@ def test_a_wrong_type_names_the_field(path, value):
     ("dpr.temperature", 0.0), ("dpr.gamma", 1.01), ("dpr.beta", -1.0), ("dpr.beta", float("nan")),
     ("dpr.beta", float("inf")), ("dpr.max_new_tokens", 0), ("sft.optimizer.learning_rate", -1e-3),
     ("sft.optimizer.b2", 1.0), ("dpr.optimizer.warmup_steps", -1), ("checkpoint.every", 0),
-    ("log.every", 0), ("mesh.data", -2), ("model.chunk_size", 0),
+    ("log.every", 0), ("mesh.data", -2), ("model.chunk_size", -1),
 ])
 def test_a_value_out_of_range_names_the_field(path, value):
   message = _refused(path, value)

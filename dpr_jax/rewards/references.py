@@ -9,6 +9,9 @@ The paper's reference is an earlier checkpoint, trained on half of the samples. 
 
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
+
 from dpr_jax.errors import UserError
 
 
@@ -70,3 +73,10 @@ def reference_checkpoint(config) -> tuple[str, int]:
   if config.reference.kind == "half_data":
     return "ref", reference_steps(fraction, sft.steps)
   return "sft", reference_step(fraction, sft.milestones, sft.steps)
+
+
+def combine_logps(logps_KxBxT: jax.Array, how: str) -> jax.Array:
+  """Log-probs of an ensemble from those of its K members, over the first axis."""
+  if how == "logmeanexp":
+    return jax.nn.logsumexp(logps_KxBxT, axis=0) - jnp.log(float(logps_KxBxT.shape[0]))
+  return jnp.mean(logps_KxBxT, axis=0)

@@ -22,7 +22,8 @@ from dpr_jax.loading import (
     root_key,
     stage_variables,
 )
-from dpr_jax.models import Transformer
+from dpr_jax.models import ModelConfig, Transformer
+from dpr_jax.models.logprobs import chunk_size_for
 from dpr_jax.models.lora import split_trainable
 from dpr_jax.models.variables import abstract_variables, cast, extrapolate
 from dpr_jax.rewards.references import milestone_steps, reference_checkpoint
@@ -106,12 +107,24 @@ class Run:
     steps = config.sft.steps if name == "sft" else config.dpr.steps
     return self.stage_variables(name, steps, self.dtype)
 
+  def chunk_size(self, rows: int) -> int:
+    """Token columns whose logits live at a time in a batch of `rows`."""
+    return chunk_size(self.config.model, self.model.cfg, rows, self.mesh)
+
   def bar(self, name: str, total: int, unit: str):
     """A progress bar, from process 0."""
     hidden = not self.config.log.progress or jax.process_index() != 0
     return tqdm.tqdm(
         total=total, desc=name, unit=unit, disable=hidden, dynamic_ncols=True, mininterval=0.5
     )
+
+
+def chunk_size(
+    section: config_lib.ModelSection, cfg: ModelConfig, rows: int, mesh: jax.sharding.Mesh
+) -> int:
+  """`model.chunk_size`, or what fills `model.logits_budget` in a batch of `rows`."""
+  budget = int(section.logits_budget * 2**30)
+  return section.chunk_size or chunk_size_for(rows, cfg.vocab_size, budget, mesh)
 
 
 def contrastive_alpha(config: config_lib.RunConfig) -> float:

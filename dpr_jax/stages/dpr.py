@@ -18,7 +18,6 @@ from dpr_jax.training.optimizer import make_optimizer
 
 def _reinforce(run: Run, name: str, **changes) -> None:
   section = dataclasses.replace(run.config.dpr, **changes)
-  chunk_size = run.config.model.chunk_size
   if not section.steps or run.finished(name, section.steps):
     return
   optimizer = make_optimizer(section.optimizer, section.steps)
@@ -28,9 +27,15 @@ def _reinforce(run: Run, name: str, **changes) -> None:
       stop_ids=run.stop_ids,
       sampling=Sampling(section.temperature, section.top_k, section.top_p),
       reward=section.reward,
-      chunk_size=chunk_size,
+      chunk_size=run.chunk_size(section.batch_size),
+      samples_per_prompt=section.samples_per_prompt,
+      slots=section.slots,
   )
-  loss_fn = make_reinforce_loss(run.model, normaliser=section.normaliser, chunk_size=chunk_size)
+  loss_fn = make_reinforce_loss(
+      run.model,
+      normaliser=section.normaliser,
+      chunk_size=run.chunk_size(section.batch_size // section.accumulation),
+  )
   dpr_step = make_dpr_step(
       rollout_step,
       make_train_step(loss_fn, optimizer, accumulation=section.accumulation),
@@ -48,10 +53,9 @@ def _reinforce(run: Run, name: str, **changes) -> None:
   )
   batches = prompt_batches(
       run.data.prompts.tokens,
-      section.batch_size,
+      section.batch_size // section.samples_per_prompt,
       run.config.data.prompt_length,
       run.config.seed,
-      samples_per_prompt=section.samples_per_prompt,
   )
   train(run, name, section, dpr_step, optimizer, batches, run.sft_float32)
 
