@@ -149,7 +149,17 @@ class Attention(nn.Module):
       )
       k, v = (jax.lax.dynamic_index_in_dim(c, layer, 0, keepdims=False) for c in kv)
     scale = cfg.query_scale or cfg.head_dim**-0.5
-    out = attention_lib.attend(q, k, v, shared["mask"][self.kind], scale)
+    mask = shared["mask"][self.kind]
+    if kv is None:
+      out = attention_lib.self_attention(
+          q, k, v, shared["segment_ids"],
+          window=cfg.window if self.kind == "local" else 0,
+          scale=scale,
+          backend=attention_lib.resolve_backend(cfg, q.shape[1]),
+          mask_Bx1xTxT=mask,
+      )
+    else:
+      out = attention_lib.attend(q, k, v, mask, scale)
     out = constrain(out, "batch", "sequence", "heads", "head_dim")
     out = Projection(
         cfg,
@@ -306,8 +316,13 @@ class Transformer(nn.Module):
       index = cache.index
       kv_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids_BxT, (0, index))
     kinds = sorted(set(cfg.layer_pattern))
+    # Only XLA reads a mask as an array; it is made once for all layers of a kind.
+    needs_mask = cache is not None or (
+        attention_lib.resolve_backend(cfg, tokens_BxT.shape[1]) == "xla"
+    )
     shared = {
         "index": index,
+        "segment_ids": segment_ids_BxT,
         "rope": {
             kind: attention_lib.rope_tables(cfg.rope_of(kind), cfg.head_dim, positions_BxT)
             for kind in kinds
@@ -316,6 +331,8 @@ class Transformer(nn.Module):
             kind: attention_lib.attention_mask(
                 segment_ids_BxT, kv_segments, index, cfg.window if kind == "local" else 0
             )
+            if needs_mask
+            else None
             for kind in kinds
         },
     }
