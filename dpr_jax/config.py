@@ -17,7 +17,7 @@ from typing import Any
 import ml_collections
 
 from dpr_jax.errors import UserError
-from dpr_jax.models.config import ModelConfig
+from dpr_jax.models.config import ATTENTION, ModelConfig
 from dpr_jax.models.lora import LoRA
 
 
@@ -28,11 +28,14 @@ class ModelSection:
   pretrained: str = ""  # HF folder or .gguf; "" starts from random weights of the shape below.
   dtype: str = "auto"  # of activations and matmuls; auto: bfloat16 on TPU and GPU, float32 on CPU.
   remat: str = "full"  # none | dots | full: what the backward pass recomputes.
+  # auto | xla | cudnn | splash: what computes attention over whole rows; auto: cuDNN on GPU and
+  # splash on TPU where they take the dtype and shape, else XLA.
+  attention: str = "auto"
   chunk_size: int = 0  # token columns whose logits live at a time; 0 fills logits_budget.
   logits_budget: float = 0.25  # GiB a device for the logits of a loss or of scoring.
   lora: LoRA = LoRA()  # adapters to train instead of all parameters; see models/lora.py.
   # Of a model that starts from random weights; ignored with `pretrained`. A vocab_size of 0 takes
-  # that of the byte-level tokenizer; `dtype`, `remat` and `lora` stand above.
+  # that of the byte-level tokenizer; `dtype`, `remat`, `attention` and `lora` stand above.
   shape: ModelConfig = ModelConfig(vocab_size=0)
 
 
@@ -187,8 +190,8 @@ class RunConfig:
   log: LogSection = LogSection()
 
 
-# Sections that may differ between a run and its resumption: they change results by rounding alone.
-RESUMABLE = ("mesh", "log", "checkpoint")
+# What may differ between a run and its resumption: it changes results by rounding alone.
+RESUMABLE = ("mesh", "log", "checkpoint", "model.attention")
 
 BASELINES = (
     "continued_sft", "dft", "iq_lm", "spin", "gsil", "sentence_level", "endogenous",
@@ -199,6 +202,7 @@ CONTROLS = ("contrastive", "weight_extrapolation", "low_temperature")
 _CHOICES = {
     "model.remat": ("none", "dots", "full"),
     "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.attention": ATTENTION,
     "data.format": ("auto", "messages", "prompt_response", "alpaca", "sharegpt", "gsm8k"),
     "data.on_empty": ("error", "drop"),
     "data.train_on": ("all", "last"),
@@ -277,7 +281,7 @@ _BOUNDS = {
 def default_config() -> ml_collections.ConfigDict:
   """All fields at their defaults; a configs/*.py starts from it."""
   fields = dataclasses.asdict(RunConfig())
-  for name in ("dtype", "remat", "lora"):  # Said once, in the section above the shape.
+  for name in ("dtype", "remat", "attention", "lora"):  # Said once, in the section above the shape.
     del fields["model"]["shape"][name]
   return ml_collections.ConfigDict(fields)
 

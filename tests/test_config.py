@@ -118,6 +118,7 @@ def test_the_first_difference_that_matters_is_named():
   new = json.loads(json.dumps(old))
   assert config_lib.first_difference(old, new) is None
   new["log"]["every"], new["mesh"]["tensor"] = 7, 2  # may differ.
+  new["model"]["attention"] = "xla"
   assert config_lib.first_difference(old, new) is None
   new["sft"]["optimizer"]["learning_rate"] = 0.5
   named = "config.sft.optimizer.learning_rate: 0.001 there, 0.5 here"

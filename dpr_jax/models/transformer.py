@@ -24,7 +24,7 @@ from dpr_jax.models import attention as attention_lib
 from dpr_jax.models import cache as cache_lib
 from dpr_jax.models import lora as lora_lib
 from dpr_jax.models.cache import Cache
-from dpr_jax.models.config import LOCAL, ModelConfig
+from dpr_jax.models.config import ModelConfig
 from dpr_jax.sharding import constrain
 
 
@@ -109,7 +109,13 @@ class Attention(nn.Module):
     v = constrain(v, "batch", "sequence", "kv_heads", "head_dim")
     scale = cfg.query_scale or cfg.head_dim**-0.5
     if kv is None:
-      out = attention_lib.attend(q, k, v, shared["mask"][self.kind], scale)
+      out = attention_lib.self_attention(
+          q, k, v, shared["segment_ids"],
+          window=cfg.window_of(self.kind),
+          scale=scale,
+          backend=attention_lib.resolve_backend(cfg, q.shape[1]),
+          mask_Bx1xTxT=shared["mask"][self.kind],
+      )
       kv = (k, v) if "keep" in shared else None  # A prefill makes its cache of them.
     else:
       kv, seen = cache_lib.store(kv, (k, v), layer, shared["slots"][self.kind])
@@ -286,22 +292,29 @@ class Transformer(nn.Module):
     tokens_BxT = constrain(tokens_BxT, "batch", "sequence")
 
     kinds = sorted(set(cfg.layer_pattern))
-    window = lambda kind: cfg.window if kind == LOCAL else 0
     shared = {
+        "segment_ids": segment_ids_BxT,
         "rope": {
             kind: attention_lib.rope_tables(cfg.rope_of(kind), cfg.head_dim, positions_BxT)
             for kind in kinds
         },
     }
-    if cache is None:
+    if cache is not None:
+      cache, shared["slots"], shared["mask"] = cache_lib.advance(
+          cache, segment_ids_BxT, cfg.window_of
+      )
+    elif attention_lib.resolve_backend(cfg, tokens_BxT.shape[1]) == "xla":
+      # Only XLA reads a mask as an array; it is made once for all layers of a kind.
       shared["mask"] = {
-          kind: attention_lib.attention_mask(segment_ids_BxT, segment_ids_BxT, 0, window(kind))
+          kind: attention_lib.attention_mask(
+              segment_ids_BxT, segment_ids_BxT, 0, cfg.window_of(kind)
+          )
           for kind in kinds
       }
-      if keep:
-        shared["keep"] = ()
     else:
-      cache, shared["slots"], shared["mask"] = cache_lib.advance(cache, segment_ids_BxT, window)
+      shared["mask"] = dict.fromkeys(kinds)
+    if keep:
+      shared["keep"] = ()
 
     x_BxTxD = self.embed.lookup(tokens_BxT)
     if cfg.embed_scale != 1.0:

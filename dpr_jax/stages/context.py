@@ -23,6 +23,7 @@ from dpr_jax.loading import (
     stage_variables,
 )
 from dpr_jax.models import ModelConfig, Transformer
+from dpr_jax.models.attention import resolve_backend
 from dpr_jax.models.logprobs import chunk_size_for
 from dpr_jax.models.lora import split_trainable
 from dpr_jax.models.variables import abstract_variables, cast, extrapolate
@@ -141,7 +142,8 @@ def build_model(
     UserError: unreadable weights or tokenizer, or a length beyond what the model was trained for.
   """
   section = config.model
-  how = {"dtype": compute_dtype(section.dtype), "remat": section.remat, "lora": section.lora}
+  how = {name: getattr(section, name) for name in ("remat", "attention", "lora")}
+  how["dtype"] = compute_dtype(section.dtype)
   generation_config = {}
   if section.pretrained:
     tokenizer = weights.load_tokenizer(section.pretrained)
@@ -157,6 +159,7 @@ def build_model(
           f"config.model.shape.vocab_size={cfg.vocab_size} is below the {len(tokenizer)} tokens of "
           "the tokenizer; 0 takes that number"
       )
+  resolve_backend(cfg, config.data.row_length)  # Refuses here what the first step would refuse.
   new = max(config.dpr.max_new_tokens, config.eval.max_new_tokens)
   for field, length in (
       ("data.row_length", config.data.row_length),
