@@ -143,6 +143,8 @@ class EvalSection:
   contrastive_alpha: float = 0.0  # strength of the first two; 0 takes 1 / dpr.beta.
   low_temperature: float = 0.5  # of the control that samples from SFT with it.
   heatmaps: int = 8  # demonstrations and rollouts shown token by token in the report.
+  # Held-out demonstrations of which one token is made wrong: do rewards find it? 0: off.
+  corrupted_tokens: int = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +251,7 @@ _BOUNDS = {
     "eval.contrastive_alpha": (0, None),
     "eval.low_temperature": (0, None),
     "eval.heatmaps": (0, None),
+    "eval.corrupted_tokens": (0, None),
     "checkpoint.every": (1, None),
     "checkpoint.keep": (1, None),
     "log.every": (1, None),
@@ -321,6 +324,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config.dpr.steps, config.dpr.batch_size, config.dpr.accumulation = 4, 16, 1
   config.dpr.max_new_tokens = config.eval.max_new_tokens = 20
   config.eval.num_prompts, config.eval.batch_size, config.eval.heatmaps = 32, 16, 2
+  config.eval.corrupted_tokens = 32
   config.checkpoint.every = 10
   return config
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpr_jax.data.tasks import TASKS
+from dpr_jax.evals.corruption import CORRUPTION_FILE, summarise
 from dpr_jax.evals.statistics import compare, interval
 from dpr_jax.evals.systems import MODES
 from dpr_jax.training.metrics import read_metrics
@@ -33,11 +34,15 @@ NLL_FILE = "heldout_nll.json"
 def _read_samples(samples: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
   out = {}
   for path in sorted(samples.glob("*.jsonl")):
-    if path.stem.startswith("heatmap_"):
+    if path.stem.startswith("heatmap_") or path.name == CORRUPTION_FILE:
       continue
-    with open(path, encoding="utf-8") as file:
-      out[path.stem] = [json.loads(line) for line in file]
+    out[path.stem] = _read_lines(path)
   return out
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  with open(path, encoding="utf-8") as file:
+    return [json.loads(line) for line in file]
 
 
 def _metrics(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -70,7 +75,8 @@ def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dic
 
   Returns:
     seeds; systems: name -> metric -> {mean, ci95, n}; comparisons: pair, metric, difference,
-    ci95, p (paired over prompts); stages: steps, seconds and tokens of each, of the first seed.
+    ci95, p (paired over prompts); stages: steps, seconds and tokens of each, of the first seed;
+    corruption: see `evals.corruption.summarise`, absent if no seed has it.
   """
   per_seed = [_read_samples(w / "samples") for w in workdirs]
   names = [n for n in ORDER if all(n in s for s in per_seed)]
@@ -94,13 +100,17 @@ def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dic
       if all(metric in v for v in (*values[a], *values[b])):
         found = compare([v[metric] for v in values[a]], [v[metric] for v in values[b]])
         comparisons.append({"pair": [a, b], "metric": metric, **found})
-  return {
+  results = {
       "seeds": list(seeds),
       "systems": systems,
       "comparisons": comparisons,
       "stages": _stages(workdirs[0]),
       "notes": [],
   }
+  corrupted = [w / "samples" / CORRUPTION_FILE for w in workdirs]
+  if all(path.exists() for path in corrupted):
+    results["corruption"] = summarise([_read_lines(path) for path in corrupted])
+  return results
 
 
 def _stages(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
