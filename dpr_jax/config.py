@@ -148,6 +148,14 @@ class EvalSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class SweepSection:
+  """Several runs that differ in one field, with what they share done once; see sweep.py."""
+
+  field: str = ""  # dotted, such as dpr.beta; "" runs the config once.
+  values: tuple[str, ...] = ()  # as they would be written on the command line; one point each.
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshSection:
   """Device mesh; one axis may be -1, the rest of the devices."""
 
@@ -182,6 +190,7 @@ class RunConfig:
   dpr: DPRSection = DPRSection()
   baseline: BaselineSection = BaselineSection()
   eval: EvalSection = EvalSection()
+  sweep: SweepSection = SweepSection()
   mesh: MeshSection = MeshSection()
   checkpoint: CheckpointSection = CheckpointSection()
   log: LogSection = LogSection()

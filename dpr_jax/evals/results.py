@@ -5,7 +5,7 @@ A pure function of files, so that a report can be made again at any time.
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,6 +110,31 @@ def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dic
   corrupted = [w / "samples" / CORRUPTION_FILE for w in workdirs]
   if all(path.exists() for path in corrupted):
     results["corruption"] = summarise([_read_lines(path) for path in corrupted])
+  return results
+
+
+def build_sweep_results(
+    workdirs: Sequence[pathlib.Path], seeds: Sequence[int], field: str, folders: Mapping[str, str]
+) -> dict[str, Any]:
+  """results.json of a sweep whose seeds are in `workdirs`.
+
+  Args:
+    field: the dotted field that is swept over.
+    folders: value -> name of the point's folder in each of `workdirs`.
+
+  Returns:
+    What `build_results` returns, of the systems that all points share (none, perhaps); and sweep:
+    field, values, points: value, folder, systems, comparisons and corruption of each.
+  """
+  results = {"seeds": list(seeds), "systems": {}, "comparisons": [], "stages": {}, "notes": []}
+  if all((w / "samples" / NLL_FILE).exists() for w in workdirs):
+    results = build_results(workdirs, seeds)
+  found = []
+  for value, folder in folders.items():
+    whole = build_results([w / folder for w in workdirs], seeds)
+    kept = {k: whole[k] for k in ("systems", "comparisons", "corruption") if k in whole}
+    found.append({"value": value, "folder": folder, **kept})
+  results["sweep"] = {"field": field, "values": list(folders), "points": found}
   return results
 
 
