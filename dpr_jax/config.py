@@ -378,6 +378,10 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
     UserError: an unknown field, a wrong type, a value out of its range; names the field.
   """
   values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+  sweep = values.get("sweep")
+  if isinstance(sweep, Mapping) and isinstance(sweep.get("values"), list | tuple):
+    # --config.sweep.values=0.5,2 arrives as numbers.
+    values = {**values, "sweep": {**sweep, "values": [str(v) for v in sweep["values"]]}}
   run = _build(RunConfig, values, "")
   for path, known in _CHOICES.items():
     if _get(run, path) not in known:
@@ -409,6 +413,8 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
     for name in _get(run, field):
       if name not in known:
         raise UserError(f"config.{field}: {name!r} is not one of {', '.join(known)}")
+  if run.sweep.values and not run.sweep.field:
+    raise UserError("config.sweep.values are given without config.sweep.field, such as dpr.beta")
   if run.dpr.beta == 0 and not run.eval.contrastive_alpha:
     raise UserError(
         "config.dpr.beta=0 has no matching strength 1 / beta for the decode-time controls; set "
