@@ -30,6 +30,8 @@ def parse_arg(name: str, arg: str, **defaults: Any) -> ml_collections.ConfigDict
       out[key] = True
       continue
     kind = type(defaults[key])
+    if kind is bool and text not in ("True", "False"):
+      raise UserError(f"{name}: {part!r} must be True or False")
     try:
       out[key] = text == "True" if kind is bool else kind(text)
     except ValueError:
