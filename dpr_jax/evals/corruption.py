@@ -11,6 +11,7 @@ log pi_sft, and the endogenous one.
   lowest          share of answers in which the wrong token's reward is strictly the lowest up to
                   there; of those in which a token stands before it.
   chance          what `lowest` would be at random: the mean of 1 / (tokens up to there).
+  auc_gain        auc of the baseline-relative reward less that of this one, on the same answers.
   below_original  share in which the wrong token's reward is below that of the token it replaced, in
                   the same place. The endogenous reward of both includes the value of what follows.
 """
@@ -24,7 +25,7 @@ import numpy as np
 
 from dpr_jax.data.formats import Demo
 from dpr_jax.data.tasks import TASKS
-from dpr_jax.evals.auc import auc_interval
+from dpr_jax.evals.auc import auc_difference, auc_interval
 from dpr_jax.evals.responses import Response, response_text
 from dpr_jax.evals.scoring import TokenScores, token_texts
 from dpr_jax.evals.statistics import interval
@@ -202,13 +203,18 @@ def _of_kind(record: Mapping[str, Any], kind: str) -> bool:
 
 
 def _summary(chosen, later, name: str) -> dict[str, Any]:
-  at = lambda r: r["rewards"][name][r["position"]]
-  before = lambda r: r["rewards"][name][: r["position"]]
-  same_count = len({len(records) for records in chosen}) == 1
+  at = lambda r, name=name: r["rewards"][name][r["position"]]
+  before = lambda r, name=name: r["rewards"][name][: r["position"]]
+
+  def groups(name):
+    pair = lambda r: (np.array([at(r, name)]), np.array(before(r, name)))
+    return [[pair(r) for r in records] for records in chosen]
+
   out = {}
-  if same_count:
-    groups = [[(np.array([at(r)]), np.array(before(r))) for r in records] for records in chosen]
-    out["auc"] = auc_interval(groups)
+  if len({len(records) for records in chosen}) == 1:
+    out["auc"] = auc_interval(groups(name))
+    if name != REWARDS[0]:
+      out["auc_gain"] = auc_difference(groups(REWARDS[0]), groups(name))
   if all(later):
     lowest = lambda r: float(at(r) < min(before(r)))
     out["lowest"] = interval([np.array([lowest(r) for r in records]) for records in later])

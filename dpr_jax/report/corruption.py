@@ -20,12 +20,15 @@ def corruption_tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = [
       {
         "name": _REWARDS[name],
-        "cells": [share_cell(found[name].get(m)) for m in ("auc", "lowest", "below_original")],
+        "cells": [
+          share_cell(found[name].get(m), sign=m == "auc_gain")
+          for m in ("auc", "auc_gain", "lowest", "below_original")
+        ],
       }
       for name in _REWARDS if name in found
     ]
     for row in rows:
-      row["n"] = row["cells"][0]["n"] or row["cells"][2]["n"]
+      row["n"] = row["cells"][0]["n"] or row["cells"][3]["n"]
     chance = found.get("chance")
     title = "All answers" if kind == "all" else f"Tasks with {_KINDS.get(kind, kind)}"
     tables.append({

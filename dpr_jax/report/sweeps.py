@@ -91,11 +91,11 @@ def _auc_cell(point: Mapping[str, Any]) -> dict[str, Any]:
   return {**share_cell(entry), "n": ""}
 
 
-def share_cell(entry: Mapping[str, Any] | None) -> dict[str, Any]:
-  """A share with its interval, as per cent."""
+def share_cell(entry: Mapping[str, Any] | None, sign: bool = False) -> dict[str, Any]:
+  """A share, or with `sign` a difference of two, with its interval, as per cent."""
   low, high = (entry or {}).get("ci95") or (math.nan, math.nan)
   known = finite(low) and finite(high)
-  percent = lambda x: number(100 * x, 1) if finite(x) else "–"
+  percent = lambda x: number(100 * x, 1, sign) if finite(x) else "–"
   return {
     "mean": percent((entry or {}).get("mean")),
     "ci": f"{percent(low)} – {percent(high)}" if known else "",

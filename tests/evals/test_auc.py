@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from dpr_jax.evals.auc import auc, auc_interval
+from dpr_jax.evals.auc import auc, auc_difference, auc_interval
 
 
 def naive(low, high):
@@ -73,3 +73,21 @@ def test_without_negatives_it_is_unknown():
   assert math.isnan(found["mean"]) and math.isnan(found["ci95"][0])
   with pytest.raises(ValueError, match="as many groups"):
     auc_interval([[(np.array([1.0]), np.zeros(1))], []])
+
+
+def test_a_difference_is_paired(rng):
+  seeds = [groups_of(rng, 80, 1.0) for _ in range(2)]
+  worse = [[(low + rng.normal(0.3, 0.1), high) for low, high in groups] for groups in seeds]
+  for count in (1, 2):
+    a, b = auc_interval(seeds[:count]), auc_interval(worse[:count])
+    found = auc_difference(seeds[:count], worse[:count])
+    assert found["mean"] == pytest.approx(a["mean"] - b["mean"], abs=1e-12)
+    low, high = found["ci95"]
+    assert low < found["mean"] < high
+  found = auc_difference(seeds[:1], worse[:1])["ci95"]
+  widths = [np.diff(auc_interval(x[:1])["ci95"])[0] for x in (seeds, worse)]
+  assert found[1] - found[0] < max(widths)  # The noise that both share is gone.
+  same = auc_difference(seeds, seeds)
+  assert same["mean"] == 0 and same["ci95"] == [0, 0]
+  with pytest.raises(ValueError, match="paired"):
+    auc_difference(seeds[:1], seeds)

@@ -121,6 +121,9 @@ def test_the_summary_can_be_recomputed_from_the_lines(tokenizer, rng):
           r["rewards"][name][r["position"]] < r["original_rewards"][name] for r in chosen
       ]))
     values = summary[kind][name]
+    if name != "baseline_relative":
+      gain = summary[kind]["baseline_relative"]["auc"]["mean"] - np.mean(areas)
+      assert values["auc_gain"]["mean"] == pytest.approx(gain, abs=1e-9)
     assert values["auc"]["mean"] == pytest.approx(np.mean(areas), abs=1e-9)
     assert values["lowest"]["mean"] == pytest.approx(np.mean(lowest), abs=1e-9)
     assert values["below_original"]["mean"] == pytest.approx(np.mean(below), abs=1e-9)

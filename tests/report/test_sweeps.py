@@ -34,8 +34,9 @@ def point(value, dpr, gap, p, **more):
 AUCS = (0.81, 0.7, 0.5)
 CORRUPTION = {
   kind: {
-    **{name: {"auc": entry(auc, auc - 0.1, auc + 0.05), "lowest": entry(0.4, 0.3, 0.5, 40),
-              "below_original": entry(0.9, 0.8, 0.95)}
+    **{name: {"auc": entry(auc, auc - 0.1, auc + 0.05),
+              "auc_gain": entry(0.81 - auc, 0.7 - auc, 0.9 - auc),
+              "lowest": entry(0.4, 0.3, 0.5, 40), "below_original": entry(0.9, 0.8, 0.95)}
        for name, auc in zip(("baseline_relative", "log_likelihood", "endogenous"), AUCS)},
     "chance": 0.31,
   }
@@ -97,6 +98,7 @@ def test_corrupted_tokens_by_kind():
   ]
   assert tables[0]["chance"] == "31.0"
   assert [r["cells"][0]["mean"] for r in tables[0]["rows"]] == ["81.0", "70.0", "50.0"]
+  assert [r["cells"][1]["mean"] for r in tables[0]["rows"]] == ["0.0", "+11.0", "+31.0"]
   assert tables[0]["rows"][0]["n"] == "64"
   unknown = {"corruption": {"all": {"endogenous": {"auc": {"mean": None, "ci95": None, "n": 3}}}}}
   assert corruption_tables(unknown)[0]["rows"][0]["cells"][0]["mean"] == "–"
