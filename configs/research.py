@@ -11,7 +11,7 @@ from dpr_jax.config import default_config, shrink
 from dpr_jax.config_args import parse_arg
 from dpr_jax.errors import UserError
 
-STEPS = {"early": 300, "middle": 450, "late": 900}  # of SFT; each with its whole schedule.
+STEPS = {"early": 450, "middle": 650, "late": 1000}  # of SFT; each with its whole schedule.
 
 
 def get_config(arg: str = ""):
@@ -29,13 +29,13 @@ def get_config(arg: str = ""):
   shape.hidden_size, shape.mlp_size, shape.num_layers = 128, 256, 2
   shape.num_heads = shape.num_kv_heads = 4
   config.data.corrupt = args.corrupt
-  config.data.prompt_length = 32
+  config.data.prompt_length = 24  # The longest prompt of the tasks has 22 tokens,
   config.data.holdout = config.eval.num_prompts = 512
   config.sft.steps, config.sft.milestones = STEPS[args.sft], (0.1, 0.5)
-  config.sft.optimizer.learning_rate = 3e-3
+  config.sft.optimizer.learning_rate = 4e-3
   config.reference.fraction = 0.1
-  config.dpr.steps, config.dpr.batch_size = 200, 128
-  config.dpr.max_new_tokens = config.eval.max_new_tokens = 20
+  config.dpr.steps, config.dpr.batch_size = 200, 64
+  config.dpr.max_new_tokens = config.eval.max_new_tokens = 18  # and the longest answer 17.
   config.dpr.beta = 1.0
   config.dpr.optimizer.learning_rate = 1e-4
   config.baseline.names = ("continued_sft", "spin", "gsil", "sentence_level")
