@@ -148,6 +148,16 @@ class EvalSection:
   contrastive_alpha: float = 0.0  # strength of the first two; 0 takes 1 / dpr.beta.
   low_temperature: float = 0.5  # of the control that samples from SFT with it.
   heatmaps: int = 8  # demonstrations and rollouts shown token by token in the report.
+  # Held-out demonstrations of which one token is made wrong: do rewards find it? 0: off.
+  corrupted_tokens: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepSection:
+  """Several runs that differ in one field, with what they share done once; see sweep.py."""
+
+  field: str = ""  # dotted, such as dpr.beta; "" runs the config once.
+  values: tuple[str, ...] = ()  # as they would be written on the command line; one point each.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +195,7 @@ class RunConfig:
   dpr: DPRSection = DPRSection()
   baseline: BaselineSection = BaselineSection()
   eval: EvalSection = EvalSection()
+  sweep: SweepSection = SweepSection()
   mesh: MeshSection = MeshSection()
   checkpoint: CheckpointSection = CheckpointSection()
   log: LogSection = LogSection()
@@ -257,6 +268,7 @@ _BOUNDS = {
     "eval.contrastive_alpha": (0, None),
     "eval.low_temperature": (0, None),
     "eval.heatmaps": (0, None),
+    "eval.corrupted_tokens": (0, None),
     "checkpoint.every": (1, None),
     "checkpoint.keep": (1, None),
     "log.every": (1, None),
@@ -329,6 +341,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config.dpr.steps, config.dpr.batch_size, config.dpr.accumulation = 4, 16, 1
   config.dpr.max_new_tokens = config.eval.max_new_tokens = 20
   config.eval.num_prompts, config.eval.batch_size, config.eval.heatmaps = 32, 16, 2
+  config.eval.corrupted_tokens = 32
   config.checkpoint.every = 10
   return config
 
@@ -373,6 +386,10 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
     UserError: an unknown field, a wrong type, a value out of its range; names the field.
   """
   values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+  sweep = values.get("sweep")
+  if isinstance(sweep, Mapping) and isinstance(sweep.get("values"), list | tuple):
+    # --config.sweep.values=0.5,2 arrives as numbers.
+    values = {**values, "sweep": {**sweep, "values": [str(v) for v in sweep["values"]]}}
   run = _build(RunConfig, values, "")
   for path, known in _CHOICES.items():
     if _get(run, path) not in known:
@@ -404,6 +421,8 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
     for name in _get(run, field):
       if name not in known:
         raise UserError(f"config.{field}: {name!r} is not one of {', '.join(known)}")
+  if run.sweep.values and not run.sweep.field:
+    raise UserError("config.sweep.values are given without config.sweep.field, such as dpr.beta")
   if run.dpr.beta == 0 and not run.eval.contrastive_alpha:
     raise UserError(
         "config.dpr.beta=0 has no matching strength 1 / beta for the decode-time controls; set "

@@ -102,7 +102,16 @@ def main(argv: Sequence[str]) -> None:
 
 
 def summary(results, workdir: str) -> str:
-  """The table that ends a run."""
+  """The table that ends a run; of a sweep, one for each point."""
+  if "sweep" in results:
+    sweep = results["sweep"]
+    parts = [f"{sweep['field']} = {p['value']}\n{_table(p)}" for p in sweep["points"]]
+  else:
+    parts = [_table(results)]
+  return "\n".join([*parts, f"report: {workdir}/report/report.html"])
+
+
+def _table(results) -> str:
   metrics = [
       m
       for m in ("accuracy_sampled", "accuracy_greedy", "token_f1_sampled", "length_sampled")
@@ -115,7 +124,6 @@ def summary(results, workdir: str) -> str:
       x = values.get(metric)
       cells.append("" if x is None else f"{x['mean']:.3f} [{x['ci95'][0]:.3f}, {x['ci95'][1]:.3f}]")
     lines.append(f"{name:<22}" + "".join(f"{c:>26}" for c in cells))
-  lines.append(f"report: {workdir}/report/report.html")
   return "\n".join(lines)
 
 

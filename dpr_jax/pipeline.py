@@ -1,4 +1,7 @@
-"""The order of stages: sft, ref, dpr, baselines, evaluate, report; for one seed or several."""
+"""The order of stages: sft, ref, dpr, baselines, evaluate, report.
+
+For one seed or several, and for one config or the points of a sweep.
+"""
 
 import dataclasses
 import sys
@@ -9,7 +12,8 @@ import jax
 
 from dpr_jax import config as config_lib
 from dpr_jax import sharding
-from dpr_jax.evals.results import build_results
+from dpr_jax import sweep as sweep_lib
+from dpr_jax.evals.results import build_results, build_sweep_results
 from dpr_jax.report import write_report
 from dpr_jax.stages.context import Run, set_up
 from dpr_jax.stages.dpr import (
@@ -55,12 +59,56 @@ def stages(config: config_lib.RunConfig) -> list[tuple[str, Callable[[Run], None
 def run_seed(
     config: config_lib.RunConfig, workdir: Workdir, mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
-  """All stages of one seed; returns its results."""
-  run = set_up(config, workdir, mesh)
-  for name, stage in stages(config):
+  """All stages of one seed, or all points of its sweep; returns its results."""
+  if config.sweep.field:
+    return sweep_seed(config, workdir, mesh)
+  return _run_stages(set_up(config, workdir, mesh))
+
+
+def _run_stages(run: Run) -> dict[str, Any]:
+  for name, stage in stages(run.config):
     stage(run)
     sharding.barrier(name)
-  return report_stage(workdir, [workdir], [config.seed])
+  return report_stage(run.workdir, [run.workdir], [run.config.seed])
+
+
+def sweep_seed(
+    config: config_lib.RunConfig, workdir: Workdir, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+  """What all points share, then each point; returns the results of the sweep of one seed."""
+  what = sweep_lib.shared(config)
+  run = set_up(config, workdir, mesh)
+  for name, stage in stages(config):
+    if name in what.stages:
+      stage(run)
+      sharding.barrier(name)
+  if what.evaluated:
+    evaluate_stage(run, what.evaluated)
+    sharding.barrier("evaluate shared")
+  for point in sweep_lib.points(config):
+    print(f"{config.sweep.field} = {point.value}", file=sys.stderr)
+    part = set_up(point.config, Workdir(workdir.path / point.name), mesh, like=run)
+    if jax.process_index() == 0:
+      sweep_lib.adopt(what, workdir, part.workdir)
+    sharding.barrier("adopt")
+    _run_stages(part)
+  return sweep_report(config, workdir, [workdir], [config.seed])
+
+
+def sweep_report(
+    config: config_lib.RunConfig, workdir: Workdir, parts: list[Workdir], seeds: list[int]
+) -> dict[str, Any]:
+  """results.json and the page of a sweep, of one seed or of several."""
+  results = build_sweep_results(
+      [w.path for w in parts],
+      seeds,
+      config.sweep.field,
+      {point.value: point.name for point in sweep_lib.points(config)},
+  )
+  if jax.process_index() == 0:
+    write_json(workdir.report / "results.json", results)
+    write_report(workdir.path)
+  return results
 
 
 def cache_compilations(workdir: Workdir) -> None:
@@ -85,6 +133,8 @@ def run(config: config_lib.RunConfig, workdir: str) -> dict[str, Any]:
   Raises:
     UserError: anything wrong with the config, the data, the weights or the workdir.
   """
+  if config.sweep.field:
+    sweep_lib.points(config)  # All of them are valid, before anything starts.
   section = config.mesh
   mesh = sharding.make_mesh(section.data, section.fsdp, section.tensor)
   root = Workdir(workdir)
@@ -99,4 +149,6 @@ def run(config: config_lib.RunConfig, workdir: str) -> dict[str, Any]:
     for seed, part in zip(seeds, parts):
       print(f"seed {seed}", file=sys.stderr)
       run_seed(dataclasses.replace(config, seed=seed, seeds=1), part, mesh)
+    if config.sweep.field:
+      return sweep_report(config, root, parts, seeds)
     return report_stage(root, parts, seeds)

@@ -3,11 +3,13 @@
     config.json            what was run: resolved config, model, data, versions
     tokenizer/             the tokenizer of the run, so that a stage can be used on its own
     sft/ dpr/ BASELINE/    one folder a trained stage: checkpoints/ and metrics.jsonl
-    samples/               responses of every system on the held-out prompts; scored tokens
+    samples/               responses of every system on the held-out prompts; scored tokens;
+                           corruption.jsonl, rewards of demonstrations with one wrong token
     tensorboard/
     report/                report.html, results.json, PNG plots
     compilation_cache/     compiled programs; may be deleted
-With several seeds, seed_N/ is a whole workdir for each, and report/ is of all of them.
+With several seeds, seed_N/ is a whole workdir for each, and report/ is of all of them. A sweep has
+a workdir for each of its points, such as beta=0.5/, whose shared stages are links (see sweep.py).
 """
 
 import importlib.metadata

@@ -5,12 +5,13 @@ A pure function of files, so that a report can be made again at any time.
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dpr_jax.data.tasks import TASKS
+from dpr_jax.evals.corruption import CORRUPTION_FILE, summarise
 from dpr_jax.evals.statistics import compare, interval
 from dpr_jax.evals.systems import MODES
 from dpr_jax.training.metrics import read_metrics
@@ -33,11 +34,15 @@ NLL_FILE = "heldout_nll.json"
 def _read_samples(samples: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
   out = {}
   for path in sorted(samples.glob("*.jsonl")):
-    if path.stem.startswith("heatmap_"):
+    if path.stem.startswith("heatmap_") or path.name == CORRUPTION_FILE:
       continue
-    with open(path, encoding="utf-8") as file:
-      out[path.stem] = [json.loads(line) for line in file]
+    out[path.stem] = _read_lines(path)
   return out
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  with open(path, encoding="utf-8") as file:
+    return [json.loads(line) for line in file]
 
 
 def _metrics(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -70,7 +75,8 @@ def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dic
 
   Returns:
     seeds; systems: name -> metric -> {mean, ci95, n}; comparisons: pair, metric, difference,
-    ci95, p (paired over prompts); stages: steps, seconds and tokens of each, of the first seed.
+    ci95, p (paired over prompts); stages: steps, seconds and tokens of each, of the first seed;
+    corruption: see `evals.corruption.summarise`, absent if no seed has it.
   """
   per_seed = [_read_samples(w / "samples") for w in workdirs]
   names = [n for n in ORDER if all(n in s for s in per_seed)]
@@ -94,13 +100,42 @@ def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dic
       if all(metric in v for v in (*values[a], *values[b])):
         found = compare([v[metric] for v in values[a]], [v[metric] for v in values[b]])
         comparisons.append({"pair": [a, b], "metric": metric, **found})
-  return {
+  results = {
       "seeds": list(seeds),
       "systems": systems,
       "comparisons": comparisons,
       "stages": _stages(workdirs[0]),
       "notes": [],
   }
+  corrupted = [w / "samples" / CORRUPTION_FILE for w in workdirs]
+  if all(path.exists() for path in corrupted):
+    results["corruption"] = summarise([_read_lines(path) for path in corrupted])
+  return results
+
+
+def build_sweep_results(
+    workdirs: Sequence[pathlib.Path], seeds: Sequence[int], field: str, folders: Mapping[str, str]
+) -> dict[str, Any]:
+  """results.json of a sweep whose seeds are in `workdirs`.
+
+  Args:
+    field: the dotted field that is swept over.
+    folders: value -> name of the point's folder in each of `workdirs`.
+
+  Returns:
+    What `build_results` returns, of the systems that all points share (none, perhaps); and sweep:
+    field, values, points: value, folder, systems, comparisons and corruption of each.
+  """
+  results = {"seeds": list(seeds), "systems": {}, "comparisons": [], "stages": {}, "notes": []}
+  if all((w / "samples" / NLL_FILE).exists() for w in workdirs):
+    results = build_results(workdirs, seeds)
+  found = []
+  for value, folder in folders.items():
+    whole = build_results([w / folder for w in workdirs], seeds)
+    kept = {k: whole[k] for k in ("systems", "comparisons", "corruption") if k in whole}
+    found.append({"value": value, "folder": folder, **kept})
+  results["sweep"] = {"field": field, "values": list(folders), "points": found}
+  return results
 
 
 def _stages(workdir: pathlib.Path) -> dict[str, dict[str, float]]:

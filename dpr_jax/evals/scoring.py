@@ -21,6 +21,7 @@ class TokenScores:
 
   logp_sft: np.ndarray
   logp_ref: np.ndarray
+  logsumexp_sft: np.ndarray | None = None  # V(s_t) of the state in which token t is chosen.
 
   @property
   def token_rewards(self) -> np.ndarray:
@@ -33,13 +34,26 @@ def response_logps(
     variables: Any,
     prompts: Sequence[np.ndarray],
     responses: Sequence[np.ndarray],
+    **how: Any,
+) -> list[np.ndarray]:
+  """log p of each token of each response, nats, float32 [T_i]; `how` as in `response_values`."""
+  return [logp for logp, _ in response_values(model, variables, prompts, responses, **how)]
+
+
+def response_values(
+    model: Any,
+    variables: Any,
+    prompts: Sequence[np.ndarray],
+    responses: Sequence[np.ndarray],
     *,
     mesh: jax.sharding.Mesh,
     batch_size: int,
     chunk_size: int = 128,
     on_batch: Callable[[int], None] = lambda n: None,
-) -> list[np.ndarray]:
-  """log p of each token of each response after its prompt, nats, float32 [T_i] each.
+) -> list[tuple[np.ndarray, np.ndarray]]:
+  """(log p, logsumexp of the logits) of each token of each response after its prompt.
+
+  Nats, float32 [T_i] each; the logsumexp is that of the state in which the token is chosen.
 
   Args:
     prompts, responses: token ids, int32; a response ends with its EOS.
@@ -48,7 +62,7 @@ def response_logps(
     on_batch: called with the number of responses just scored.
   """
   rows = [np.concatenate([p, r]).astype(np.int32) for p, r in zip(prompts, responses, strict=True)]
-  out: list[np.ndarray] = [np.zeros((0,), np.float32)] * len(rows)
+  out: list[Any] = [None] * len(rows)
   order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # A memory error comes first.
   for start in range(0, len(rows), batch_size):
     chosen = order[start : start + batch_size]
@@ -58,9 +72,10 @@ def response_logps(
     for b, i in enumerate(chosen):
       tokens[b, : len(rows[i])], segments[b, : len(rows[i])] = rows[i], 1
     tokens, segments = sharding.place((tokens, segments), mesh)
-    logp = sharding.to_host(_score(model, variables, tokens, segments, chunk_size=chunk_size).logp)
+    scores = sharding.to_host(_score(model, variables, tokens, segments, chunk_size=chunk_size))
     for b, i in enumerate(chosen):
-      out[i] = logp[b, len(prompts[i]) : len(rows[i])]
+      span = slice(len(prompts[i]), len(rows[i]))
+      out[i] = scores.logp[b, span], scores.logsumexp[b, span]
     on_batch(len(chosen))
   return out
 
@@ -73,9 +88,10 @@ def score_responses(
     responses: Sequence[np.ndarray],
     **how: Any,
 ) -> list[TokenScores]:
-  """Token scores of each response under two sets of variables; `how` as in `response_logps`."""
-  logp_sft, logp_ref = (response_logps(model, v, prompts, responses, **how) for v in (sft, ref))
-  return [TokenScores(a, b) for a, b in zip(logp_sft, logp_ref)]
+  """Token scores of each response under two sets of variables; `how` as in `response_values`."""
+  under_sft = response_values(model, sft, prompts, responses, **how)
+  under_ref = response_logps(model, ref, prompts, responses, **how)
+  return [TokenScores(logp, ref, lse) for (logp, lse), ref in zip(under_sft, under_ref)]
 
 
 def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:

@@ -61,7 +61,7 @@ def interval(per_seed: Sequence[np.ndarray]) -> dict[str, Any]:
   if all(np.all((v == 0) | (v == 1)) for v in values):
     out["ci95"] = _wilson(mean, values)
     return out
-  half = max((math.sqrt(v) * _t_quantile(df) for v, df in _variances(values)), default=math.nan)
+  half = max((math.sqrt(v) * t_quantile(df) for v, df in _variances(values)), default=math.nan)
   out["ci95"] = [mean - half, mean + half]
   return out
 
@@ -106,7 +106,7 @@ def compare(
   variances = _variances(padded)
   # The mean of the padded differences, towards 0 by n / (n + 2): the centre of their interval.
   centre = float(np.mean([d.mean() for d in padded]))
-  half = max((math.sqrt(v) * _t_quantile(df) for v, df in variances), default=math.nan)
+  half = max((math.sqrt(v) * t_quantile(df) for v, df in variances), default=math.nan)
   if len(differences) == 1:
     p = _sign_flip_p(differences[0], seed)
   elif not np.any([np.any(d != 0) for d in differences]):
@@ -164,7 +164,7 @@ def _wilson(mean: float, values: list[np.ndarray]) -> list[float]:
     # No spread to be seen. Shared prompts may fail together, so seeds count as one.
     widest = [(max(len(v) for v in values), _Z)]
   else:
-    widest = [(mean * (1 - mean) / v, _t_quantile(df)) for v, df in _variances(values) if v > 0]
+    widest = [(mean * (1 - mean) / v, t_quantile(df)) for v, df in _variances(values) if v > 0]
   bounds = []
   for n, z in widest:
     centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
@@ -227,7 +227,7 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
 
 
 @functools.lru_cache(maxsize=1024)
-def _t_quantile(df: float) -> float:
+def t_quantile(df: float) -> float:
   """t such that Student's t lies within [-t, t] with probability LEVEL."""
   log_scale = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
   t = 1.9  # left of every root, and the tail is convex: Newton's steps never overshoot.

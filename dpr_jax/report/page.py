@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpr_jax.errors import UserError
-from dpr_jax.report import heatmap, tables
+from dpr_jax.report import heatmap, sweeps, tables
+from dpr_jax.report.corruption import corruption_tables
 from dpr_jax.report.monitors import monitors
 from dpr_jax.report.render import (
   count,
@@ -68,6 +69,9 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     "facts": _facts(record, results, stages, list(seeds)),
     "stages": _stage_rows(stages, list(seeds)),
     "seeds": _seed_links(seeds),
+    "sweep": sweeps.sweep_table(results, links=not seeds),
+    "sweep_plot": _sweep_plot(folder, results),
+    "corruption": corruption_tables(results),
     "results": tables.results_table(results),
     "more": tables.more_metrics(results),
     "comparisons": tables.comparisons_table(results),
@@ -148,6 +152,10 @@ def _facts(record, results, stages, seeds) -> list[tuple[str, str]]:
     if section.get("corrupt"):
       text += f", {plain(100 * section['corrupt'])}% with a wrong answer"
     facts.append(("Demonstrations", text))
+  sweep = config.get("sweep") or {}
+  if sweep.get("field"):
+    values = ", ".join(str(v) for v in sweep.get("values") or ())
+    facts.append(("Sweep", f"{sweep['field']} takes {values}, in place of what stands below"))
   dpr = config.get("dpr") or {}
   if dpr.get("steps"):
     text = f"{str(dpr.get('reward')).replace('_', ' ')} reward"
@@ -280,6 +288,24 @@ def _results_plot(folder: pathlib.Path, results) -> dict[str, str] | None:
   return _images(folder, "results", "Systems with their 95% intervals", draw)
 
 
+def _sweep_plot(folder: pathlib.Path, results) -> dict[str, str] | None:
+  metric = sweeps.primary_metric(results)
+  if metric is None:
+    return None
+  label, shown = tables.metric_label(metric)
+  sweep = results["sweep"]
+  values, field = [visible(p["value"]) for p in sweep["points"]], visible(sweep.get("field", ""))
+  series = sweeps.plot_series(results, metric)
+  axis, factor = (f"{label} (%)", 100.0) if shown == "%" else (label, 1.0)
+
+  def draw(dark: bool) -> bytes:
+    from dpr_jax.report import plots
+
+    return plots.sweep_plot(values, series, field, axis, factor, dark)
+
+  return _images(folder, "sweep", f"{label} against {field}, with 95% intervals", draw)
+
+
 # --- Token rewards and samples --------------------------------------------------------------------
 
 
@@ -300,7 +326,7 @@ def _samples(folder: pathlib.Path) -> dict[str, Any] | None:
   """Responses of every system to a few prompts: the first of each task in turn, never chosen."""
   systems = {}
   for path in folder.glob("*.jsonl"):
-    if path.stem.startswith("heatmap_"):
+    if path.stem.startswith("heatmap_") or path.stem == "corruption":
       continue
     lines = [r for r in _read_lines(path) if "prompt" in r and "response" in r]
     if lines:

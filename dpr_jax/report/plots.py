@@ -105,6 +105,48 @@ def results_plot(
     return _png(figure)
 
 
+def sweep_plot(
+  values: Sequence[str],
+  series: Mapping[str, Sequence[Mapping[str, Any] | None]],
+  field: str,
+  label: str,
+  factor: float,
+  dark: bool = False,
+) -> bytes:
+  """A metric at each value of a field, evenly spaced in their order.
+
+  Args:
+    values: names of the points, from left to right.
+    series: label -> {"mean", "ci95"} at each point, None where unknown. The first with its
+      intervals; the others are lines to compare with, thin.
+    field, label: of the two axes.
+    factor: that the metric is shown with.
+  """
+  colours = _DARK if dark else _LIGHT
+  x = np.arange(len(values))
+  with _style(dark):
+    figure, axes = _figure(max(5.2, 2.6 + 0.55 * len(values)), 3.0)
+    for i, (name, entries) in enumerate(series.items()):
+      colour = colours[i % len(colours)]
+      means = np.array([_float((e or {}).get("mean")) * factor for e in entries])
+      if i == 0:
+        ends = [(e or {}).get("ci95") or (math.nan, math.nan) for e in entries]
+        for at, (low, high) in zip(x, ends):
+          low, high = _float(low) * factor, _float(high) * factor
+          if math.isfinite(low) and math.isfinite(high):
+            axes.plot([at, at], [low, high], color=colour, linewidth=2, solid_capstyle="round")
+        axes.plot(x, means, "o-", color=colour, linewidth=1.6, markersize=5, label=name)
+      else:
+        axes.plot(x, means, "--", marker=".", color=colour, linewidth=1.1, label=name)
+    axes.set_xticks(x)
+    axes.set_xticklabels(values)
+    axes.set_xlim(-0.4, len(values) - 0.6)
+    axes.set_xlabel(field)
+    axes.set_ylabel(label)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.6)
+    return _png(figure)
+
+
 def _float(x: Any) -> float:
   return float(x) if isinstance(x, int | float) else math.nan
 

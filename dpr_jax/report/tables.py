@@ -89,7 +89,7 @@ def task_tables(results: Results) -> list[dict[str, Any]]:
     used = [s for s, metrics in systems.items() if any(f"{base}/{t}" in metrics for t in tasks)]
     rows = []
     for task in tasks:
-      cells = [_cell(systems[s].get(f"{base}/{task}"), base) for s in used]
+      cells = [cell(systems[s].get(f"{base}/{task}"), base) for s in used]
       counts = {c["n"] for c in cells if c["n"]}
       rows.append({"name": task, "cells": cells, "n": counts.pop() if len(counts) == 1 else ""})
     label, shown = metric_label(base)
@@ -158,7 +158,7 @@ def headline(results: Results) -> str:
     text = f"DPR's sampled responses reach a token F1 of {show(entry['mean'], metric)}%"
   parts = []
   for other in ("sft", "continued_sft"):
-    c = _difference(results, "dpr", other, metric)
+    c = difference(results, "dpr", other, metric)
     if c is None:
       continue
     d, low, high = (show(x, metric, sign=True) for x in (c["difference"], *c["ci95"]))
@@ -183,7 +183,8 @@ def _used(results: Results, metric: str) -> bool:
   return any(metric in metrics for metrics in _systems(results).values())
 
 
-def _cell(entry: Any, metric: str) -> dict[str, Any]:
+def cell(entry: Any, metric: str) -> dict[str, Any]:
+  """What a table shows of {mean, ci95, n}, in the unit of the metric."""
   if not isinstance(entry, Mapping):
     return {"mean": "–", "ci": "", "n": "", "sign": 0}
   low, high = entry.get("ci95") or (math.nan, math.nan)
@@ -204,12 +205,12 @@ def _table(results: Results, metrics: Sequence[str]) -> dict[str, Any] | None:
   for name in systems:
     cells = []
     for metric in metrics:
-      cell = _cell(systems[name].get(metric), metric)
-      found = _difference(results, name, "sft", metric)
+      shown_cell = cell(systems[name].get(metric), metric)
+      found = difference(results, name, "sft", metric)
       if found:
-        cell["sign"] = resolved(found)
-        marked = marked or bool(cell["sign"])
-      cells.append(cell)
+        shown_cell["sign"] = resolved(found)
+        marked = marked or bool(shown_cell["sign"])
+      cells.append(shown_cell)
     rows.append({"name": system_label(name), "cells": cells})
   columns = []
   for i, metric in enumerate(metrics):
@@ -223,7 +224,7 @@ def _table(results: Results, metrics: Sequence[str]) -> dict[str, Any] | None:
   return {"columns": columns, "rows": rows, "marked": marked}
 
 
-def _difference(results: Results, a: str, b: str, metric: str):
+def difference(results: Results, a: str, b: str, metric: str):
   """The comparison of a less b, from either order of the pair; None if they were not compared."""
   for c in results.get("comparisons") or ():
     ends = c.get("ci95") or (None, None)

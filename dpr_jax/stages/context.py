@@ -178,8 +178,17 @@ def absolute(path: str) -> str:
   return os.path.abspath(path) if path else ""
 
 
-def set_up(config: config_lib.RunConfig, workdir: Workdir, mesh: jax.sharding.Mesh) -> Run:
-  """Everything that can be wrong with the input shows here, before anything is written."""
+def set_up(
+    config: config_lib.RunConfig,
+    workdir: Workdir,
+    mesh: jax.sharding.Mesh,
+    like: Run | None = None,
+) -> Run:
+  """Everything that can be wrong with the input shows here, before anything is written.
+
+  Args:
+    like: a run set up before, whose data are taken if they are the same.
+  """
   workdir.check(config)
   sharding.check_batch(
       mesh,
@@ -193,7 +202,11 @@ def set_up(config: config_lib.RunConfig, workdir: Workdir, mesh: jax.sharding.Me
   milestone_steps(config.sft.milestones, config.sft.steps)
   reference_checkpoint(config)
   tokenizer, model, ends, generation_config = build_model(config)
-  data = build_dataset(config.data, tokenizer, config.seed)
+  same = lambda c: (c.data, c.model, c.seed)
+  if like is not None and same(config) == same(like.config):
+    data = like.data
+  else:
+    data = build_dataset(config.data, tokenizer, config.seed)
   workdir.claim(
       config,
       model={

@@ -1,12 +1,14 @@
 """Stage `evaluate`: every system on the held-out prompts; samples/ of the workdir."""
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 
 from dpr_jax.data.loader import Prompts
 from dpr_jax.data.templates import encode_response
 from dpr_jax.evals import systems as systems_lib
+from dpr_jax.evals.corruption import CORRUPTION_FILE, corrupt_responses, corruption_records
 from dpr_jax.evals.results import NLL_FILE
 from dpr_jax.evals.scoring import response_logps, score_record, score_responses
 from dpr_jax.evals.systems import System, evaluate_system, system_file
@@ -27,8 +29,12 @@ def heldout_prompts(run: Run) -> Prompts:
   return held._replace(tokens=held.tokens[:n], demos=held.demos[:n])
 
 
-def evaluate_stage(run: Run) -> None:
-  """Every system on the held-out prompts, and the likelihood of the held-out demonstrations."""
+def evaluate_stage(run: Run, only: Sequence[str] | None = None) -> None:
+  """Every system on the held-out prompts, the likelihood and corruption of the demonstrations.
+
+  Args:
+    only: names of the systems to evaluate, and "corruption"; None takes all, and the heatmaps.
+  """
   config, section = run.config, run.config.eval
   prompts = heldout_prompts(run)
   demonstrated = [
@@ -48,7 +54,8 @@ def evaluate_stage(run: Run) -> None:
   controls = systems_lib.controls(
       section.controls, contrastive_alpha(config), section.low_temperature
   )
-  todo = [s for s in trained + controls if not system_file(run.workdir.samples, s.name).exists()]
+  wanted = [s for s in trained + controls if only is None or s.name in only]
+  todo = [s for s in wanted if not system_file(run.workdir.samples, s.name).exists()]
   scoring = {
       "mesh": run.mesh,
       "batch_size": section.batch_size,
@@ -87,7 +94,28 @@ def evaluate_stage(run: Run) -> None:
     # Last, and whole: a system whose file exists is done.
     write_lines(system_file(run.workdir.samples, system.name), records)
   barrier("evaluate")
-  _write_heatmaps(run, prompts, demonstrated, scoring)
+  if only is None or "corruption" in only:
+    _write_corruption(run, prompts, demonstrated, fits, verifier, scoring)
+  if only is None:
+    _write_heatmaps(run, prompts, demonstrated, scoring)
+
+
+def _write_corruption(run: Run, prompts, demonstrated, fits, verifier, scoring) -> None:
+  """Token rewards of held-out demonstrations with one wrong token; the same for every seed."""
+  path = run.workdir.samples / CORRUPTION_FILE
+  chosen = fits[: run.config.eval.corrupted_tokens]
+  if not chosen or path.exists():
+    return
+  demos = [prompts.demos[i] for i in chosen]
+  right = [demonstrated[i] for i in chosen]
+  corrupted = corrupt_responses(demos, right, run.tokenizer, run.stop_ids, verifier=verifier)
+  asked = [prompts.tokens[chosen[c.index]] for c in corrupted]
+  sft, ref = run.load("sft"), run.load("ref")
+  scores = [
+      score_responses(run.model, sft, ref, asked, responses, **scoring)
+      for responses in ([c.tokens for c in corrupted], [right[c.index] for c in corrupted])
+  ]
+  write_lines(path, corruption_records(demos, corrupted, *scores, run.tokenizer))
 
 
 def _write_heatmaps(run: Run, prompts, demonstrated, scoring) -> None:

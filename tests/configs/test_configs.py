@@ -32,7 +32,7 @@ def read(name, *flags):
 
 
 def test_every_config_is_covered():
-  assert set(CONFIGS) == {"smoke", *PUBLISHED}
+  assert set(CONFIGS) == {"smoke", "research", *PUBLISHED}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -54,8 +54,18 @@ def test_debug_keeps_the_family_and_is_small(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_another_argument_is_refused(name):
-  with pytest.raises(UserError, match=rf"^configs/{name}.py takes '' or 'debug', not 'big'$"):
+  with pytest.raises(UserError, match=rf"^configs/{name}.py takes .*debug.* not 'big'$"):
     read(f"{name}.py:big")
+
+
+def test_the_settings_of_the_study():
+  run = read("research.py:corrupt=0.2,sft=middle")
+  assert run.data.corrupt == 0.2 and run.eval.num_prompts >= 512 and run.reference.fraction == 0.1
+  steps = [read(f"research.py:sft={s}").sft.steps for s in ("early", "middle", "late")]
+  assert steps == sorted(set(steps)) and read("research.py").sft.steps == steps[-1]
+  assert read("research.py:corrupt=0.3,debug").data.corrupt == 0.3
+  with pytest.raises(UserError, match="sft=soon is not one of early, middle, late"):
+    read("research.py:sft=soon")
 
 
 def test_shapes_export_as_their_family():

@@ -48,6 +48,9 @@ def test_leaves_everything_behind(finished_run):
     low, high = metrics["accuracy_sampled"]["ci95"]
     assert 0 <= low <= metrics["accuracy_sampled"]["mean"] <= high <= 1
   assert results["seeds"] == [0]
+  assert set(results["corruption"]) == {"all", "unique", "varied"}
+  found = (workdir / "samples" / "corruption.jsonl").read_text().splitlines()
+  assert len(found) == results["corruption"]["all"]["endogenous"]["auc"]["n"] > 28
   pairs = {tuple(c["pair"]) for c in results["comparisons"]}
   assert {("dpr", "sft"), ("dpr", "continued_sft"), ("dpr", "contrastive")} <= pairs
   page = (workdir / "report" / "report.html").read_text()
@@ -205,6 +208,10 @@ BAD_INPUTS = {
     "missing weights": (["--config.model.pretrained=nowhere.gguf"], ["nowhere.gguf"]),
     "mesh": (["--config.mesh.tensor=3"], ["config.mesh", "devices"]),
     "shape": (["--config.model.shape.num_kv_heads=3"], ["config.model.shape", "num_kv_heads=3"]),
+    "sweep": (
+        ["--config.sweep.field=dpr.gamma", "--config.sweep.values=0.5,2"],
+        ["config.sweep.values: at '2'", "config.dpr.gamma=2.0", "at most 1"],
+    ),
     "flag": (["--confg.sft.steps=3"], ["confg.sft.steps"]),
 }
 

@@ -44,6 +44,11 @@ def test_scores_of_ragged_responses(mesh, make_model, rng):
     np.testing.assert_allclose(s.logp_sft, naive_logps(model, sft, p, r), atol=1e-4)
     np.testing.assert_allclose(s.logp_ref, naive_logps(model, ref, p, r), atol=1e-4)
     np.testing.assert_array_equal(s.token_rewards, s.logp_sft - s.logp_ref)
+    row = np.concatenate([p, r])[None, :]
+    hidden, _ = model.apply(sft, row)
+    logits = np.asarray(model.apply(sft, hidden, method="unembed"), np.float64)[0]
+    expected = np.log(np.exp(logits[len(p) - 1 : -1]).sum(-1))  # Of the states that chose r.
+    np.testing.assert_allclose(s.logsumexp_sft, expected, atol=1e-4)
 
 
 def test_greedy_responses_do_not_depend_on_the_batch(mesh, make_model, rng):

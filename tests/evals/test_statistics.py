@@ -252,6 +252,6 @@ def test_what_cannot_be_paired_is_refused():
 @pytest.mark.parametrize("df", [1, 2, 2.7, 9, 63.4, 5_000])
 def test_students_t_against_scipy(df):
   scipy_stats = pytest.importorskip("scipy.stats")
-  assert statistics._t_quantile(df) == pytest.approx(scipy_stats.t.ppf(0.975, df), rel=1e-10)
+  assert statistics.t_quantile(df) == pytest.approx(scipy_stats.t.ppf(0.975, df), rel=1e-10)
   for t in (0.0, 0.1, 1.0, 2.5, 30.0):
     assert statistics._t_tail(t, df) == pytest.approx(2 * scipy_stats.t.sf(t, df), rel=1e-9)

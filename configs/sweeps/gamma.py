@@ -1,0 +1,15 @@
+"""The discount, from rewards of the token alone to the whole rest of the response.
+
+python -m dpr_jax.main --config=configs/sweeps/gamma.py --workdir=runs/gamma
+"""
+
+from dpr_jax.config_args import other_config
+
+
+def get_config(arg: str = ""):
+  """arg: "" or "debug", as of configs/smoke.py, on which the sweep is."""
+  config = other_config(__file__, "../smoke.py", arg)
+  config.baseline.names = ()  # Each would be trained at every point.
+  config.sweep.field = "dpr.gamma"
+  config.sweep.values = ("0", "0.9", "0.99", "1")
+  return config

@@ -1,0 +1,15 @@
+"""The return that weighs a token: of what follows, of the whole response, of the token.
+
+python -m dpr_jax.main --config=configs/sweeps/returns.py --workdir=runs/returns
+"""
+
+from dpr_jax.config_args import other_config
+
+
+def get_config(arg: str = ""):
+  """arg: "" or "debug", as of configs/smoke.py, on which the sweep is."""
+  config = other_config(__file__, "../smoke.py", arg)
+  config.baseline.names = ()  # Each would be trained at every point.
+  config.sweep.field = "dpr.returns"
+  config.sweep.values = ("reward_to_go", "full_return", "per_token")
+  return config

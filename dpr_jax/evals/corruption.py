@@ -1,0 +1,223 @@
+"""Does the reward find a wrong token? One token of a held-out demonstration is replaced.
+
+The wrong token is of the same kind as the right one and about as frequent as others of its kind, so
+that its form alone does not give it away. Three rewards are compared: the baseline-relative one,
+log pi_sft, and the endogenous one.
+
+  auc             P(reward of a wrong token < reward of a right one), a tie counts half. The right
+                  ones are all tokens that stand before the wrong one in its answer: they are as
+                  demonstrated, and so is what they follow. Tokens after the wrong one are left out,
+                  because each is conditioned on it, and so is EOS with them.
+  lowest          share of answers in which the wrong token's reward is strictly the lowest up to
+                  there; of those in which a token stands before it.
+  chance          what `lowest` would be at random: the mean of 1 / (tokens up to there).
+  auc_gain        auc of the baseline-relative reward less that of this one, on the same answers.
+  below_original  share in which the wrong token's reward is below that of the token it replaced, in
+                  the same place. The endogenous reward of both includes the value of what follows.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpr_jax.data.formats import Demo
+from dpr_jax.data.tasks import TASKS
+from dpr_jax.evals.auc import auc_difference, auc_interval
+from dpr_jax.evals.responses import Response, response_text
+from dpr_jax.evals.scoring import TokenScores, token_texts
+from dpr_jax.evals.statistics import interval
+from dpr_jax.evals.verifiers import exact, tasks
+
+CORRUPTION_FILE = "corruption.jsonl"
+REWARDS = ("baseline_relative", "log_likelihood", "endogenous")
+KINDS = ("all", "unique", "varied")  # of the built-in tasks: one right answer, or many.
+
+
+@dataclasses.dataclass(frozen=True)
+class Corruption:
+  """A demonstrated response with one wrong token."""
+
+  index: int  # of its demonstration.
+  position: int  # of the wrong token in the response.
+  tokens: np.ndarray  # int32 [T], as demonstrated but for that one.
+  original: int  # the token that stood there.
+
+
+def corrupt_responses(
+    demos: Sequence[Demo],
+    responses: Sequence[np.ndarray],
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    *,
+    verifier: str,
+    seed: int = 0,
+) -> list[Corruption]:
+  """Replaces one token of each response, at a uniformly drawn place, by a wrong one.
+
+  The other token is drawn by its frequency in the responses to the same task (in all of them, for a
+  file), among those of the same kind of characters where one is wrong there, else among all. Wrong
+  is what the task's checker refuses; in a file, what differs from the response word for word after
+  the normalisation of SQuAD. With the verifier gsm8k a token with a digit is replaced, where there
+  is one. Special tokens stay. A response of which no token can be made wrong is left out.
+
+  Args:
+    demos, responses: demonstrations and their token ids, int32 [T_i], EOS included.
+    verifier: name of the run's verifier.
+    seed: of the draws; the i-th depends on the seed, i and the pool only.
+  """
+  special = {*stop_ids, *tokenizer.all_special_ids}
+  pools: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+  for demo, tokens in zip(demos, responses, strict=True):
+    pools[demo.task].update(int(t) for t in tokens if int(t) not in special)
+  known = sorted({t for pool in pools.values() for t in pool})
+  kinds = dict(zip(known, map(_kind, token_texts(tokenizer, known))))
+  out = []
+  for i, (demo, tokens) in enumerate(zip(demos, responses)):
+    rng = np.random.default_rng([seed, i])
+    places = [t for t, token in enumerate(tokens) if int(token) not in special]
+    numbers = [t for t in places if kinds[int(tokens[t])][1] == "digit"]
+    places = numbers if numbers and verifier == "gsm8k" else places
+    read = lambda ids: response_text(
+        tokenizer, Response(np.asarray(ids), int(ids[-1]) in stop_ids, 0.0), stop_ids
+    )
+    found = _first_wrong(tokens, places, pools[demo.task], kinds, rng, _wrong(demo, read, verifier))
+    if found is not None:
+      out.append(Corruption(i, found[0], found[1], int(tokens[found[0]])))
+  return out
+
+
+def _kind(text: str) -> tuple[bool, str]:
+  """What must be alike in a token and its replacement: a leading space, and the characters."""
+  body = text.strip()
+  if any(c.isdigit() for c in body):
+    return text[:1].isspace(), "digit"
+  if body.isalpha():
+    return text[:1].isspace(), "upper" if body.isupper() else "lower" if body.islower() else "word"
+  return text[:1].isspace(), "other"
+
+
+def _wrong(demo: Demo, read: Callable, verifier: str) -> Callable[[np.ndarray], bool]:
+  if verifier == "tasks":
+    return lambda ids: not tasks(demo, read(ids))["accuracy"]
+  demonstrated = dataclasses.replace(demo, answer=demo.response)
+  return lambda ids: not exact(demonstrated, read(ids))["accuracy"]
+
+
+def _first_wrong(tokens, places, pool, kinds, rng, wrong) -> tuple[int, np.ndarray] | None:
+  """(place, corrupted tokens) of the first draw that is wrong, None if there is none."""
+  for t in rng.permutation(np.asarray(places, np.int64)):
+    original = int(tokens[t])
+    others = sorted(c for c in pool if c != original)
+    alike = [c for c in others if kinds[c] == kinds[original]]
+    for group in (alike, [c for c in others if kinds[c] != kinds[original]]):
+      if not group:
+        continue
+      count = np.array([pool[c] for c in group], np.float64)
+      order = rng.choice(len(group), len(group), replace=False, p=count / count.sum())
+      for c in order:
+        changed = np.array(tokens, np.int32)
+        changed[t] = group[c]
+        if wrong(changed):
+          return int(t), changed
+  return None
+
+
+def token_rewards(scores: Sequence[TokenScores]) -> dict[str, list[np.ndarray]]:
+  """Name of a reward -> its values for each response, nats, float32 [T_i]."""
+  from dpr_jax import rewards
+
+  length = max((len(s.logp_sft) for s in scores), default=1)
+  padded = np.zeros((4, len(scores), length), np.float32)
+  for i, s in enumerate(scores):
+    values = (s.logp_sft, s.logp_ref, s.logsumexp_sft, np.ones_like(s.logp_sft))
+    padded[:, i, : len(s.logp_sft)] = values
+  sft, ref, logsumexp, mask = padded
+  found = {
+      "baseline_relative": rewards.baseline_relative(sft, ref, mask),
+      "log_likelihood": rewards.log_likelihood(sft, mask),
+      "endogenous": rewards.endogenous(sft, logsumexp, mask),
+  }
+  return {
+      name: [row[: len(s.logp_sft)] for row, s in zip(np.asarray(values), scores)]
+      for name, values in found.items()
+  }
+
+
+def corruption_records(
+    demos: Sequence[Demo],
+    corruptions: Sequence[Corruption],
+    wrong: Sequence[TokenScores],
+    right: Sequence[TokenScores],
+    tokenizer: Any,
+) -> list[dict[str, Any]]:
+  """One line of samples/corruption.jsonl for each corruption.
+
+  Args:
+    wrong, right: scores of the corrupted and of the demonstrated responses, in that order.
+  """
+  rewards, originals = token_rewards(wrong), token_rewards(right)
+  records = []
+  for i, c in enumerate(corruptions):
+    demo = demos[c.index]
+    records.append({
+        "prompt": demo.prompt[-1]["content"],
+        "task": demo.task,
+        "answer": demo.response,
+        "tokens": token_texts(tokenizer, c.tokens),
+        "token_ids": [int(t) for t in c.tokens],
+        "position": c.position,
+        "original": token_texts(tokenizer, [c.original])[0],
+        "rewards": {name: [round(float(x), 6) for x in rewards[name][i]] for name in REWARDS},
+        "original_rewards": {
+            name: round(float(originals[name][i][c.position]), 6) for name in REWARDS
+        },
+    })
+  return records
+
+
+def summarise(per_seed: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+  """Records of each seed -> kind of task -> reward -> metric -> {mean, ci95, n}.
+
+  The kinds `unique` and `varied` are those of the built-in tasks; a kind without records is left
+  out. Beside the rewards stands `chance`, of the metric `lowest`.
+  """
+  out = {}
+  for kind in KINDS:
+    chosen = [[r for r in records if _of_kind(r, kind)] for records in per_seed]
+    if not all(chosen):
+      continue
+    later = [[r for r in records if r["position"]] for records in chosen]
+    out[kind] = {name: _summary(chosen, later, name) for name in REWARDS}
+    if all(later):
+      chances = [1 / (r["position"] + 1) for records in later for r in records]
+      out[kind]["chance"] = float(np.mean(chances))
+  return out
+
+
+def _of_kind(record: Mapping[str, Any], kind: str) -> bool:
+  task = TASKS.get(record["task"])
+  return kind == "all" or task is not None and task.unique == (kind == "unique")
+
+
+def _summary(chosen, later, name: str) -> dict[str, Any]:
+  at = lambda r, name=name: r["rewards"][name][r["position"]]
+  before = lambda r, name=name: r["rewards"][name][: r["position"]]
+
+  def groups(name):
+    pair = lambda r: (np.array([at(r, name)]), np.array(before(r, name)))
+    return [[pair(r) for r in records] for records in chosen]
+
+  out = {}
+  if len({len(records) for records in chosen}) == 1:
+    out["auc"] = auc_interval(groups(name))
+    if name != REWARDS[0]:
+      out["auc_gain"] = auc_difference(groups(REWARDS[0]), groups(name))
+  if all(later):
+    lowest = lambda r: float(at(r) < min(before(r)))
+    out["lowest"] = interval([np.array([lowest(r) for r in records]) for records in later])
+  below = lambda r: float(at(r) < r["original_rewards"][name])
+  out["below_original"] = interval([np.array([below(r) for r in records]) for records in chosen])
+  return out
