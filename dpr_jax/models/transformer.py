@@ -217,10 +217,15 @@ class Table(nn.Module):
     return jnp.take(self._gathered(), tokens_BxT, axis=0)
 
   def logits(self, hidden):
+    table = self._gathered()
+    if hidden.ndim == 2 and attention_lib.target_platform() == "cpu":
+      # One token a row: the CPU reads a table on the left of a product once and a half as fast.
+      # Without the barrier, the transpose would be folded back into the product.
+      contract = (((1,), (1,)), ((), ()))
+      logits_VxB = jax.lax.dot_general(table, hidden, contract, preferred_element_type=jnp.float32)
+      return jax.lax.optimization_barrier(logits_VxB).T
     contract = (((hidden.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(
-        hidden, self._gathered(), contract, preferred_element_type=jnp.float32
-    )
+    return jax.lax.dot_general(hidden, table, contract, preferred_element_type=jnp.float32)
 
 
 class Transformer(nn.Module):
