@@ -93,6 +93,40 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, resolve(names, x.shape, mesh))
 
 
+def without_fsdp(names: Sequence[str | None]) -> tuple[str | None, ...]:
+  """The axes of a parameter where it is used: gathered over fsdp, still split over tensor."""
+  return tuple(None if RULES[name] == "fsdp" else name for name in names)
+
+
+def gather_weight(w: jax.Array, dtype: Any, names: Sequence[str | None]) -> jax.Array:
+  """A parameter as a matmul takes it: in `dtype` and gathered over the fsdp axis.
+
+  Cast while it is sharded, so that the gather moves `dtype` and not float32. The cotangent is
+  put straight onto the shard: left to itself the partitioner sums whole gradients over all
+  devices (an all-reduce where a reduce-scatter would do) and then slices them. A weight that is
+  gathered already, as while decoding, stays as it is. Identity but for the cast without a mesh.
+
+  Args:
+    w: [...], with the logical axes `names`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+    return w.astype(dtype)
+  own_dtype = w.dtype
+
+  @jax.custom_vjp
+  def gather(w):
+    if own_dtype != dtype:
+      w = constrain(w.astype(dtype), *names)
+    return constrain(w, *without_fsdp(names))
+
+  def backward(_, cotangent):
+    return (constrain(cotangent, *names).astype(own_dtype),)
+
+  gather.defvjp(lambda w: (gather(w), None), backward)
+  return gather(w)
+
+
 def shardings_of(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
   """NamedShardings of a tree of (abstract) arrays boxed with logical axis names.
 

@@ -21,6 +21,7 @@ from flax import struct
 
 from dpr_jax.data.batches import PromptBatch
 from dpr_jax.models.transformer import init_cache
+from dpr_jax.models.variables import gathered
 from dpr_jax.sharding import constrain
 
 
@@ -112,6 +113,7 @@ def generate(
     weights: of the members' logits.
   """
   batch, width = prompts.tokens.shape
+  members = tuple(gathered(model.cfg, variables) for variables in members)
   prompt_BxP, segments_BxP = right_align(prompts)
   stop_1xE = jnp.asarray(stop_ids, jnp.int32)[None, :]
 
