@@ -57,12 +57,17 @@ def train(cfg: ModelConfig, rows: int, tokens: int, logits: int, full: bool = Fa
   """One step of forward and backward, with what is computed again.
 
   A backward pass costs two forward passes, one for the inputs and one for the weights; under LoRA
-  the weights of the base have none. The head is always computed again (see models/logprobs.py).
+  the weights of the base have none. The head is always computed again (see models/logprobs.py),
+  the layers with remat=full, but for what nothing needs: the matmul that ends a scanned pattern.
   """
   mul = rows * tokens * layer_params(cfg)
   attend = rows * attention(cfg, tokens, 0, full)
   again = {"none": 0, "dots": 0, "full": 1}[cfg.remat]
   trained = 2 * mul if not cfg.lora.rank else 2 * rows * tokens * adapter_params(cfg)
+  if again and not cfg.sandwich_norm:
+    last = cfg.mlp_size + (cfg.lora.rank if "down" in cfg.lora.targets else 0)
+    steps = sum(repeats for _, repeats in cfg.groups)
+    trained -= 2 * rows * tokens * steps * last * cfg.hidden_size
   layers = 2 * mul * (2 + again) + trained + attend * (3 + (cfg.remat != "none"))
   return layers + head(cfg, rows * logits) * (4 if not cfg.lora.rank else 3)
 

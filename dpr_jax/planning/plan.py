@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from dpr_jax.config import RunConfig
 from dpr_jax.errors import UserError
 from dpr_jax.planning import report, search
-from dpr_jax.planning.programs import planned_model
+from dpr_jax.planning.programs import check_rows, planned_model
 from dpr_jax.planning.topologies import Topology, describe
 from dpr_jax.sharding import MESH_AXES
 
@@ -34,6 +36,7 @@ def make_plan(
   """
   cfg = planned_model(config, topology.chip.platform)
   if shape:
+    check_rows(config, jax.sharding.AbstractMesh(shape, MESH_AXES))
     tried = [search.estimate(config, cfg, topology, shape)]
     todo = tried
   else:

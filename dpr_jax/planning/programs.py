@@ -84,6 +84,15 @@ def _rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how), tree)
 
 
+def check_rows(config: RunConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> None:
+  """Raises UserError naming the batch whose micro-batches the mesh does not divide."""
+  sharding.check_batch(
+      mesh,
+      sft__batch_size=config.sft.batch_size // config.sft.accumulation,
+      dpr__batch_size=config.dpr.batch_size // config.dpr.accumulation,
+  )
+
+
 def make_programs(
     config: RunConfig, cfg: ModelConfig, mesh: jax.sharding.Mesh
 ) -> dict[str, Program]:
@@ -92,11 +101,7 @@ def make_programs(
   Raises:
     UserError: a batch that the mesh does not divide; names the field.
   """
-  sharding.check_batch(
-      mesh,
-      sft__batch_size=config.sft.batch_size // config.sft.accumulation,
-      dpr__batch_size=config.dpr.batch_size // config.dpr.accumulation,
-  )
+  check_rows(config, mesh)
   model, key = Transformer(cfg), jax.random.key(config.seed)
   trainable, _ = split_trainable(abstract_variables(cfg, mesh))
   held = abstract_variables(cfg, mesh, cfg.dtype)  # of sft and ref.
