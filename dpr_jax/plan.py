@@ -48,20 +48,21 @@ def parse(argv: Sequence[str]):
 
 
 def main(argv: Sequence[str]) -> None:
-  config, values = parse(argv)
   from dpr_jax.planning.topologies import parse_topology, prepare_environment
 
+  prepare_environment()  # Before anything imports JAX.
+  config, values = parse(argv)
   topology = parse_topology(values.topology)
   output = cli.new_file("--output", values.output) if values.output else None
-  prepare_environment()  # Before JAX is imported.
   import jax
 
+  from dpr_jax.flags import config_path
   from dpr_jax.planning import plan, tables
 
   if values.quick:
     jax.config.update("jax_exec_time_optimization_effort", -1.0)
   shape = parse_mesh(values.mesh, topology.size) if values.mesh else None
-  name = next(a.partition("=")[2] for a in argv if a.startswith("--config="))
+  name = config_path(argv)
   say = lambda text: print(text, file=sys.stderr, flush=True)
   planned = plan.make_plan(
       config, topology, shape=shape, most=values.compile, say=say, config_name=name

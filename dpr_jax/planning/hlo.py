@@ -217,11 +217,14 @@ def collectives(text: str, unknown_trips: int = 1) -> Collectives:
     kind = i.op.removesuffix("-start")
     if kind not in KINDS:
       continue
+    size = received(kind, i.line, i.shape, i.op.endswith("-start"))
+    if kind == "all-reduce" and where.startswith("all-reduce-scatter"):
+      # How a TPU prints a reduce-scatter: a fusion of an all-reduce and a slice.
+      kind, size = "reduce-scatter", size / 2
     channel = re.search(r"channel_id=(\d+)", i.line)
     key = (kind, channel.group(1) if channel else f"{where}/{i.name}")
     pieces = found.setdefault(key, {})
     times_before = pieces.get((where, i.name), (0, 0.0))[0]
-    size = received(kind, i.line, i.shape, i.op.endswith("-start"))
     pieces[where, i.name] = (times_before + times, size)
   count, volume = collections.Counter(), collections.Counter()
   for (kind, _), pieces in found.items():

@@ -131,7 +131,7 @@ def _describe_gpu(topology: Topology) -> list[Any]:
 
   try:
     found = topologies.get_topology_desc(
-        f"1x1x{topology.size}", platform="cuda", target_config=_H100
+        "", platform="cuda", target_config=_H100, topology=f"1x1x{topology.size}"
     )
   except Exception as e:
     raise UserError(f"--topology={topology.name}: compiling for a GPU needs jax's CUDA plugin: pip "
