@@ -11,6 +11,8 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
+    # The TPU compiler alone, which runs on a CPU, for `python -m dpr_jax.plan`.
+    "tpu-plan": ["libtpu>=0.0.40"],
     # Reading .gguf weights, and Parquet demonstrations.
     "gguf": ["gguf>=0.17"],
     "parquet": ["pyarrow>=17"],

@@ -18,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dpr_jax.errors import UserError
@@ -65,9 +66,12 @@ def make_mesh(
         f"config.mesh: {shape} multiplies to {int(np.prod(list(shape.values())))} but there are "
         f"{len(devices)} devices; set one axis to -1 to take the rest"
     )
-  return jax.make_mesh(
-      tuple(shape.values()), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3
+  # Axes may share a physical axis of a TPU: fsdp 8 x tensor 2 on 4x4 chips, which jax.make_mesh
+  # refuses on all TPUs but v5e.
+  grid = mesh_utils.create_device_mesh(
+      tuple(shape.values()), devices, allow_split_physical_axes=True
   )
+  return jax.sharding.Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def resolve(names: Sequence[str | None], shape: Sequence[int], mesh) -> PartitionSpec:
@@ -97,6 +101,40 @@ def batch_ways() -> int:
   """Into how many parts the mesh that is set splits a batch; 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def without_fsdp(names: Sequence[str | None]) -> tuple[str | None, ...]:
+  """The axes of a parameter where it is used: gathered over fsdp, still split over tensor."""
+  return tuple(None if RULES[name] == "fsdp" else name for name in names)
+
+
+def gather_weight(w: jax.Array, dtype: Any, names: Sequence[str | None]) -> jax.Array:
+  """A parameter as a matmul takes it: in `dtype` and gathered over the fsdp axis.
+
+  Cast while it is sharded, so that the gather moves `dtype` and not float32. The cotangent is
+  put straight onto the shard: left to itself the partitioner sums whole gradients over all
+  devices (an all-reduce where a reduce-scatter would do) and then slices them. A weight that is
+  gathered already, as while decoding, stays as it is. Identity but for the cast without a mesh.
+
+  Args:
+    w: [...], with the logical axes `names`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+    return w.astype(dtype)
+  own_dtype = w.dtype
+
+  @jax.custom_vjp
+  def gather(w):
+    if own_dtype != dtype:
+      w = constrain(w.astype(dtype), *names)
+    return constrain(w, *without_fsdp(names))
+
+  def backward(_, cotangent):
+    return (constrain(cotangent, *names).astype(own_dtype),)
+
+  gather.defvjp(lambda w: (gather(w), None), backward)
+  return gather(w)
 
 
 def shardings_of(boxed: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -25,7 +25,7 @@ from dpr_jax.models import cache as cache_lib
 from dpr_jax.models import lora as lora_lib
 from dpr_jax.models.cache import Cache
 from dpr_jax.models.config import ModelConfig
-from dpr_jax.sharding import constrain
+from dpr_jax.sharding import constrain, gather_weight
 
 
 def _param(
@@ -207,17 +207,17 @@ class Table(nn.Module):
         (self.cfg.vocab_size, self.cfg.hidden_size),
     )
 
-  def _gathered(self):
-    # Cast while sharded, then gather D once: a lookup (or a matmul over D) on a table that is
-    # split over both axes makes the partitioner replicate it in full, twice.
-    return constrain(self.table.astype(self.cfg.dtype), "vocab", None)
-
   def lookup(self, tokens_BxT):
     # An id outside of the vocabulary gives NaN (the default of jnp.take), which is loud.
-    return jnp.take(self._gathered(), tokens_BxT, axis=0)
+    # Cast while sharded, then gather D once: a lookup on a table that is split over both axes
+    # makes the partitioner replicate it in full, twice.
+    table = constrain(self.table.astype(self.cfg.dtype), "vocab", None)
+    return jnp.take(table, tokens_BxT, axis=0)
 
   def logits(self, hidden):
-    table = self._gathered()
+    # Each chunk of columns comes here (see logprobs.py), so an all-reduce of its gradient would
+    # be paid once a chunk.
+    table = gather_weight(self.table, jnp.dtype(self.cfg.dtype), ("vocab", "embed"))
     if hidden.ndim == 2 and attention_lib.target_platform() == "cpu":
       # One token a row: the CPU reads a table on the left of a product once and a half as fast.
       # Without the barrier, the transpose would be folded back into the product.

@@ -52,6 +52,32 @@ def cast(variables: Any, dtype: str) -> Any:
   return jax.jit(copy, out_shardings=shardings)(variables)
 
 
+def gathered(cfg: ModelConfig, variables: Any) -> Any:
+  """Inside of a jit: the variables as decoding takes them, once before its loop.
+
+  Matrices are cast to the compute dtype and gathered over fsdp, so that a token costs no gather
+  (the bytes of the whole model, for each token) and reads no float32; they stay split over
+  tensor. It takes `num_params / tensor` elements a device for as long as the loop runs. The same
+  function bit for bit: the model makes that cast itself, and norms, which it computes in
+  float32, are left alone.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if cfg.dtype == "float32" and (mesh.empty or mesh.shape["fsdp"] == 1):
+    return variables  # As they are.
+  boxed = _boxed(cfg)
+
+  def leaf(box, x):
+    if "norm" in box.names:
+      return x
+    return sharding.gather_weight(x, jnp.dtype(cfg.dtype), box.names)
+
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+  return {
+      name: jax.tree.map(leaf, boxed[name], tree, is_leaf=is_box)
+      for name, tree in variables.items()
+  }
+
+
 def extrapolate(sft: Any, ref: Any, alpha: float) -> Any:
   """theta_sft + alpha (theta_sft - theta_ref): a control that needs no training.
 

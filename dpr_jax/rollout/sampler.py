@@ -27,6 +27,7 @@ from flax import struct
 
 from dpr_jax.data.batches import PromptBatch
 from dpr_jax.models import cache as cache_lib
+from dpr_jax.models.variables import gathered
 from dpr_jax.sharding import batch_ways, constrain
 
 
@@ -131,6 +132,7 @@ def generate(
       A refill costs about as much as one or two steps.
     with_entropy: also the entropy of every distribution drawn from.
   """
+  members = tuple(gathered(model.cfg, variables) for variables in members)
   prompt_GxP, segments_GxP = right_align(prompts)
   groups, width = prompt_GxP.shape
   rows = groups * samples_per_prompt

@@ -22,12 +22,12 @@ from dpr_jax.loading import (
     root_key,
     stage_variables,
 )
-from dpr_jax.models import ModelConfig, Transformer
+from dpr_jax.models import Transformer
 from dpr_jax.models.attention import resolve_backend
-from dpr_jax.models.logprobs import chunk_size_for
 from dpr_jax.models.lora import split_trainable
 from dpr_jax.models.variables import abstract_variables, cast, extrapolate
 from dpr_jax.rewards.references import milestone_steps, reference_checkpoint
+from dpr_jax.stages.steps import chunk_size
 from dpr_jax.training import TrainState
 from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.training.loop import run_stage
@@ -118,14 +118,6 @@ class Run:
     return tqdm.tqdm(
         total=total, desc=name, unit=unit, disable=hidden, dynamic_ncols=True, mininterval=0.5
     )
-
-
-def chunk_size(
-    section: config_lib.ModelSection, cfg: ModelConfig, rows: int, mesh: jax.sharding.Mesh
-) -> int:
-  """`model.chunk_size`, or what fills `model.logits_budget` in a batch of `rows`."""
-  budget = int(section.logits_budget * 2**30)
-  return section.chunk_size or chunk_size_for(rows, cfg.vocab_size, budget, mesh)
 
 
 def contrastive_alpha(config: config_lib.RunConfig) -> float:

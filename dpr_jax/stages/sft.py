@@ -4,25 +4,21 @@ import dataclasses
 
 from dpr_jax.data.loader import sft_batches
 from dpr_jax.data.packing import PackedRows
-from dpr_jax.losses import make_sft_loss
 from dpr_jax.rewards.references import milestone_steps, reference_steps
 from dpr_jax.stages.context import Run, train
-from dpr_jax.training import make_train_step
-from dpr_jax.training.optimizer import make_optimizer
+from dpr_jax.stages.steps import make_sft_step
 
 
 def _fine_tune(run: Run, name: str, rows: PackedRows, steps: int, keep_steps=()) -> None:
   section = dataclasses.replace(run.config.sft, steps=steps)
   if run.finished(name, steps):
     return
-  optimizer = make_optimizer(section.optimizer, steps)
-  chunk_size = run.chunk_size(section.batch_size // section.accumulation)
-  loss_fn = make_sft_loss(run.model, chunk_size=chunk_size)
+  step, optimizer = make_sft_step(run.model, run.config.model, section, run.mesh)
   train(
       run,
       name,
       section,
-      make_train_step(loss_fn, optimizer, accumulation=section.accumulation),
+      step,
       optimizer,
       sft_batches(rows, section.batch_size, run.config.seed),
       lambda: run.initial_variables("float32"),

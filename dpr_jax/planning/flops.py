@@ -1,0 +1,89 @@
+"""Analytic FLOPs: two for each multiplication and addition of a matmul, nothing else counted.
+
+Counted as executed: what `remat` and the chunked head compute again is included, as the chip must
+do it. Attention counts the pairs that a token may see (half of the square, or a window): kernels
+that compute masked pairs too do more, so all is a lower bound.
+"""
+
+import dataclasses
+
+from dpr_jax.models.config import LOCAL, ModelConfig
+
+
+def layer_params(cfg: ModelConfig) -> int:
+  """Multiplications a token of all projections of all layers, adapters included."""
+  q, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+  d, f, r = cfg.hidden_size, cfg.mlp_size, cfg.lora.rank
+  shapes = {"query": (d, q), "key": (d, kv), "value": (d, kv), "out": (q, d),
+            "gate": (d, f), "up": (d, f), "down": (f, d)}
+  total = sum(a * b for a, b in shapes.values())
+  if r:
+    total += sum(r * (a + b) for name, (a, b) in shapes.items() if name in cfg.lora.targets)
+  return cfg.num_layers * total
+
+
+def pairs(queries: int, past: int = 0, window: int = 0, full: bool = False) -> int:
+  """(query, key) pairs a row of `queries` tokens after `past` ones; `full`: masked ones too."""
+  if full:
+    return queries * (past + queries)
+  seen = range(past + 1, past + queries + 1)
+  return sum(min(n, window) for n in seen) if window else queries * past + sum(range(queries + 1))
+
+
+def attention(cfg: ModelConfig, queries: int, past: int = 0, full: bool = False) -> int:
+  """FLOPs a row of all layers: q.k and p.v."""
+  kinds = [cfg.layer_pattern[i % len(cfg.layer_pattern)] for i in range(cfg.num_layers)]
+  per_pair = 4 * cfg.num_heads * cfg.head_dim
+  of_kind = {
+      kind: pairs(queries, past, cfg.window if kind == LOCAL else 0, full) for kind in set(kinds)
+  }
+  return per_pair * sum(of_kind[kind] for kind in kinds)
+
+
+def head(cfg: ModelConfig, tokens: int) -> int:
+  """FLOPs of the logits of `tokens` tokens."""
+  return 2 * tokens * cfg.vocab_size * cfg.hidden_size
+
+
+def forward(
+    cfg: ModelConfig, rows: int, tokens: int, past: int = 0, logits: int = 0, full: bool = False
+) -> int:
+  """One pass over `tokens` tokens a row after `past` ones, with `logits` columns of logits."""
+  layers = 2 * rows * tokens * layer_params(cfg) + rows * attention(cfg, tokens, past, full)
+  return layers + head(cfg, rows * logits)
+
+
+def train(cfg: ModelConfig, rows: int, tokens: int, logits: int, full: bool = False) -> int:
+  """One step of forward and backward, with what is computed again.
+
+  A backward pass costs two forward passes, one for the inputs and one for the weights; under LoRA
+  the weights of the base have none. The head is always computed again (see models/logprobs.py),
+  the layers with remat=full, but for what nothing needs: the matmul that ends a scanned pattern.
+  """
+  mul = rows * tokens * layer_params(cfg)
+  attend = rows * attention(cfg, tokens, 0, full)
+  again = {"none": 0, "dots": 0, "full": 1}[cfg.remat]
+  trained = 2 * mul if not cfg.lora.rank else 2 * rows * tokens * adapter_params(cfg)
+  if again and not cfg.sandwich_norm:
+    last = cfg.mlp_size + (cfg.lora.rank if "down" in cfg.lora.targets else 0)
+    steps = sum(repeats for _, repeats in cfg.groups)
+    trained -= 2 * rows * tokens * steps * last * cfg.hidden_size
+  layers = 2 * mul * (2 + again) + trained + attend * (3 + (cfg.remat != "none"))
+  return layers + head(cfg, rows * logits) * (4 if not cfg.lora.rank else 3)
+
+
+def adapter_params(cfg: ModelConfig) -> int:
+  plain = dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, rank=0))
+  return layer_params(cfg) - layer_params(plain)
+
+
+def rollout(cfg: ModelConfig, rows: int, prompt: int, new: int, samples: int = 1) -> int:
+  """Prefill of each prompt, decode of all `new` tokens, and scoring under sft and ref.
+
+  Args:
+    samples: rows that share a prompt and its prefill.
+  """
+  prefill = forward(cfg, rows // samples, prompt) + head(cfg, rows)
+  # The last token is sampled and never fed.
+  decode = forward(cfg, rows, new - 1, past=prompt, logits=new - 1)
+  return prefill + decode + 2 * forward(cfg, rows, prompt + new, logits=new)

@@ -1,0 +1,143 @@
+"""The three programs of a run, lowered from shapes alone: the very functions that train.
+
+    sft_step        forward, backward, AdamW
+    rollout_step    sampling and fused scoring under policy, sft and ref
+    reinforce_step  the update on those rollouts
+
+No weights, no data and no tokenizer are needed: the model's shape comes from config.model.shape.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpr_jax import sharding
+from dpr_jax.config import RunConfig
+from dpr_jax.data.batches import SFTBatch
+from dpr_jax.errors import UserError
+from dpr_jax.losses import reinforce_batch
+from dpr_jax.models import ModelConfig, Transformer
+from dpr_jax.models.lora import split_trainable
+from dpr_jax.models.variables import abstract_variables
+from dpr_jax.stages.steps import (
+    make_reinforce_step,
+    make_rollout,
+    make_sft_step,
+    rollout_prompts,
+)
+from dpr_jax.training.steps import TrainState, abstract_state
+
+NAMES = ("sft_step", "rollout_step", "reinforce_step")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What can be compiled, and what else lies in memory while it runs."""
+
+  lower: Callable[[], Any]  # () -> jax.stages.Lowered; call it under the mesh.
+  resident_bytes: float  # a device: what is alive but no argument, the moments or sft and ref.
+
+
+def planned_model(config: RunConfig, platform: str) -> ModelConfig:
+  """The shape of the config's model, computed as on `platform`.
+
+  Raises:
+    UserError: the config has no shape, or asks for longer rows than the model takes.
+  """
+  section = config.model
+  if not section.shape.vocab_size:
+    raise UserError("config.model.shape.vocab_size=0 is that of the byte-level tokenizer; a plan "
+                    "needs the number, for example --config.model.shape.vocab_size=272")
+  how = {"dtype": "bfloat16" if section.dtype == "auto" else section.dtype,
+         "remat": section.remat, "lora": section.lora}
+  # The default backend is a CPU here, so the kernel for the target is named.
+  if hasattr(section.shape, "attention"):
+    chosen = getattr(section, "attention", "auto")
+    how["attention"] = {"tpu": "splash", "gpu": "cudnn"}[platform] if chosen == "auto" else chosen
+  cfg = dataclasses.replace(section.shape, **how)
+  for field, length in (("data.row_length", config.data.row_length),
+                        ("data.prompt_length + dpr.max_new_tokens",
+                         config.data.prompt_length + config.dpr.max_new_tokens)):
+    if length > cfg.max_length:
+      raise UserError(f"config.{field}={length} exceeds config.model.shape.max_length="
+                      f"{cfg.max_length}")
+  return cfg
+
+
+def device_bytes(tree: Any) -> float:
+  """Bytes of a tree of ShapeDtypeStructs that one device holds."""
+  total = 0
+  for x in jax.tree.leaves(tree):
+    shape = x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape
+    total += int(np.prod(shape)) * (8 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+                                    else x.dtype.itemsize)
+  return total
+
+
+def _rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Arrays as ShapeDtypeStructs, rows over data and fsdp: where `sharding.place` puts a batch."""
+  how = sharding.batch_sharding(mesh)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how), tree)
+
+
+def check_rows(config: RunConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> None:
+  """Raises UserError naming the batch whose micro-batches the mesh does not divide."""
+  sharding.check_batch(
+      mesh,
+      sft__batch_size=config.sft.batch_size // config.sft.accumulation,
+      dpr__batch_size=config.dpr.batch_size // config.dpr.accumulation,
+  )
+
+
+def make_programs(
+    config: RunConfig, cfg: ModelConfig, mesh: jax.sharding.Mesh
+) -> dict[str, Program]:
+  """The programs of `config` on `mesh`, whose devices may exist only for the compiler.
+
+  Raises:
+    UserError: a batch that the mesh does not divide; names the field.
+  """
+  check_rows(config, mesh)
+  model, key = Transformer(cfg), jax.random.key(config.seed)
+  trainable, _ = split_trainable(abstract_variables(cfg, mesh))
+  held = abstract_variables(cfg, mesh, cfg.dtype)  # of sft and ref.
+  adapted, frozen = split_trainable(held)
+
+  def state(optimizer) -> TrainState:
+    return abstract_state(trainable, optimizer, key).replace(frozen=frozen)
+
+  sft_step, sft_optimizer = make_sft_step(model, config.model, config.sft, mesh)
+  shape = jax.ShapeDtypeStruct((config.sft.batch_size, config.data.row_length), jnp.int32)
+  rows = SFTBatch(
+      tokens=shape, segment_ids=shape, loss_mask=jax.ShapeDtypeStruct(shape.shape, jnp.float32)
+  )
+  sft_state = state(sft_optimizer)
+
+  section = config.dpr
+  # Any stop id does: it is a constant of the program.
+  rollout_step = make_rollout(model, config.model, section, mesh, stop_ids=(0,))
+  reinforce_step, optimizer = make_reinforce_step(model, config.model, section, mesh)
+  dpr_state = state(optimizer)
+  one = np.zeros((1,), np.int32)
+  prompts = _rows(next(iter(rollout_prompts(config, section, [one]))), mesh)
+  rng = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
+  arguments = (dpr_state.variables, held, held, prompts, rng)
+
+  def rollouts():
+    weigh = lambda r: reinforce_batch(r, beta=1.0)[0]
+    return _rows(jax.eval_shape(weigh, jax.eval_shape(rollout_step, *arguments)), mesh)
+
+  # Under LoRA the three share one base, which is an argument of every program.
+  pair = 2 * device_bytes(adapted)
+  return {
+      "sft_step": Program(lambda: sft_step.lower(sft_state, _rows(rows, mesh)), 0),
+      "rollout_step": Program(
+          lambda: rollout_step.lower(*arguments),
+          device_bytes(dpr_state.opt_state) - 2 * device_bytes(frozen),
+      ),
+      "reinforce_step": Program(lambda: reinforce_step.lower(dpr_state, rollouts()), pair),
+  }

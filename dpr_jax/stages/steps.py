@@ -1,0 +1,87 @@
+"""The jitted programs of the main stages, from a model and its config: what trains, and is planned.
+
+`stages/sft.py` and `stages/dpr.py` run them on weights and data; `dpr_jax.planning` compiles them
+from shapes alone.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from dpr_jax.config import DPRSection, ModelSection, RunConfig, SFTSection
+from dpr_jax.data.batches import PromptBatch
+from dpr_jax.data.loader import Batches, prompt_batches
+from dpr_jax.losses import make_reinforce_loss, make_sft_loss
+from dpr_jax.models import ModelConfig, Transformer
+from dpr_jax.models.logprobs import chunk_size_for
+from dpr_jax.rollout import Sampling, make_rollout_step
+from dpr_jax.training import make_train_step
+from dpr_jax.training.optimizer import make_optimizer
+
+
+def chunk_size(how: ModelSection, cfg: ModelConfig, rows: int, mesh: jax.sharding.Mesh) -> int:
+  """`model.chunk_size`, or what fills `model.logits_budget` in a batch of `rows`."""
+  budget = int(how.logits_budget * 2**30)
+  return how.chunk_size or chunk_size_for(rows, cfg.vocab_size, budget, mesh)
+
+
+def make_sft_step(
+    model: Transformer,
+    how: ModelSection,
+    section: SFTSection,
+    mesh: jax.sharding.Mesh,
+    **options: Any,
+) -> tuple[Callable, optax.GradientTransformation]:
+  """(train_step, optimizer) of stage `sft`; `options` are those of `make_train_step`."""
+  optimizer = make_optimizer(section.optimizer, section.steps)
+  rows = section.batch_size // section.accumulation
+  loss_fn = make_sft_loss(model, chunk_size=chunk_size(how, model.cfg, rows, mesh))
+  step = make_train_step(loss_fn, optimizer, accumulation=section.accumulation, **options)
+  return step, optimizer
+
+
+def make_rollout(
+    model: Transformer,
+    how: ModelSection,
+    section: DPRSection,
+    mesh: jax.sharding.Mesh,
+    stop_ids: tuple[int, ...],
+) -> Callable:
+  """rollout_step(policy, sft, ref, prompts, rng) -> Rollout, of stage `dpr`."""
+  return make_rollout_step(
+      model,
+      max_new_tokens=section.max_new_tokens,
+      stop_ids=stop_ids,
+      sampling=Sampling(section.temperature, section.top_k, section.top_p),
+      reward=section.reward,
+      chunk_size=chunk_size(how, model.cfg, section.batch_size, mesh),
+      samples_per_prompt=section.samples_per_prompt,
+      slots=section.slots,
+  )
+
+
+def make_reinforce_step(
+    model: Transformer, how: ModelSection, section: DPRSection, mesh: jax.sharding.Mesh
+) -> tuple[Callable, optax.GradientTransformation]:
+  """(train_step, optimizer) of the update of stage `dpr`."""
+  optimizer = make_optimizer(section.optimizer, section.steps)
+  rows = section.batch_size // section.accumulation
+  chunk = chunk_size(how, model.cfg, rows, mesh)
+  loss_fn = make_reinforce_loss(model, normaliser=section.normaliser, chunk_size=chunk)
+  step = make_train_step(loss_fn, optimizer, accumulation=section.accumulation)
+  return step, optimizer
+
+
+def rollout_prompts(
+    config: RunConfig, section: DPRSection, prompts: Sequence[np.ndarray]
+) -> Batches[PromptBatch]:
+  """Endless batches of prompts, int32 [P_i] each, for the rollout step."""
+  return prompt_batches(
+      prompts,
+      section.batch_size // section.samples_per_prompt,
+      config.data.prompt_length,
+      config.seed,
+  )

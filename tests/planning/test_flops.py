@@ -1,0 +1,111 @@
+"""Analytic FLOPs against XLA's own count of a program without loops, and of traced matmuls."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from dpr_jax.data.batches import SFTBatch
+from dpr_jax.losses import make_sft_loss
+from dpr_jax.models import ModelConfig, Transformer
+from dpr_jax.models.lora import LoRA, split_trainable
+from dpr_jax.models.variables import abstract_variables
+from dpr_jax.planning import flops
+from dpr_jax.sharding import make_mesh
+
+CFG = ModelConfig(vocab_size=4096, hidden_size=256, mlp_size=640, num_layers=1, num_heads=4,
+                  num_kv_heads=2, head_dim=64, remat="none", tied_head=False)
+ROWS, TOKENS = 2, 48
+
+
+def _variables(cfg):
+  mesh = make_mesh(devices=jax.devices()[:1])
+  return abstract_variables(cfg, mesh)
+
+
+def _gradient(cfg, chunk_size=TOKENS):
+  """(function, arguments) of one backward pass of SFT."""
+  loss_fn = make_sft_loss(Transformer(cfg), chunk_size=chunk_size)
+  shape = jax.ShapeDtypeStruct((ROWS, TOKENS), jnp.int32)
+  batch = SFTBatch(shape, shape, jax.ShapeDtypeStruct(shape.shape, jnp.float32))
+  trainable, frozen = split_trainable(_variables(cfg))
+  grad = jax.grad(lambda t, f, b: loss_fn({**f, **t}, b, None)[0])
+  return grad, (trainable, frozen, batch)
+
+
+def matmul_flops(jaxpr) -> int:
+  """FLOPs of every dot_general of a jaxpr, times the lengths of the scans around it."""
+  total = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      (contract, _), _ = eqn.params["dimension_numbers"]
+      lhs = eqn.invars[0].aval.shape
+      total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
+    for sub in jaxprs_in_params(eqn.params):
+      total += matmul_flops(sub) * eqn.params.get("length", 1)
+  return total
+
+
+def test_a_forward_pass_against_xla():
+  model = Transformer(CFG)
+
+  def logits(variables, tokens):
+    hidden, _ = model.apply(variables, tokens)
+    return model.apply(variables, hidden, method="unembed")
+
+  tokens = jax.ShapeDtypeStruct((ROWS, TOKENS), jnp.int32)
+  cost = jax.jit(logits).lower(_variables(CFG), tokens).compile().cost_analysis()
+  ours = flops.forward(CFG, ROWS, TOKENS, logits=TOKENS, full=True)
+  # XLA also counts what is not a matmul: norms, softmax, rope.
+  assert ours <= cost["flops"] <= 1.03 * ours
+  traced = matmul_flops(jax.make_jaxpr(logits)(_variables(CFG), tokens).jaxpr)
+  assert ours == traced
+
+
+def test_a_train_step_against_xla():
+  grad, arguments = _gradient(CFG)
+  cost = jax.jit(grad).lower(*arguments).compile().cost_analysis()
+  # In a single chunk XLA sees that the head is computed twice, and does so once.
+  ours = flops.train(CFG, ROWS, TOKENS, TOKENS - 1, full=True)
+  ours -= flops.head(CFG, ROWS * (TOKENS - 1))
+  assert ours <= cost["flops"] <= 1.02 * ours
+
+
+WINDOWED = {"layer_pattern": ("local", "global"), "window": 5, "num_layers": 5}
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"remat": "full"}, {"remat": "full", "sandwich_norm": True}, {"num_layers": 3},
+    {"remat": "dots"}, {"lora": LoRA(rank=4)}, {"remat": "full", **WINDOWED},
+    {"lora": LoRA(rank=4, targets=("query", "down")), "remat": "full"},
+    {"lora": LoRA(rank=4, targets=("query",)), "remat": "full"},
+], ids=str)
+def test_a_train_step_against_its_trace(fields):
+  cfg = dataclasses.replace(CFG, **fields)
+  grad, arguments = _gradient(cfg, chunk_size=12)
+  traced = matmul_flops(jax.make_jaxpr(grad)(*arguments).jaxpr)
+  # 47 columns of logits are 4 chunks of 12: one is padding.
+  assert traced == flops.train(cfg, ROWS, TOKENS, TOKENS, full=True)
+
+
+def test_pairs_against_a_loop(rng):
+  for _ in range(20):
+    queries, past, window = (int(n) for n in rng.integers(1, 30, 3))
+    seen = [(t, s) for t in range(past, past + queries) for s in range(t + 1)]
+    assert flops.pairs(queries, past) == len(seen)
+    assert flops.pairs(queries, past, window) == sum(t - s < window for t, s in seen)
+    assert flops.pairs(queries, past, window, full=True) == queries * (past + queries)
+
+
+def test_a_rollout_is_the_sum_of_its_forward_passes(rng):
+  cfg = dataclasses.replace(CFG, **WINDOWED)
+  rows, prompt, new = (int(n) for n in rng.integers(2, 9, 3))
+  steps = sum(flops.forward(cfg, rows, 1, past=prompt + t, logits=1) for t in range(new - 1))
+  want = flops.forward(cfg, rows, prompt, logits=1) + steps
+  want += 2 * flops.forward(cfg, rows, prompt + new, logits=new)
+  assert flops.rollout(cfg, rows, prompt, new) == want
+  shared = 2 * rows * flops.forward(cfg, 1, prompt)  # of 3 samples a prompt, two prefills less.
+  assert flops.rollout(cfg, 3 * rows, prompt, new, samples=3) == 3 * want - shared

@@ -1,0 +1,171 @@
+"""The door: what it refuses, what it searches, and, where libtpu is installed, a whole plan."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from dpr_jax import cli, plan
+from dpr_jax.config import default_config, resolve
+from dpr_jax.errors import UserError
+from dpr_jax.planning import search, tables
+from dpr_jax.planning import topologies as topologies_lib
+from dpr_jax.planning.programs import planned_model
+
+LLAMA = ["--config=configs/llama31_8b.py"]
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+  """What the door sets for its own process must not reach other tests."""
+  for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_WORKER_HOSTNAMES",
+               "TPU_ACCELERATOR_TYPE", "TF_CPP_MIN_LOG_LEVEL"):
+    monkeypatch.setenv(name, os.environ.get(name, "1"))
+
+
+def _said(argv, capsys) -> str:
+  with pytest.raises(SystemExit) as stopped:
+    cli.run_door(plan.main, argv)
+  assert stopped.value.code == 2
+  said = capsys.readouterr().err.strip()
+  last = said.splitlines()[-1]
+  assert last.startswith("error: ") and "Traceback" not in said
+  return last
+
+
+@pytest.mark.parametrize("argv, wanted", [
+    ([], "--topology is missing"),
+    (["--topology=v9:4x4"], "known: v4:NxNxN, v5e:NxN"),
+    (["--topology=v5e"], "v5e:4x4"),
+    (["--topology=v5e:2x2x2"], "2 dims"),
+    (["--topology=v5p:2x0x2"], "3 dims"),
+    (["--topology=v5e:4x4", "--mesh=3,2,2"], "--mesh=3,2,2 does not multiply to the 16 devices"),
+    (["--topology=v5e:4x4", "--mesh=-1,-1,2"], "--mesh"),
+    (["--topology=v5e:4x4", "--mesh=2,2"], "three integers"),
+    (["--topology=v5e:4x4", "--config.sft.batch=2"], "'batch' is not a field"),
+    (["--topology=v5e:4x4", "--mesh=1,16,1", "--config.sft.batch_size=63"],
+     "config.sft.batch_size=63"),
+    (["--topology=v5e:4x4", "--config.model.shape.num_heads=8", "--config.sft.batch_size=63"],
+     "config.sft.batch_size=63"),
+    (["--topology=v5e:4x4", "--config.model.shape.vocab_size=0"], "vocab_size=0"),
+    (["--topology=v5e:4x4", "--config.data.row_length=200000"], "config.data.row_length=200000"),
+    (["--topology=v5e:4x4", "here"], "'here' is not a flag"),
+])
+def test_what_the_door_refuses(argv, wanted, capsys):
+  assert wanted in _said([*LLAMA, *argv], capsys)
+
+
+def test_a_missing_libtpu_is_one_line_that_names_the_extra(monkeypatch, capsys):
+  real = importlib.util.find_spec
+  absent = lambda name, *args: None if name == "libtpu" else real(name, *args)
+  monkeypatch.setattr(importlib.util, "find_spec", absent)
+  assert "tpu-plan" in _said([*LLAMA, "--topology=v5e:4x4"], capsys)
+
+
+def test_an_output_that_exists_is_not_overwritten(tmp_path, capsys):
+  path = tmp_path / "plan.json"
+  path.write_text("mine")
+  said = _said([*LLAMA, "--topology=v5e:4x4", f"--output={path}"], capsys)
+  assert str(path) in said and path.read_text() == "mine"
+
+
+def test_a_mesh_may_leave_one_axis_open():
+  assert plan.parse_mesh("1,-1,4", 16) == (1, 4, 4)
+  assert plan.parse_mesh("2,2,4", 16) == (2, 2, 4)
+
+
+def test_every_candidate_divides_what_it_splits():
+  config, _ = plan.parse([*LLAMA, "--topology=v5e:16x16", "--config.sft.batch_size=128",
+                          "--config.dpr.batch_size=128", "--config.sft.accumulation=2"])
+  cfg = planned_model(config, "tpu")
+  shapes = list(search.candidates(config, cfg, 256))
+  assert (1, 8, 32) in shapes and (1, 64, 4) in shapes and (1, 256, 1) not in shapes
+  for data, fsdp, tensor in shapes:
+    assert data * fsdp * tensor == 256
+    assert 64 % (data * fsdp) == 0 and cfg.num_heads % tensor == 0
+  assert len(shapes) == len(set(shapes)) > 3
+
+
+def test_the_search_prefers_what_fits():
+  config, _ = plan.parse([*LLAMA, "--topology=v5e:4x4", "--config.sft.accumulation=4",
+                          "--config.dpr.accumulation=4"])
+  topology = topologies_lib.parse_topology("v5e:4x4")
+  ranked = search.ranked(config, planned_model(config, "tpu"), topology)
+  fits = [e.peak_bytes <= topology.chip.hbm_bytes for e in ranked]
+  assert fits == sorted(fits, reverse=True) and any(fits) and not all(fits)
+  times = [e.seconds for e, fit in zip(ranked, fits) if fit]
+  assert times == sorted(times)
+
+
+def test_the_tables_of_a_folder_go_between_the_marks(tmp_path):
+  program = {"fits": True, "argument_bytes": 1, "temp_bytes": 1, "output_bytes": 1,
+             "alias_bytes": 1, "peak_bytes": 2**30, "resident_bytes": 2**29, "flops": 1e12,
+             "hbm_bytes_moved": 10, "collective_bytes": {"all-gather": 5 * 10**9},
+             "collective_count": {"all-gather": 3},
+             "floor_seconds": {"compute": 1.5, "hbm": 0.1, "ici": 0.2}, "compile_seconds": 1.0}
+  made = {
+      "topology": "v5e:2x2", "devices": 4, "hbm_bytes": 2**34, "config": "configs/x.py",
+      "mesh": {"data": 1, "fsdp": 2, "tensor": 2}, "fits": False, "parameters": 10**9,
+      "programs": {"sft_step": program, "rollout_step": {
+          "fits": False, "compiler_says": "too much", "exhausted_bytes": 2**35,
+          "resident_bytes": 0, "compile_seconds": 1.0}},
+      "tokens_per_second_bound": 1234.0, "lora_rank": 8,
+      "batch": {"sft": [8, 64, 1], "dpr": [8, 32, 16, 2]},
+      "candidates": [{"mesh": {"data": 1, "fsdp": 2, "tensor": 2}, "fits": False,
+                      "estimated_peak_bytes": 2**30, "estimated_seconds": 1.0}],
+  }
+  (tmp_path / "a.json").write_text(json.dumps(made))
+  document = tmp_path / "scaling.md"
+  document.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+  for _ in range(2):
+    tables.update(str(tmp_path), str(document))
+  text = document.read_text()
+  assert text.startswith("before\n") and text.endswith(f"{tables.END}\nafter\n")
+  assert "old" not in text and text.count("| x, LoRA 8 | v5e:2x2 | 1,2,2 |") == 2
+  assert "| 1.5 | over, 32.0 |" in text and "1.50 compute" in text and "1,234" in text
+  said = tables.plan_text(made)
+  assert "does not fit" in said and "out of memory: too much" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_plan_of_a_tiny_config(tmp_path):
+  output = tmp_path / "plan.json"
+  root = pathlib.Path(plan.__file__).parents[1]
+  small = dict(num_layers=2, hidden_size=256, mlp_size=512, num_heads=4, num_kv_heads=4,
+               head_dim=64, vocab_size=8192)
+  argv = [*LLAMA, "--topology=v5e:2x2", "--mesh=1,4,1", f"--output={output}",
+          *(f"--config.model.shape.{name}={n}" for name, n in small.items()),
+          "--config.data.row_length=512", "--config.data.prompt_length=128",
+          "--config.dpr.max_new_tokens=32", "--config.sft.batch_size=8",
+          "--config.dpr.batch_size=8"]
+  done = subprocess.run([sys.executable, "-m", "dpr_jax.plan", *argv], cwd=root, text=True,
+                        capture_output=True, timeout=900,
+                        env={**os.environ, "PYTHONPATH": str(root)})
+  assert done.returncode == 0, done.stderr
+  assert "Involuntary full rematerialization" not in done.stderr
+  made = json.loads(output.read_text())
+  assert made["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1} and made["fits"]
+  assert list(made["programs"]) == ["sft_step", "rollout_step", "reinforce_step"]
+  head = 2 * 8192 * 256  # bytes of one table in bfloat16.
+  for name, p in made["programs"].items():
+    assert p["fits"] and 0 < p["peak_bytes"] < 2**30, name
+    assert all(s >= 0 for s in p["floor_seconds"].values()) and p["flops"] > 0
+    # Gradients go straight to their shards: only the embedding's, once, is summed whole.
+    if name != "rollout_step":
+      assert p["collective_bytes"].get("all-reduce", 0) < 2.2 * head
+      assert p["alias_bytes"] > 0.9 * p["output_bytes"]
+  # The weights are gathered before the loop of decoding, not for each token.
+  weights = 2 * made["parameters"]
+  assert made["programs"]["rollout_step"]["collective_bytes"]["all-gather"] < 8 * weights
+  assert made["tokens_per_second_bound"] > 0 and made["dpr_tokens_per_second_bound"] > 0
+  assert "suggested: --config.mesh.data=1" in done.stdout
+
+
+def test_resolving_the_default_config_needs_a_shape():
+  with pytest.raises(UserError, match="vocab_size"):
+    planned_model(resolve(default_config()), "tpu")
