@@ -21,7 +21,8 @@ from dpr_jax.stages.dpr import (
 from dpr_jax.stages.evaluate import evaluate_stage
 from dpr_jax.stages.on_demos import continued_sft_stage, dft_stage, iq_lm_stage
 from dpr_jax.stages.on_pairs import gsil_stage, spin_stage
-from dpr_jax.stages.sft import ref_stage, sft_stage
+from dpr_jax.stages.reference import ref_stage
+from dpr_jax.stages.sft import sft_stage
 from dpr_jax.workdir import Workdir, write_json
 
 

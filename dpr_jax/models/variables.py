@@ -4,6 +4,7 @@
 any mesh, with the same values on each: random bits do not depend on the layout.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -50,6 +51,13 @@ def cast(variables: Any, dtype: str) -> Any:
   shardings = jax.tree.map(lambda x: x.sharding, variables)
   copy = lambda tree: jax.tree.map(lambda x: jnp.array(x, dtype), tree)
   return jax.jit(copy, out_shardings=shardings)(variables)
+
+
+def mean(trees: Sequence[Any]) -> Any:
+  """The mean of the weights of several variables, with the shardings of the first."""
+  shardings = jax.tree.map(lambda x: x.sharding, trees[0])
+  average = lambda *trees: jax.tree.map(lambda *xs: sum(xs) / len(xs), *trees)
+  return jax.jit(average, out_shardings=shardings)(*trees)
 
 
 def extrapolate(sft: Any, ref: Any, alpha: float) -> Any:

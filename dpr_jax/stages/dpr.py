@@ -5,15 +5,47 @@ An ablation differs from DPR in one field: its return (`sentence_level`), or its
 """
 
 import dataclasses
+from collections.abc import Callable
 
-from dpr_jax.data.loader import prompt_batches
+import jax
+import numpy as np
+
+from dpr_jax import sharding
+from dpr_jax.data.loader import Batches, prompt_batches
+from dpr_jax.evals.responses import Response, response_text
+from dpr_jax.evals.verifiers import get_verifier
 from dpr_jax.losses import make_reinforce_loss
 from dpr_jax.rewards import transforms
-from dpr_jax.rollout import Sampling, make_rollout_step
+from dpr_jax.rewards.control import initial_control
+from dpr_jax.rollout import Rollout, Sampling, make_rollout_step
 from dpr_jax.stages.context import Run, train
 from dpr_jax.training import make_train_step
 from dpr_jax.training.dpr_step import make_dpr_step
 from dpr_jax.training.optimizer import make_optimizer
+
+
+def _make_verify(run: Run, batches: Batches) -> Callable[[int, Rollout], jax.Array]:
+  """verify(step, rollout) -> the verifier's accuracy of each response, float32 [B].
+
+  Runs on the host. Every process reads the whole batch and comes to the same scores.
+  """
+  name = run.config.eval.verifier
+  verifier = get_verifier(run.data.verifier if name == "auto" else name)
+  demos = run.data.prompts.demos
+
+  def verify(step: int, rollout: Rollout) -> jax.Array:
+    tokens_BxS, lengths_B, hit_eos_B = sharding.to_host(
+        (rollout.tokens, rollout.lengths, rollout.hit_eos)
+    )
+    tokens_BxN = tokens_BxS[:, -rollout.mask.shape[1] :]
+    scores = []
+    for row, i in enumerate(batches.item_indices(step)):
+      response = Response(tokens_BxN[row, : lengths_B[row]], bool(hit_eos_B[row]), 0.0)
+      text = response_text(run.tokenizer, response, run.stop_ids)
+      scores.append(verifier(demos[i], text)["accuracy"])
+    return sharding.place(np.asarray(scores, np.float32), run.mesh)
+
+  return verify
 
 
 def _reinforce(run: Run, name: str, **changes) -> None:
@@ -31,21 +63,6 @@ def _reinforce(run: Run, name: str, **changes) -> None:
       chunk_size=chunk_size,
   )
   loss_fn = make_reinforce_loss(run.model, normaliser=section.normaliser, chunk_size=chunk_size)
-  dpr_step = make_dpr_step(
-      rollout_step,
-      make_train_step(loss_fn, optimizer, accumulation=section.accumulation),
-      sft=run.load("sft"),
-      ref=run.load("ref"),
-      rng=run.rng(f"{name}/rollouts"),
-      beta=section.beta,
-      beta_ref=section.beta_ref,
-      gamma=section.gamma,
-      returns=section.returns,
-      baseline=section.baseline,
-      group_size=section.samples_per_prompt,
-      truncated=section.truncated,
-      transform=transforms.clip(-section.clip, section.clip) if section.clip else None,
-  )
   batches = prompt_batches(
       run.data.prompts.tokens,
       section.batch_size,
@@ -53,7 +70,30 @@ def _reinforce(run: Run, name: str, **changes) -> None:
       run.config.seed,
       samples_per_prompt=section.samples_per_prompt,
   )
-  train(run, name, section, dpr_step, optimizer, batches, run.sft_float32)
+  dpr_step = make_dpr_step(
+      rollout_step,
+      make_train_step(loss_fn, optimizer, accumulation=section.accumulation),
+      sft=run.load("sft"),
+      ref=run.load("ref"),
+      rng=run.rng(f"{name}/rollouts"),
+      beta=section.beta,
+      target_kl=section.target_kl,
+      beta_gain=section.beta_gain,
+      kl_budget=section.kl_budget,
+      verify=_make_verify(run, batches) if section.verifier_weight else None,
+      verifier_weight=section.verifier_weight,
+      beta_ref=section.beta_ref,
+      gamma=section.gamma,
+      returns=section.returns,
+      baseline=section.baseline,
+      group_size=section.samples_per_prompt,
+      truncated=section.truncated,
+      transform=transforms.parse(section.transforms),
+  )
+  control = initial_control(
+      beta=section.beta, target_kl=section.target_kl, kl_budget=section.kl_budget
+  )
+  train(run, name, section, dpr_step, optimizer, batches, run.sft_float32, control=control)
 
 
 def dpr_stage(run: Run) -> None:

@@ -1,17 +1,25 @@
-"""Stage `sft`: fine-tuning on demonstrations, keeping milestones; stage `ref`: half_data's run."""
+"""Stage `sft`: fine-tuning on demonstrations, keeping milestones and maybe a moving average."""
 
 import dataclasses
 
 from dpr_jax.data.loader import sft_batches
 from dpr_jax.data.packing import PackedRows
 from dpr_jax.losses import make_sft_loss
-from dpr_jax.rewards.references import milestone_steps, reference_steps
+from dpr_jax.rewards.references import milestone_steps
 from dpr_jax.stages.context import Run, train
 from dpr_jax.training import make_train_step
 from dpr_jax.training.optimizer import make_optimizer
 
 
-def _fine_tune(run: Run, name: str, rows: PackedRows, steps: int, keep_steps=()) -> None:
+def fine_tune(
+    run: Run,
+    name: str,
+    rows: PackedRows,
+    steps: int,
+    keep_steps: tuple[int, ...] = (),
+    ema_decay: float = 0.0,
+) -> None:
+  """Trains from the initial variables on `rows`, with config.sft but for `steps`."""
   section = dataclasses.replace(run.config.sft, steps=steps)
   if run.finished(name, steps):
     return
@@ -21,31 +29,20 @@ def _fine_tune(run: Run, name: str, rows: PackedRows, steps: int, keep_steps=())
       run,
       name,
       section,
-      make_train_step(loss_fn, optimizer, accumulation=section.accumulation),
+      make_train_step(
+          loss_fn, optimizer, accumulation=section.accumulation, ema_decay=ema_decay
+      ),
       optimizer,
       sft_batches(rows, section.batch_size, run.config.seed),
       lambda: run.initial_variables("float32"),
       keep_steps=keep_steps,
+      ema=ema_decay > 0,
   )
 
 
 def sft_stage(run: Run) -> None:
   section = run.config.sft
   kept = tuple(milestone_steps(section.milestones, section.steps).values())
-  _fine_tune(run, "sft", run.data.rows, section.steps, kept)
-
-
-def ref_stage(run: Run) -> None:
-  """The `half_data` reference; nothing to do for `midrun`, a milestone of the SFT run."""
   reference = run.config.reference
-  if reference.kind != "half_data":
-    return
-  rows = run.data.rows
-  n = max(1, round(reference.fraction * len(rows)))  # Rows are in random order: any n are a sample.
-  half = dataclasses.replace(
-      rows,
-      tokens=rows.tokens[:n],
-      segment_ids=rows.segment_ids[:n],
-      loss_mask=rows.loss_mask[:n],
-  )
-  _fine_tune(run, "ref", half, reference_steps(reference.fraction, run.config.sft.steps))
+  decay = reference.ema_decay if reference.kind == "ema" else 0.0
+  fine_tune(run, "sft", run.data.rows, section.steps, kept, decay)
