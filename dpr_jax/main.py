@@ -25,6 +25,7 @@ def parse(argv: Sequence[str]):
   """
   from dpr_jax import config as config_lib
 
+  argv = [_quote_transforms(arg) for arg in argv]
   values = flags.FlagValues()
   config = config_flags.DEFINE_config_file(
       "config", None, "A file of configs/, NAME.py or NAME.py:arg.", lock_config=True,
@@ -56,6 +57,17 @@ def parse(argv: Sequence[str]):
     if flag.value is None:
       raise UserError(f"--{flag.name} is missing; for example --{flag.name}={example}")
   return config_lib.resolve(config.value), workdir.value
+
+
+def _quote_transforms(arg: str) -> str:
+  """--config.dpr.transforms=clip:2,scale:0.5 with its entries in quotes.
+
+  A flag that is a tuple is read as Python, and clip:2 is not.
+  """
+  name, _, value = arg.partition("=")
+  if name != "--config.dpr.transforms" or not value or value[0] in "('\"[":
+    return arg
+  return f"{name}={tuple(value.split(','))!r}"
 
 
 def config_path(argv: Sequence[str]) -> str:
