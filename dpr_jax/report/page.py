@@ -163,6 +163,10 @@ def _facts(record, results, stages, seeds) -> list[tuple[str, str]]:
     text += "".join(
       f", {name} {plain(dpr[name])}" for name in ("beta", "gamma") if finite(dpr.get(name))
     )
+    if dpr.get("target_kl"):
+      text += f" (beta at first; steered to a KL of {plain(dpr['target_kl'])} nats a response)"
+    if dpr.get("kl_budget"):
+      text += f", KL budget {plain(dpr['kl_budget'])} nats a response"
     text += f", {str(dpr.get('returns')).replace('_', ' ')}"
     text += f", baseline {str(dpr.get('baseline')).replace('_', ' ')}"
     facts.append(("DPR", text))

@@ -6,11 +6,13 @@ An ablation differs from DPR in one field: its return (`sentence_level`), or its
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
 from dpr_jax import sharding
+from dpr_jax.config import DPRSection
 from dpr_jax.data.loader import Batches, prompt_batches
 from dpr_jax.evals.responses import Response, response_text
 from dpr_jax.evals.verifiers import get_verifier
@@ -22,6 +24,17 @@ from dpr_jax.stages.context import Run, train
 from dpr_jax.training import make_train_step
 from dpr_jax.training.dpr_step import make_dpr_step
 from dpr_jax.training.optimizer import make_optimizer
+
+
+def _scoring(run: Run, section: DPRSection) -> dict[str, Any]:
+  """What the rollout step must score beside the log-probs of one reference; nothing by default."""
+  needed = transforms.needs(section.transforms)
+  out: dict[str, Any] = {"ensemble": run.ensemble} if run.ensemble else {}
+  if "expected_rewards" in needed:
+    out["with_expected_rewards"] = True
+  if "entropies" in needed:
+    out["with_entropies"] = True
+  return out
 
 
 def _make_verify(run: Run, batches: Batches) -> Callable[[int, Rollout], jax.Array]:
@@ -61,6 +74,7 @@ def _reinforce(run: Run, name: str, **changes) -> None:
       sampling=Sampling(section.temperature, section.top_k, section.top_p),
       reward=section.reward,
       chunk_size=chunk_size,
+      **_scoring(run, section),
   )
   loss_fn = make_reinforce_loss(run.model, normaliser=section.normaliser, chunk_size=chunk_size)
   batches = prompt_batches(

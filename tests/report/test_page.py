@@ -246,7 +246,9 @@ def test_the_verdict_on_gaming_leads_the_page_and_its_signs_are_listed(workdir, 
 def test_the_page_says_which_reference_it_was(workdir, read_page, undrawn, reference, says):
   record = json.loads((workdir / "config.json").read_text())
   record["config"]["reference"] = reference
-  record["config"]["dpr"] |= {"transforms": ["clip:2", "zscore"], "verifier_weight": 0.25}
+  record["config"]["dpr"] |= {
+    "transforms": ["clip:2", "zscore"], "verifier_weight": 0.25, "target_kl": 1.5, "kl_budget": 4.0,
+  }
   (workdir / "config.json").write_text(json.dumps(record))
   table = [{"fraction": f, "members": [f"sft@{s}"], "kl": kl, "kl_se": 0.1}
            for f, s, kl in ((0.25, 5, 2.0), (0.5, 10, 1.0))]
@@ -254,5 +256,6 @@ def test_the_page_says_which_reference_it_was(workdir, read_page, undrawn, refer
     {"select": "snr", "fraction": 0.25, "prompts": 64, "candidates": table}))
   text = read_page(write_report(workdir)).text
   assert says in text and "transforms clip:2, zscore" in text
+  assert "steered to a KL of 1.5 nats" in text and "KL budget 4 nats" in text
   assert "25% of the reward from the verifier" in text
   assert "sft@5: KL(sft || ref) 2.00 ± 0.10 nats a response, on 64 training prompts" in text
