@@ -25,7 +25,6 @@ def get_config(arg: str = ""):
   shape.local_rope = ml_collections.ConfigDict({"theta": 10_000.0})
   shape.rope.theta = 1_000_000.0
 
-  config.model.chunk_size = 64  # Logits over a vocabulary of 262k.
   config.data.row_length, config.data.prompt_length = 512, 256
   config.data.overlong_prompt = config.data.on_empty = "drop"
   config.data.holdout = config.eval.num_prompts = 100

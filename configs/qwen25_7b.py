@@ -20,7 +20,6 @@ def get_config(arg: str = ""):
   shape.qkv_bias = True
   shape.rope.theta = 1_000_000.0
 
-  config.model.chunk_size = 256
   config.data.row_length, config.data.prompt_length = 2048, 1024
   config.data.overlong_prompt = config.data.on_empty = "drop"
   config.data.holdout = 512

@@ -17,7 +17,7 @@ from typing import Any
 import ml_collections
 
 from dpr_jax.errors import UserError
-from dpr_jax.models.config import ModelConfig
+from dpr_jax.models.config import ATTENTION, ModelConfig
 from dpr_jax.models.lora import LoRA
 from dpr_jax.rewards import transforms
 from dpr_jax.rewards.references import ENSEMBLES
@@ -30,10 +30,14 @@ class ModelSection:
   pretrained: str = ""  # HF folder or .gguf; "" starts from random weights of the shape below.
   dtype: str = "auto"  # of activations and matmuls; auto: bfloat16 on TPU and GPU, float32 on CPU.
   remat: str = "full"  # none | dots | full: what the backward pass recomputes.
-  chunk_size: int = 128  # token columns whose logits live at a time.
+  # auto | xla | cudnn | splash: what computes attention over whole rows; auto: cuDNN on GPU and
+  # splash on TPU where they take the dtype and shape, else XLA.
+  attention: str = "auto"
+  chunk_size: int = 0  # token columns whose logits live at a time; 0 fills logits_budget.
+  logits_budget: float = 0.25  # GiB a device for the logits of a loss or of scoring.
   lora: LoRA = LoRA()  # adapters to train instead of all parameters; see models/lora.py.
   # Of a model that starts from random weights; ignored with `pretrained`. A vocab_size of 0 takes
-  # that of the byte-level tokenizer; `dtype`, `remat` and `lora` stand above.
+  # that of the byte-level tokenizer; `dtype`, `remat`, `attention` and `lora` stand above.
   shape: ModelConfig = ModelConfig(vocab_size=0)
 
 
@@ -106,7 +110,8 @@ class DPRSection:
 
   steps: int = 100
   batch_size: int = 64  # rollouts a step.
-  samples_per_prompt: int = 1
+  samples_per_prompt: int = 1  # adjacent rollouts that share a prompt and its prefill.
+  slots: int = 0  # rollouts decoded at a time, refilled as they end; 0 decodes all at once.
   accumulation: int = 1  # micro-batches a step.
   max_new_tokens: int = 24
   temperature: float = 1.0  # of the behaviour; anything but 1 biases the gradient.
@@ -199,8 +204,8 @@ class RunConfig:
   log: LogSection = LogSection()
 
 
-# Sections that may differ between a run and its resumption: they change results by rounding alone.
-RESUMABLE = ("mesh", "log", "checkpoint")
+# What may differ between a run and its resumption: it changes results by rounding alone.
+RESUMABLE = ("mesh", "log", "checkpoint", "model.attention")
 
 BASELINES = (
     "continued_sft", "dft", "iq_lm", "spin", "gsil", "sentence_level", "endogenous",
@@ -211,6 +216,7 @@ CONTROLS = ("contrastive", "weight_extrapolation", "low_temperature")
 _CHOICES = {
     "model.remat": ("none", "dots", "full"),
     "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.attention": ATTENTION,
     "data.format": ("auto", "messages", "prompt_response", "alpaca", "sharegpt", "gsm8k"),
     "data.on_empty": ("error", "drop"),
     "data.train_on": ("all", "last"),
@@ -233,7 +239,8 @@ _CHOICES = {
 _BOUNDS = {
     "seed": (0, None),
     "seeds": (1, None),
-    "model.chunk_size": (1, None),
+    "model.chunk_size": (0, None),
+    "model.logits_budget": (0.001, None),
     "data.corrupt": (0, 1),
     "data.max_demos": (0, None),
     "data.holdout": (1, None),
@@ -246,6 +253,7 @@ _BOUNDS = {
     "dpr.steps": (0, None),
     "dpr.batch_size": (1, None),
     "dpr.samples_per_prompt": (1, None),
+    "dpr.slots": (0, None),
     "dpr.accumulation": (1, None),
     "dpr.max_new_tokens": (1, None),
     "dpr.temperature": (0, None),
@@ -293,7 +301,7 @@ _BOUNDS = {
 def default_config() -> ml_collections.ConfigDict:
   """All fields at their defaults; a configs/*.py starts from it."""
   fields = dataclasses.asdict(RunConfig())
-  for name in ("dtype", "remat", "lora"):  # Said once, in the section above the shape.
+  for name in ("dtype", "remat", "attention", "lora"):  # Said once, in the section above the shape.
     del fields["model"]["shape"][name]
   return ml_collections.ConfigDict(fields)
 

@@ -150,7 +150,11 @@ def load_checkpoint(
   if is_stage(path):
     workdir = Workdir(path.parent)
     record = workdir.read_config()
-    cfg = dataclasses.replace(ModelConfig.from_dict(record["model"]["config"]), dtype=dtype)
+    cfg = dataclasses.replace(
+        ModelConfig.from_dict(record["model"]["config"]),
+        dtype=dtype,
+        attention="auto",  # The run may have been on another platform.
+    )
     step = stage_step(path, fraction, record)
     run_config = config_lib.resolve(record["config"])
     # The paths of config.json are as they were typed, from another directory perhaps.

@@ -93,6 +93,12 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, resolve(names, x.shape, mesh))
 
 
+def batch_ways() -> int:
+  """Into how many parts the mesh that is set splits a batch; 1 without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def shardings_of(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
   """NamedShardings of a tree of (abstract) arrays boxed with logical axis names.
 

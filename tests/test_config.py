@@ -59,7 +59,7 @@ def test_a_wrong_type_names_the_field(path, value):
     ("dpr.temperature", 0.0), ("dpr.gamma", 1.01), ("dpr.beta", -1.0), ("dpr.beta", float("nan")),
     ("dpr.beta", float("inf")), ("dpr.max_new_tokens", 0), ("sft.optimizer.learning_rate", -1e-3),
     ("sft.optimizer.b2", 1.0), ("dpr.optimizer.warmup_steps", -1), ("checkpoint.every", 0),
-    ("log.every", 0), ("mesh.data", -2), ("model.chunk_size", 0), ("dpr.verifier_weight", 1.1),
+    ("log.every", 0), ("mesh.data", -2), ("model.chunk_size", -1), ("dpr.verifier_weight", 1.1),
     ("dpr.target_kl", -1.0), ("dpr.beta_gain", 1.5), ("dpr.kl_budget", -1.0),
     ("reference.ema_decay", 1.0), ("reference.num_prompts", -1),
 ])
@@ -135,6 +135,7 @@ def test_the_first_difference_that_matters_is_named():
   new = json.loads(json.dumps(old))
   assert config_lib.first_difference(old, new) is None
   new["log"]["every"], new["mesh"]["tensor"] = 7, 2  # may differ.
+  new["model"]["attention"] = "xla"
   assert config_lib.first_difference(old, new) is None
   new["sft"]["optimizer"]["learning_rate"] = 0.5
   named = "config.sft.optimizer.learning_rate: 0.001 there, 0.5 here"

@@ -41,13 +41,11 @@ class Batches(Generic[BatchT]):
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    repeats: int = 1,
   ):
     """Args:
       gather: item indices, int64 [batch_size] -> batch. Called from other threads.
       n_items: number of items to draw from.
       batch_size: rows of the global batch.
-      repeats: adjacent rows that one item fills.
     """
     import grain  # Takes a second to import: only who iterates pays for it.
 
@@ -57,13 +55,9 @@ class Batches(Generic[BatchT]):
       raise UserError(f"seed={seed} must be at least 0")
     if batch_size < 1:
       raise UserError(f"batch_size={batch_size} must be at least 1")
-    if repeats < 1 or batch_size % repeats:
-      raise UserError(f"batch_size={batch_size} must be a multiple of "
-                      f"samples_per_prompt={repeats}")
     items = grain.MapDataset.range(n_items).seed(seed).shuffle().repeat()
     # Endless, so nothing remains; and a length rounded up would not fit an integer at batch size 1.
-    items = items.batch(batch_size // repeats, drop_remainder=True)
-    self._rows = items.map(lambda indices: np.repeat(np.asarray(indices), repeats))
+    self._rows = items.batch(batch_size, drop_remainder=True).map(np.asarray)
     self._batches = self._rows.map(gather).to_iter_dataset(
       grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
     )
@@ -137,23 +131,21 @@ def prompt_batches(
   prompt_length: int,
   seed: int,
   start_step: int = 0,
-  samples_per_prompt: int = 1,
 ) -> Batches[PromptBatch]:
-  """Endless batches of prompts, each `samples_per_prompt` times in adjacent rows.
+  """Endless batches of prompts, each once: the rollout step repeats what it has prefilled.
 
-  `batch_size` counts rows of the global batch. `Batches.item_indices(step)` tells which prompt a
-  row holds, for verifiers.
+  `batch_size` counts prompts of the global batch. `Batches.item_indices(step)` tells which prompt
+  a row holds, for verifiers.
 
   Raises:
-    UserError: `batch_size` is not a multiple of `samples_per_prompt`, or a prompt is longer than
-      `prompt_length`.
+    UserError: a prompt is longer than `prompt_length`.
   """
   padded = pad_prompts(prompts, prompt_length)
 
   def gather(index_B: np.ndarray) -> PromptBatch:
     return PromptBatch(tokens=padded.tokens[index_B], lengths=padded.lengths[index_B])
 
-  return Batches(gather, len(prompts), batch_size, seed, start_step, repeats=samples_per_prompt)
+  return Batches(gather, len(prompts), batch_size, seed, start_step)
 
 
 class Prompts(NamedTuple):

@@ -10,13 +10,16 @@ import numpy as np
 from dpr_jax import sharding
 from dpr_jax.data.batches import PromptBatch
 from dpr_jax.data.loader import pad_prompts
+from dpr_jax.errors import UserError
 from dpr_jax.rollout.sampler import Sampling, generate
 
 _generate = jax.jit(
     generate,
     static_argnums=0,
-    static_argnames=("max_new_tokens", "stop_ids", "sampling", "weights"),
+    static_argnames=("max_new_tokens", "stop_ids", "sampling", "weights", "slots"),
 )
+_WAVE = 4  # batches of prompts that one program answers, refilling its slots.
+_WIDTHS = 4  # prompt widths that programs are compiled for.
 _POLICY_ITSELF = Sampling()
 
 
@@ -49,33 +52,51 @@ def respond(
   Args:
     members, weights, sampling, max_new_tokens, stop_ids: see `rollout.sampler.generate`.
     prompts: token ids, int32 [P_i] each, at most `prompt_length`.
-    batch_size: rows decoded at a time; the last batch is filled with empty rows.
+    batch_size: rows decoded at a time. A row whose response has ended makes place for the next
+      prompt; prompts of similar length are answered together.
     on_batch: called with the number of prompts just answered.
   """
   sharding.check_batch(mesh, eval__batch_size=batch_size)
-  out = []
-  for start in range(0, len(prompts), batch_size):
-    chunk = list(prompts[start : start + batch_size])
-    filler = [np.zeros((0,), np.int32)] * (batch_size - len(chunk))
-    batch: PromptBatch = pad_prompts(chunk + filler, prompt_length)
+  out: list[Response | None] = [None] * len(prompts)
+  order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # A memory error comes first.
+  wave = _WAVE * batch_size
+  for start in range(0, len(prompts), wave):
+    chosen = order[start : start + wave]
+    width = prompt_width(len(prompts[chosen[0]]), prompt_length)
+    filler = [np.zeros((0,), np.int32)] * (-len(chosen) % batch_size)
+    batch: PromptBatch = pad_prompts([prompts[i] for i in chosen] + filler, width)
     sample = sharding.to_host(
         _generate(
             model,
             tuple(members),
             sharding.place(batch, mesh),
-            jax.random.fold_in(rng, start // batch_size),
+            jax.random.fold_in(rng, start // wave),
             max_new_tokens=max_new_tokens,
             stop_ids=tuple(stop_ids),
             sampling=sampling,
             weights=tuple(weights),
+            slots=batch_size,
         )
     )
-    for i in range(len(chunk)):
-      length = int(sample.lengths[i])
-      tokens = sample.tokens[i, prompt_length : prompt_length + length]
-      out.append(Response(tokens, bool(sample.hit_eos[i]), float(sample.logp[i].sum())))
-    on_batch(len(chunk))
+    for row, i in enumerate(chosen):
+      length = int(sample.lengths[row])
+      tokens = sample.tokens[row, width : width + length]
+      out[i] = Response(tokens, bool(sample.hit_eos[row]), float(sample.logp[row].sum()))
+    on_batch(len(chosen))
   return out
+
+
+def prompt_width(longest: int, limit: int) -> int:
+  """Columns for prompts of at most `longest` tokens: one of few widths up to `limit`.
+
+  Raises:
+    UserError: a prompt is longer than `limit`.
+  """
+  if longest > limit:
+    raise UserError(f"a prompt has {longest} tokens; data.prompt_length={limit} must be at least "
+                    "that")
+  step = -(-limit // _WIDTHS)
+  return min(limit, max(1, -(-longest // step)) * step)
 
 
 def response_text(tokenizer: Any, response: Response, stop_ids: Sequence[int]) -> str:

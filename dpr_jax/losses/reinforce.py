@@ -122,7 +122,13 @@ def make_reinforce_loss(model, *, normaliser: str = "tokens", chunk_size: int = 
     rows = jnp.sum(jnp.any(on, axis=1).astype(jnp.float32))
     tokens = jnp.sum(batch.mask)
     weight = {"tokens": tokens, "sequences": rows, "constant": rows * length}[normaliser]
-    drift = jnp.sum(jnp.where(on, out.logp - batch.behaviour_logp, 0.0))
-    return -jnp.sum(weighted), weight, {"tokens": tokens, "on_policy_drift": (drift, tokens)}
+    # What the sampler said of its tokens, against a forward pass: numerical noise, or a bug.
+    gap = jnp.where(on, jax.lax.stop_gradient(out.logp) - batch.behaviour_logp, 0.0)
+    metrics = {
+        "tokens": tokens,
+        "on_policy_drift": (jnp.sum(gap), tokens),
+        "decode_gap": (jnp.sum(jnp.abs(gap)), tokens),
+    }
+    return -jnp.sum(weighted), weight, metrics
 
   return loss_fn

@@ -1,8 +1,9 @@
 """The decoder and the log-probabilities that everything else is made of."""
 
+from dpr_jax.models.cache import Cache, init_cache
 from dpr_jax.models.config import ModelConfig, Rope
 from dpr_jax.models.logprobs import TokenLogProbs, token_logprobs
-from dpr_jax.models.transformer import Cache, Transformer, init_cache, init_variables
+from dpr_jax.models.transformer import Transformer, init_variables
 
 __all__ = [
     "Cache",

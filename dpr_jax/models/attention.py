@@ -4,12 +4,21 @@ Masks are made of slots and segments, never of token ids: slot t may see slot s 
 s <= t, both belong to the same segment, that segment is not 0 (padding), and, in a
 local layer, fewer than `window` tokens lie from s to t. Padding slots do not count, so
 that a window over slots is a window over positions wherever the padding is.
+
+Whole rows without a cache go through `self_attention`, which has a kernel for each
+platform; `attend` is what XLA makes of the formula, and the reference of the others.
 """
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
-from dpr_jax.models.config import Rope
+from dpr_jax.errors import UserError
+from dpr_jax.models import splash
+from dpr_jax.models.config import ModelConfig, Rope
+from dpr_jax.sharding import resolve
 
 
 def positions_of(segment_ids_BxT: jax.Array) -> jax.Array:
@@ -83,3 +92,137 @@ def attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_Bx1xTxS, scale: float) -> jax.A
   return jax.nn.dot_product_attention(
       q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask=mask_Bx1xTxS, scale=scale
   )
+
+
+def target_platform() -> str:
+  """cpu, gpu or tpu: of the mesh if one is set, else of the default backend.
+
+  A mesh over described devices (ahead-of-time compilation) has a platform that this machine
+  need not have.
+  """
+  device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+  return jax.default_backend() if device is None else device.platform
+
+
+def resolve_backend(cfg: ModelConfig, length: int) -> str:
+  """xla, cudnn or splash: what computes attention over rows of `length` tokens, now and here.
+
+  `cfg.attention` where it names one; auto takes the kernel of the platform wherever it accepts
+  dtype and shapes, and XLA elsewhere.
+
+  Raises:
+    UserError: the backend named does not exist on this platform or does not take this model.
+  """
+  platform, dtype = target_platform(), jnp.dtype(cfg.dtype)
+  refused = ""
+  if cfg.attention == "cudnn" or (cfg.attention == "auto" and platform == "gpu"):
+    # auto takes what every GPU since Ampere has, forward and backward; 256 needs a Hopper.
+    widest = 128 if cfg.attention == "auto" else 256
+    if platform != "gpu":
+      refused = f"needs a GPU, and this is a {platform.upper()}"
+    elif dtype not in (jnp.bfloat16, jnp.float16):
+      refused = f"needs config.model.dtype=bfloat16, not {dtype}"
+    elif cfg.head_dim > widest or cfg.head_dim % 8:
+      refused = f"needs a head_dim of at most {widest}, a multiple of 8, not {cfg.head_dim}"
+    backend = "cudnn"
+  elif cfg.attention == "splash" or (cfg.attention == "auto" and platform == "tpu"):
+    if platform == "gpu":
+      refused = "needs a TPU, and this is a GPU"
+    elif cfg.attention == "auto" and length < 128:
+      refused = "pads rows to 128 tokens"
+    backend = "splash"
+  else:
+    backend = "xla"
+  if not refused:
+    return backend
+  if cfg.attention == "auto":
+    return "xla"
+  raise UserError(f"config.model.attention={backend} {refused}; auto takes what is there")
+
+
+def self_attention(
+    q_BxTxNxH: jax.Array,
+    k_BxTxKxH: jax.Array,
+    v_BxTxKxH: jax.Array,
+    segment_ids_BxT: jax.Array,
+    *,
+    window: int,
+    scale: float,
+    backend: str,
+    mask_Bx1xTxT: jax.Array | None = None,
+) -> jax.Array:
+  """Causal grouped-query attention of whole rows, [B, T, N, H] in the dtype of q.
+
+  The tokens of a segment are contiguous, so that a distance in slots is one in tokens. What a
+  padding query (segment 0) gives is finite, differs between backends, and reaches no other.
+
+  Args:
+    window: tokens a query sees, itself included; 0 sees the whole segment.
+    scale: multiplies q.k.
+    backend: xla | cudnn | splash, from `resolve_backend`.
+    mask_Bx1xTxT: for xla, `attention_mask` of these segments, where layers share it.
+  """
+  if backend == "xla":
+    if mask_Bx1xTxT is None:
+      mask_Bx1xTxT = attention_mask(segment_ids_BxT, segment_ids_BxT, 0, window)
+    return attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, mask_Bx1xTxT, scale)
+  if backend == "cudnn":
+    kernel = cudnn_attention
+  elif backend == "splash":
+    interpret = target_platform() == "cpu"
+    kernel = functools.partial(splash.splash_attention, interpret=interpret)
+  else:
+    raise ValueError(f"backend={backend!r} is not one of xla, cudnn, splash")
+  kernel = functools.partial(kernel, window=window, scale=scale)
+  return _on_each_device(kernel, q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT)
+
+
+def cudnn_attention(
+    q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT, *, window: int, scale: float
+) -> jax.Array:
+  """`self_attention` by the fused kernel of cuDNN, on one GPU.
+
+  cuDNN has no segments, and its sliding window excludes a bias (before cuDNN 9.10.2), so both
+  become a bias [B, 1, T, T]; causality is told as well, for the blocks it saves. Padding
+  queries see themselves, because an empty softmax is not finite there.
+  """
+  length = q_BxTxNxH.shape[1]
+  pad = length % 2  # The backward pass with a bias takes even lengths only.
+  if pad:
+    rows = lambda x: jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+    q_BxTxNxH, k_BxTxKxH, v_BxTxKxH = rows(q_BxTxNxH), rows(k_BxTxKxH), rows(v_BxTxKxH)
+    segment_ids_BxT = rows(segment_ids_BxT)
+  mask_Bx1xTxT = attention_mask(segment_ids_BxT, segment_ids_BxT, 0, window)
+  mask_Bx1xTxT |= jnp.eye(length + pad, dtype=bool)[None, None]
+  out_BxTxNxH = jax.nn.dot_product_attention(
+      q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, mask=mask_Bx1xTxT, scale=scale, is_causal=True,
+      implementation="cudnn",
+  )
+  return out_BxTxNxH[:, :length]
+
+
+def _on_each_device(kernel, q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT) -> jax.Array:
+  """Calls a kernel that the partitioner cannot split on each device's rows and heads."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return kernel(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT)
+  q_spec = resolve(("batch", "sequence", "heads", "head_dim"), q_BxTxNxH.shape, mesh)
+  kv_spec = resolve(("batch", "sequence", "kv_heads", "head_dim"), k_BxTxKxH.shape, mesh)
+  rows = resolve(("batch", "sequence"), segment_ids_BxT.shape, mesh)
+  group = q_BxTxNxH.shape[2] // k_BxTxKxH.shape[2]
+
+  def local(q, k, v, segment_ids):
+    if q_spec[2] is not None and kv_spec[2] is None:
+      # All KV heads are here, and some query heads: take what those read. Runs of `run` query
+      # heads read one KV head, also where a device's heads begin or end inside of a group.
+      heads = q.shape[2]
+      run = math.gcd(heads, group)
+      first = jax.lax.axis_index(q_spec[2]) * heads
+      read = (first + jnp.arange(0, heads, run)) // group
+      k, v = jnp.take(k, read, axis=2), jnp.take(v, read, axis=2)
+    return kernel(q, k, v, segment_ids)
+
+  # The kernels do not say over which axes their results vary, so that it cannot be checked.
+  return jax.shard_map(
+      local, in_specs=(q_spec, kv_spec, kv_spec, rows), out_specs=q_spec, check_vma=False
+  )(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from dpr_jax.models.lora import LoRA
 
 GLOBAL, LOCAL = "global", "local"
+ATTENTION = ("auto", "xla", "cudnn", "splash")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,7 @@ class ModelConfig:
   # How it is computed, not what: free to differ between a checkpoint and its reader.
   dtype: str = "float32"  # activations and matmuls; parameters keep their own dtype.
   remat: str = "full"  # none | dots | full: what the backward pass recomputes in a layer.
+  attention: str = "auto"  # auto | xla | cudnn | splash: over whole rows; see models/attention.py.
 
   def __post_init__(self):
     object.__setattr__(self, "layer_pattern", tuple(self.layer_pattern))
@@ -91,7 +93,11 @@ class ModelConfig:
       raise ValueError("window must be at least 1 where layer_pattern has a local layer")
     if not set(self.layer_pattern) <= {GLOBAL, LOCAL} or not self.layer_pattern:
       raise ValueError(f"layer_pattern={self.layer_pattern}: its entries are 'global' or 'local'")
-    for name, known in (("activation", ("silu", "gelu_tanh")), ("remat", ("none", "dots", "full"))):
+    for name, known in (
+        ("activation", ("silu", "gelu_tanh")),
+        ("remat", ("none", "dots", "full")),
+        ("attention", ATTENTION),
+    ):
       if getattr(self, name) not in known:
         raise ValueError(f"{name}={getattr(self, name)!r} is not one of {known}")
     jnp.dtype(self.dtype)
@@ -110,6 +116,10 @@ class ModelConfig:
 
   def rope_of(self, kind: str) -> Rope:
     return self.local_rope if kind == LOCAL and self.local_rope is not None else self.rope
+
+  def window_of(self, kind: str) -> int:
+    """Tokens that a layer of this kind sees; 0: all."""
+    return self.window if kind == LOCAL else 0
 
   def to_dict(self) -> dict[str, Any]:
     return dataclasses.asdict(self)

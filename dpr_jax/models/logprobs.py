@@ -58,10 +58,23 @@ def hidden_logprobs(
     unembed: hidden [B, C, D] -> logits float32 [B, C, V].
     chunk_size: columns whose logits live at a time; memory is about 3 * B * chunk * V * 4 bytes.
   """
-  batch, length, _ = hidden_BxTxD.shape
   body = jax.checkpoint(lambda h, y: chunk_logprobs(unembed(h), y, with_entropy))
+  return in_chunks(body, chunk_size, hidden_BxTxD, targets_BxT)
+
+
+def in_chunks(body: Callable[..., Any], chunk_size: int, *arrays_BxT: jax.Array) -> Any:
+  """body(*arrays) over chunks of columns, one after the other.
+
+  Args:
+    body: [B, C, ...] each -> a tree of [B, C].
+    arrays_BxT: [B, T, ...].
+
+  Returns:
+    The tree, [B, T].
+  """
+  batch, length = arrays_BxT[0].shape[:2]
   if length <= chunk_size:
-    return body(hidden_BxTxD, targets_BxT)
+    return body(*arrays_BxT)
   chunks = -(-length // chunk_size)
   # Even chunks: 130 columns at chunk_size 128 are 2 x 65, not 128 + 2 padded to 256.
   size = -(-length // chunks)
@@ -71,11 +84,26 @@ def hidden_logprobs(
     x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(batch, chunks, size, *x.shape[2:]), 1, 0)
 
-  _, out = jax.lax.scan(
-      lambda carry, xs: (carry, body(*xs)), None, (split(hidden_BxTxD), split(targets_BxT))
-  )
+  _, out = jax.lax.scan(lambda carry, xs: (carry, body(*xs)), None, tuple(map(split, arrays_BxT)))
   join = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, chunks * size)[:, :length]
   return jax.tree.map(join, out)
+
+
+def chunk_size_for(rows: int, vocab_size: int, budget: int, mesh: jax.sharding.Mesh) -> int:
+  """Token columns whose logits fit a budget on every device; at least 1.
+
+  A chunk of the backward pass holds about three float32 arrays [rows, columns, V]: logits,
+  probabilities and their gradient. Rows are split over data and fsdp, the vocabulary over
+  tensor, where they divide.
+
+  Args:
+    rows: of the batch (of the micro-batch under accumulation), over all devices.
+    budget: bytes a device.
+  """
+  split = lambda n, ways: n // ways if n % ways == 0 else n
+  rows = split(rows, mesh.shape["data"] * mesh.shape["fsdp"])
+  vocab = split(vocab_size, mesh.shape["tensor"])
+  return max(1, budget // (3 * 4 * rows * vocab))
 
 
 def token_logprobs(

@@ -19,45 +19,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from dpr_jax.models import attention as attention_lib
+from dpr_jax.models import cache as cache_lib
 from dpr_jax.models import lora as lora_lib
+from dpr_jax.models.cache import Cache
 from dpr_jax.models.config import ModelConfig
 from dpr_jax.sharding import constrain
-
-
-@struct.dataclass
-class Cache:
-  """Keys and values of the tokens seen so far, written at slot `index` for all rows.
-
-  Rows of different lengths are right-aligned in the slots already used: a short row
-  has segment id 0 in its first slots.
-  """
-
-  keys: Any  # tuple over groups of tuples over layers: [R, B, S, K, H], compute dtype.
-  values: Any  # as keys.
-  segment_ids: jax.Array  # int32 [B, S]; 0 where nothing is stored.
-  lengths: jax.Array  # int32 [B], tokens stored; the next token's position.
-  index: jax.Array  # int32 [], the next slot to write.
-
-
-def init_cache(cfg: ModelConfig, batch_size: int, slots: int) -> Cache:
-  """An empty cache for `batch_size` rows of at most `slots` tokens."""
-
-  def zeros(repeats):
-    shape = (repeats, batch_size, slots, cfg.num_kv_heads, cfg.head_dim)
-    x = jnp.zeros(shape, cfg.dtype)
-    return constrain(x, "layers", "batch", "sequence", "kv_heads", "head_dim")
-
-  layers = lambda: tuple(tuple(zeros(r) for _ in pattern) for pattern, r in cfg.groups)
-  return Cache(
-      keys=layers(),
-      values=layers(),
-      segment_ids=constrain(jnp.zeros((batch_size, slots), jnp.int32), "batch", "sequence"),
-      lengths=jnp.zeros((batch_size,), jnp.int32),
-      index=jnp.zeros((), jnp.int32),
-  )
 
 
 def _param(
@@ -139,17 +107,19 @@ class Attention(nn.Module):
     q = constrain(q, "batch", "sequence", "heads", "head_dim")
     k = constrain(k, "batch", "sequence", "kv_heads", "head_dim")
     v = constrain(v, "batch", "sequence", "kv_heads", "head_dim")
-    if kv is not None:
-      # The cache of all repeats is carried through the scan and written in place: only the
-      # new slots are stored, and no copy of the other layers is made.
-      at = (layer, 0, shared["index"], 0, 0)
-      kv = tuple(
-          jax.lax.dynamic_update_slice(c, new[None].astype(c.dtype), at)
-          for c, new in zip(kv, (k, v))
-      )
-      k, v = (jax.lax.dynamic_index_in_dim(c, layer, 0, keepdims=False) for c in kv)
     scale = cfg.query_scale or cfg.head_dim**-0.5
-    out = attention_lib.attend(q, k, v, shared["mask"][self.kind], scale)
+    if kv is None:
+      out = attention_lib.self_attention(
+          q, k, v, shared["segment_ids"],
+          window=cfg.window_of(self.kind),
+          scale=scale,
+          backend=attention_lib.resolve_backend(cfg, q.shape[1]),
+          mask_Bx1xTxT=shared["mask"][self.kind],
+      )
+      kv = (k, v) if "keep" in shared else None  # A prefill makes its cache of them.
+    else:
+      kv, seen = cache_lib.store(kv, (k, v), layer, shared["slots"][self.kind])
+      out = attention_lib.attend(q, *seen, shared["mask"][self.kind], scale)
     out = constrain(out, "batch", "sequence", "heads", "head_dim")
     out = Projection(
         cfg,
@@ -214,12 +184,13 @@ class Pattern(nn.Module):
   @nn.compact
   def __call__(self, carry, layer, shared):
     x_BxTxD, caches = carry
-    new = []
+    out = []
     for j, kind in enumerate(self.pattern):
       kv = None if caches is None else caches[j]
       x_BxTxD, kv = Layer(self.cfg, kind, name=f"layer_{j}")(x_BxTxD, kv, layer, shared)
-      new.append(kv)
-    return (x_BxTxD, None if caches is None else tuple(new)), None
+      out.append(kv)
+    # A cache that exists is carried and written in place; one that is made is an output.
+    return (x_BxTxD, None if caches is None else tuple(out)), tuple(out) if caches is None else None
 
 
 class Table(nn.Module):
@@ -292,6 +263,25 @@ class Transformer(nn.Module):
     Returns:
       (hidden_BxTxD after the final norm, in the compute dtype; the new cache or None).
     """
+    return self._run(tokens_BxT, positions_BxT, segment_ids_BxT, cache)
+
+  def prefill(self, tokens_BxP, segment_ids_BxP, *, slots: int) -> tuple[jax.Array, Cache]:
+    """Runs right-aligned prompts and makes a cache with room for `slots` more tokens a row.
+
+    Attention is that of a whole row, so nothing is computed over empty slots; layers with a
+    window keep no more than the window.
+
+    Args:
+      segment_ids_BxP: int32, 1 on the prompt, 0 on the padding to its left.
+
+    Returns:
+      (hidden_BxPxD, cache), whose decoding continues like `__call__` with a full cache.
+    """
+    hidden_BxPxD, made = self._run(tokens_BxP, None, segment_ids_BxP, None, keep=True)
+    return hidden_BxPxD, cache_lib.from_prefill(self.cfg, made, segment_ids_BxP, slots)
+
+  def _run(self, tokens_BxT, positions_BxT, segment_ids_BxT, cache, keep=False):
+    """(hidden, cache): the new cache, or the keys and values of this call if `keep`, or None."""
     cfg = self.cfg
     if segment_ids_BxT is None:
       segment_ids_BxT = jnp.ones_like(tokens_BxT)
@@ -301,48 +291,46 @@ class Transformer(nn.Module):
         positions_BxT = positions_BxT + cache.lengths[:, None]
     tokens_BxT = constrain(tokens_BxT, "batch", "sequence")
 
-    index, kv_segments = 0, segment_ids_BxT
-    if cache is not None:
-      index = cache.index
-      kv_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids_BxT, (0, index))
     kinds = sorted(set(cfg.layer_pattern))
     shared = {
-        "index": index,
+        "segment_ids": segment_ids_BxT,
         "rope": {
             kind: attention_lib.rope_tables(cfg.rope_of(kind), cfg.head_dim, positions_BxT)
             for kind in kinds
         },
-        "mask": {
-            kind: attention_lib.attention_mask(
-                segment_ids_BxT, kv_segments, index, cfg.window if kind == "local" else 0
-            )
-            for kind in kinds
-        },
     }
+    if cache is not None:
+      cache, shared["slots"], shared["mask"] = cache_lib.advance(
+          cache, segment_ids_BxT, cfg.window_of
+      )
+    elif attention_lib.resolve_backend(cfg, tokens_BxT.shape[1]) == "xla":
+      # Only XLA reads a mask as an array; it is made once for all layers of a kind.
+      shared["mask"] = {
+          kind: attention_lib.attention_mask(
+              segment_ids_BxT, segment_ids_BxT, 0, cfg.window_of(kind)
+          )
+          for kind in kinds
+      }
+    else:
+      shared["mask"] = dict.fromkeys(kinds)
+    if keep:
+      shared["keep"] = ()
 
     x_BxTxD = self.embed.lookup(tokens_BxT)
     if cfg.embed_scale != 1.0:
       # Rounded to the compute dtype first, as the published weights were trained.
       x_BxTxD = x_BxTxD * jnp.asarray(cfg.embed_scale, x_BxTxD.dtype)
     x_BxTxD = constrain(x_BxTxD, "batch", "sequence", None)
-    keys, values = [], []
+    kept = []
     for g, (_, repeats) in enumerate(cfg.groups):
-      caches = None if cache is None else tuple(zip(cache.keys[g], cache.values[g]))
+      kv = None if cache is None else cache.kv[g]
       layers = jnp.arange(repeats, dtype=jnp.int32)
-      (x_BxTxD, caches), _ = self.group[g]((x_BxTxD, caches), layers, shared)
-      if cache is not None:
-        keys.append(tuple(k for k, _ in caches))
-        values.append(tuple(v for _, v in caches))
+      (x_BxTxD, kv), made = self.group[g]((x_BxTxD, kv), layers, shared)
+      kept.append(made if cache is None else kv)
     hidden_BxTxD = self.final_norm(x_BxTxD)
     if cache is not None:
-      cache = Cache(
-          keys=tuple(keys),
-          values=tuple(values),
-          segment_ids=kv_segments,
-          lengths=cache.lengths + jnp.sum(segment_ids_BxT != 0, axis=1, dtype=jnp.int32),
-          index=index + tokens_BxT.shape[1],
-      )
-    return hidden_BxTxD, cache
+      return hidden_BxTxD, cache.replace(kv=tuple(kept))
+    return hidden_BxTxD, tuple(kept) if keep else None
 
   def unembed(self, hidden):
     """Logits over the vocabulary, float32 [..., V], of hidden states [..., D]."""

@@ -20,8 +20,7 @@ Everywhere `ref` is one pytree: the variables of one model, or a tuple of them f
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -149,16 +148,3 @@ def combine_logps(logps: jax.Array, how: str) -> jax.Array:
   if how == "mean_logp":
     return jnp.mean(logps, axis=0)
   raise ValueError(f"how={how!r} is not one of {', '.join(ENSEMBLES.values())}")
-
-
-def reference_logps(score: Callable[[Any], jax.Array], ref: Any, how: str) -> jax.Array:
-  """log pi_ref of tokens, for one reference or an ensemble. Traceable.
-
-  Args:
-    score: variables -> float32 log-probs.
-    ref: variables, or a tuple of them.
-    how: see `combine_logps`; unused for a single reference.
-  """
-  if not isinstance(ref, tuple):
-    return score(ref)
-  return combine_logps(jnp.stack([score(member) for member in ref]), how)

@@ -24,8 +24,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, jax.Array]:
 
   reward (nats a response), reward_per_token, reward_eos (at EOS tokens), kl (policy to sft,
   nats a response, sampled), response_length (tokens), eos_rate, entropy (nats a token),
-  decode_gap (largest |decode-time - re-scored| log-prob), distinct_2, ref_logp and sft_logp
-  (nats a token).
+  distinct_2, ref_logp and sft_logp (nats a token), decode_steps (forward passes of decoding).
   """
   mask = rollout.mask
   rows = jnp.maximum(jnp.sum(rollout.lengths > 0), 1).astype(jnp.float32)
@@ -41,8 +40,8 @@ def rollout_metrics(rollout: Rollout) -> dict[str, jax.Array]:
       "response_length": jnp.sum(rollout.lengths) / rows,
       "eos_rate": jnp.sum(rollout.hit_eos) / rows,
       "entropy": jnp.sum(rollout.entropy) / tokens,
-      "decode_gap": jnp.max(jnp.abs(rollout.decode_logp - rollout.policy_logp) * mask),
       "distinct_2": distinct_bigrams(rollout.response_tokens, mask),
       "sft_logp": jnp.sum(rollout.sft_logp) / tokens,
       "ref_logp": jnp.sum(rollout.ref_logp) / tokens,
+      "decode_steps": rollout.decode_steps,
   }

@@ -23,7 +23,9 @@ from dpr_jax.loading import (
     root_key,
     stage_variables,
 )
-from dpr_jax.models import Transformer
+from dpr_jax.models import ModelConfig, Transformer
+from dpr_jax.models.attention import resolve_backend
+from dpr_jax.models.logprobs import chunk_size_for
 from dpr_jax.models.lora import split_trainable
 from dpr_jax.models.variables import abstract_variables, cast, extrapolate, mean
 from dpr_jax.rewards.references import (
@@ -162,12 +164,24 @@ class Run:
     steps = self.last_step(name, config.sft.steps if name == "sft" else config.dpr.steps)
     return self.stage_variables(name, steps, self.dtype)
 
+  def chunk_size(self, rows: int) -> int:
+    """Token columns whose logits live at a time in a batch of `rows`."""
+    return chunk_size(self.config.model, self.model.cfg, rows, self.mesh)
+
   def bar(self, name: str, total: int, unit: str):
     """A progress bar, from process 0."""
     hidden = not self.config.log.progress or jax.process_index() != 0
     return tqdm.tqdm(
         total=total, desc=name, unit=unit, disable=hidden, dynamic_ncols=True, mininterval=0.5
     )
+
+
+def chunk_size(
+    section: config_lib.ModelSection, cfg: ModelConfig, rows: int, mesh: jax.sharding.Mesh
+) -> int:
+  """`model.chunk_size`, or what fills `model.logits_budget` in a batch of `rows`."""
+  budget = int(section.logits_budget * 2**30)
+  return section.chunk_size or chunk_size_for(rows, cfg.vocab_size, budget, mesh)
 
 
 def build_model(
@@ -179,7 +193,8 @@ def build_model(
     UserError: unreadable weights or tokenizer, or a length beyond what the model was trained for.
   """
   section = config.model
-  how = {"dtype": compute_dtype(section.dtype), "remat": section.remat, "lora": section.lora}
+  how = {name: getattr(section, name) for name in ("remat", "attention", "lora")}
+  how["dtype"] = compute_dtype(section.dtype)
   generation_config = {}
   if section.pretrained:
     tokenizer = weights.load_tokenizer(section.pretrained)
@@ -195,6 +210,7 @@ def build_model(
           f"config.model.shape.vocab_size={cfg.vocab_size} is below the {len(tokenizer)} tokens of "
           "the tokenizer; 0 takes that number"
       )
+  resolve_backend(cfg, config.data.row_length)  # Refuses here what the first step would refuse.
   new = max(config.dpr.max_new_tokens, config.eval.max_new_tokens)
   for field, length in (
       ("data.row_length", config.data.row_length),

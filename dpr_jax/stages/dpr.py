@@ -29,11 +29,11 @@ from dpr_jax.training.optimizer import make_optimizer
 def _scoring(run: Run, section: DPRSection) -> dict[str, Any]:
   """What the rollout step must score beside the log-probs of one reference; nothing by default."""
   needed = transforms.needs(section.transforms)
-  out: dict[str, Any] = {"ensemble": run.ensemble} if run.ensemble else {}
+  out: dict[str, Any] = {"combine": run.ensemble} if run.ensemble else {}
   if "expected_rewards" in needed:
-    out["with_expected_rewards"] = True
+    out["expected"] = True
   if "entropies" in needed:
-    out["with_entropies"] = True
+    out["entropies"] = True
   return out
 
 
@@ -52,7 +52,9 @@ def _make_verify(run: Run, batches: Batches) -> Callable[[int, Rollout], jax.Arr
     )
     tokens_BxN = tokens_BxS[:, -rollout.mask.shape[1] :]
     scores = []
-    for row, i in enumerate(batches.item_indices(step)):
+    # Prompts of the batch, each for as many adjacent rows as it has samples.
+    items = np.repeat(batches.item_indices(step), run.config.dpr.samples_per_prompt)
+    for row, i in enumerate(items):
       response = Response(tokens_BxN[row, : lengths_B[row]], bool(hit_eos_B[row]), 0.0)
       text = response_text(run.tokenizer, response, run.stop_ids)
       scores.append(verifier(demos[i], text)["accuracy"])
@@ -63,7 +65,6 @@ def _make_verify(run: Run, batches: Batches) -> Callable[[int, Rollout], jax.Arr
 
 def _reinforce(run: Run, name: str, **changes) -> None:
   section = dataclasses.replace(run.config.dpr, **changes)
-  chunk_size = run.config.model.chunk_size
   if not section.steps or run.finished(name, section.steps):
     return
   optimizer = make_optimizer(section.optimizer, section.steps)
@@ -73,16 +74,21 @@ def _reinforce(run: Run, name: str, **changes) -> None:
       stop_ids=run.stop_ids,
       sampling=Sampling(section.temperature, section.top_k, section.top_p),
       reward=section.reward,
-      chunk_size=chunk_size,
+      chunk_size=run.chunk_size(section.batch_size),
+      samples_per_prompt=section.samples_per_prompt,
+      slots=section.slots,
       **_scoring(run, section),
   )
-  loss_fn = make_reinforce_loss(run.model, normaliser=section.normaliser, chunk_size=chunk_size)
+  loss_fn = make_reinforce_loss(
+      run.model,
+      normaliser=section.normaliser,
+      chunk_size=run.chunk_size(section.batch_size // section.accumulation),
+  )
   batches = prompt_batches(
       run.data.prompts.tokens,
-      section.batch_size,
+      section.batch_size // section.samples_per_prompt,
       run.config.data.prompt_length,
       run.config.seed,
-      samples_per_prompt=section.samples_per_prompt,
   )
   dpr_step = make_dpr_step(
       rollout_step,

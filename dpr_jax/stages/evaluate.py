@@ -52,7 +52,9 @@ def evaluate_stage(run: Run) -> None:
   )
   todo = [s for s in trained + controls if not system_file(run.workdir.samples, s.name).exists()]
   scoring = {
-      "mesh": run.mesh, "batch_size": section.batch_size, "chunk_size": config.model.chunk_size
+      "mesh": run.mesh,
+      "batch_size": section.batch_size,
+      "chunk_size": run.chunk_size(section.batch_size),
   }
   for system in todo:
     loaded = {name: run.load(name) for name in system.members}

@@ -35,6 +35,10 @@ def unpacked_rows(run: Run) -> PackedRows:
   return pack(examples, run.config.data.prompt_length + new, packed=False)
 
 
+def _chunk_size(run: Run) -> int:
+  return run.chunk_size(run.config.dpr.batch_size // run.config.dpr.accumulation)
+
+
 def _train_on_demos(run: Run, name: str, loss_fn: Callable) -> None:
   section = run.config.dpr
   if not section.steps or run.finished(name, section.steps):
@@ -54,17 +58,17 @@ def _train_on_demos(run: Run, name: str, loss_fn: Callable) -> None:
 
 def continued_sft_stage(run: Run) -> None:
   """The control that DPR must beat: more of the same."""
-  loss_fn = make_sft_loss(run.model, chunk_size=run.config.model.chunk_size)
+  loss_fn = make_sft_loss(run.model, chunk_size=_chunk_size(run))
   _train_on_demos(run, "continued_sft", loss_fn)
 
 
 def dft_stage(run: Run) -> None:
-  loss_fn = make_dft_loss(run.model, chunk_size=run.config.model.chunk_size)
+  loss_fn = make_dft_loss(run.model, chunk_size=_chunk_size(run))
   _train_on_demos(run, "dft", loss_fn)
 
 
 def iq_lm_stage(run: Run) -> None:
   loss_fn = make_iq_lm_loss(
-      run.model, lam=run.config.baseline.iq_lambda, chunk_size=run.config.model.chunk_size
+      run.model, lam=run.config.baseline.iq_lambda, chunk_size=_chunk_size(run)
   )
   _train_on_demos(run, "iq_lm", loss_fn)

@@ -37,8 +37,12 @@ def _pair_batches(run: Run, batch_size: int) -> Batches:
   return Batches(gather, len(rows), batch_size, run.config.seed + 1)
 
 
+def _chunk_size(run: Run) -> int:
+  return run.chunk_size(run.config.dpr.batch_size // 2 // run.config.dpr.accumulation)
+
+
 def _train_on_pairs(run: Run, name: str, loss_fn: Callable) -> None:
-  section, chunk_size = run.config.dpr, run.config.model.chunk_size
+  section, chunk_size = run.config.dpr, _chunk_size(run)
   if not section.steps or run.finished(name, section.steps):
     return
   optimizer = make_optimizer(section.optimizer, section.steps)
@@ -71,7 +75,7 @@ def _train_on_pairs(run: Run, name: str, loss_fn: Callable) -> None:
 
 def spin_stage(run: Run) -> None:
   loss_fn = make_spin_loss(
-      run.model, beta=run.config.baseline.spin_beta, chunk_size=run.config.model.chunk_size
+      run.model, beta=run.config.baseline.spin_beta, chunk_size=_chunk_size(run)
   )
   _train_on_pairs(run, "spin", loss_fn)
 
@@ -82,6 +86,6 @@ def gsil_stage(run: Run) -> None:
       run.model,
       kind=section.gsil_kind,
       alpha=section.gsil_alpha,
-      chunk_size=run.config.model.chunk_size,
+      chunk_size=_chunk_size(run),
   )
   _train_on_pairs(run, "gsil", loss_fn)

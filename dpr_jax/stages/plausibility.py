@@ -43,7 +43,7 @@ def plausibility_stage(run: Run) -> None:
         ensemble=run.ensemble,
         mesh=run.mesh,
         batch_size=run.config.eval.batch_size,
-        chunk_size=run.config.model.chunk_size,
+        chunk_size=run.chunk_size(run.config.eval.batch_size),
     )
     nats = [-float(x.astype(np.float64).mean()) for x in logps]  # A response has a token at least.
     for i, name in enumerate(names):

@@ -84,7 +84,7 @@ def _measure(run: Run) -> dict[str, Any]:
   scoring = {
       "mesh": run.mesh,
       "batch_size": config.eval.batch_size,
-      "chunk_size": config.model.chunk_size,
+      "chunk_size": run.chunk_size(config.eval.batch_size),
   }
   logp_sft = response_logps(run.model, sft, *rows, **scoring)
 

@@ -24,7 +24,8 @@ def fine_tune(
   if run.finished(name, steps):
     return
   optimizer = make_optimizer(section.optimizer, steps)
-  loss_fn = make_sft_loss(run.model, chunk_size=run.config.model.chunk_size)
+  chunk_size = run.chunk_size(section.batch_size // section.accumulation)
+  loss_fn = make_sft_loss(run.model, chunk_size=chunk_size)
   train(
       run,
       name,

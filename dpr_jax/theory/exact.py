@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from dpr_jax.losses.reinforce import ReinforceBatch, make_reinforce_loss, reinforce_batch
+from dpr_jax.models import cache as cache_lib
 from dpr_jax.models.config import ModelConfig
 from dpr_jax.models.logprobs import token_logprobs
 from dpr_jax.rollout.step import REWARDS, RewardFn, Rollout
@@ -36,7 +37,7 @@ class TabularModel:
 
   @property
   def cfg(self) -> ModelConfig:
-    """A cache of two numbers a token (heads are even): `apply` keeps the ids in the first."""
+    """A cache of two equal numbers a token (heads are even)."""
     return ModelConfig(
         vocab_size=self.mdp.vocab_size, hidden_size=self.mdp.vocab_size, mlp_size=1, num_layers=1,
         num_heads=1, num_kv_heads=1, head_dim=2, max_length=1 + self.mdp.max_length,
@@ -46,48 +47,59 @@ class TabularModel:
     """{"params": ...} of a table of logits."""
     return {"params": {"table": jnp.asarray(logits_SxA, jnp.float32)}}
 
-  def states(self, tokens_BxC: jax.Array, segment_ids_BxC: jax.Array) -> jax.Array:
-    """int32 [B, C], the state after each column; S before the prompt and after the end."""
+  @property
+  def _after(self) -> jax.Array:
+    """int32 [S + 1, A + prompts]: the state after a token; S is that before and after a row."""
     mdp, end = self.mdp, self.mdp.num_states
     # Row `end` stays there, and a column past the vocabulary opens prompt p in state p.
     after = np.full((end + 1, mdp.vocab_size + mdp.num_prompts), end, np.int32)
     after[:end, : mdp.vocab_size] = mdp.next_SxA
     after[:, mdp.vocab_size :] = np.arange(mdp.num_prompts)
-    after = jnp.asarray(after)
+    return jnp.asarray(after)
+
+  def states(self, tokens_BxC: jax.Array, segment_ids_BxC: jax.Array, start_B=None) -> jax.Array:
+    """int32 [B, C], the state after each column; S before the prompt and after the end."""
+    after = self._after
 
     def step(state_B, column):
       token_B, segment_B = column
       state_B = jnp.where(segment_B > 0, after[state_B, token_B], state_B)
       return state_B, state_B
 
-    start_B = jnp.full(tokens_BxC.shape[:1], end, jnp.int32)
+    if start_B is None:
+      start_B = jnp.full(tokens_BxC.shape[:1], self.mdp.num_states, jnp.int32)
     return jax.lax.scan(step, start_B, (tokens_BxC.T, segment_ids_BxC.T))[1].T
 
   def apply(
       self, variables, tokens, positions=None, segment_ids=None, cache=None, *, method=None,
-      rngs=None,
+      rngs=None, slots=0,
   ):
-    """(logits [B, C, A], cache); with method="unembed", what it is given."""
+    """(logits [B, C, A], cache); with method="unembed", what it is given.
+
+    A cache keeps, as the key of each token, the state after it.
+    """
     if method == "unembed":
       return tokens
-    length = tokens.shape[1]
-    if segment_ids is None:
+    if method == "prefill":  # Its second argument is the segments.
+      segment_ids = positions
+    elif segment_ids is None:
       segment_ids = jnp.ones_like(tokens)
+    as_keys = lambda states: jnp.repeat(states[..., None, None].astype(jnp.float32), 2, axis=-1)
     if cache is None:
       states_BxC = self.states(tokens, segment_ids)
+      if method == "prefill":
+        keys = as_keys(states_BxC)[None]
+        cache = cache_lib.from_prefill(self.cfg, (((keys, keys),),), segment_ids, slots)
     else:
-      keys = cache.keys[0][0]  # [1, B, slots, 1, 2]
-      keys = jax.lax.dynamic_update_slice(
-          keys, tokens[None, :, :, None, None].astype(keys.dtype), (0, 0, cache.index, 0, 0)
-      )
-      seen = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.index))
-      states_BxC = jax.lax.dynamic_slice_in_dim(
-          self.states(keys[0, :, :, 0, 0].astype(jnp.int32), seen), cache.index, length, axis=1
-      )
-      cache = cache.replace(
-          keys=((keys,),), segment_ids=seen, index=cache.index + length,
-          lengths=cache.lengths + jnp.sum(segment_ids > 0, axis=1).astype(jnp.int32),
-      )
+      (keys, _), slots_of = cache.kv[0][0], cache.slots["global"]
+      last = slots_of.ranks == cache.lengths[:, None] - 1
+      state_B = jnp.sum(jnp.where(last, keys[0, :, :, 0, 0], 0.0), axis=1).astype(jnp.int32)
+      state_B = jnp.where(cache.lengths > 0, state_B, self.mdp.num_states)
+      states_BxC = self.states(tokens, segment_ids, state_B)
+      cache, target, _ = cache_lib.advance(cache, segment_ids, lambda kind: 0)
+      new = as_keys(states_BxC)
+      kv, _ = cache_lib.store(cache.kv[0][0], (new, new), 0, target["global"])
+      cache = cache.replace(kv=((kv,),))
     table = jnp.pad(variables["params"]["table"], ((0, 1), (0, 0)))  # uniform after the end.
     return table[states_BxC], cache
 
@@ -97,7 +109,7 @@ def enumerate_rollout(
 ) -> Rollout:
   """Every response to every prompt as a `Rollout`, scored by the product's code. Jittable.
 
-  policy, sft, ref: variables of `model`. `decode_logp` repeats `policy_logp`.
+  policy, sft, ref: variables of `model`.
   """
   y = model.mdp.responses
   tokens = np.concatenate([model.mdp.vocab_size + y.prompts_Y[:, None], y.tokens_YxT], axis=1)
@@ -120,8 +132,8 @@ def enumerate_rollout(
       policy_logp=policy_out.logp * mask,
       sft_logp=sft_out.logp * mask,
       ref_logp=ref_out.logp * mask,
-      decode_logp=policy_out.logp * mask,
       entropy=policy_out.entropy * mask,
+      decode_steps=jnp.zeros((), jnp.int32),
   )
 
 

@@ -5,7 +5,6 @@
     state, metrics = train_step(state, batch)
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -216,18 +215,21 @@ def make_train_step(
     safe = jnp.where(weight == 0, 1.0, weight)
     grads = jax.tree.map(lambda g: g / safe.astype(g.dtype), grads)
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
     finite = jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
-    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-    state = state.replace(
-        step=state.step + 1,
-        trainable=keep(trainable, state.trainable),
-        opt_state=keep(opt_state, state.opt_state),
+
+    def average(old, new):
+      return (ema_decay * old + (1.0 - ema_decay) * new).astype(old.dtype)
+
+    def apply(trainable, opt_state, ema):
+      updates, opt_state = optimizer.update(grads, opt_state, trainable)
+      trainable = optax.apply_updates(trainable, updates)
+      return trainable, opt_state, jax.tree.map(average, ema, trainable) if ema_decay else ema
+
+    # A branch, not a where over new and old: that would need both at once.
+    trainable, opt_state, ema = jax.lax.cond(
+        finite, apply, lambda *old: old, state.trainable, state.opt_state, state.ema
     )
-    if ema_decay:
-      average = lambda old, new: (ema_decay * old + (1.0 - ema_decay) * new).astype(old.dtype)
-      state = state.replace(ema=keep(jax.tree.map(average, state.ema, state.trainable), state.ema))
+    state = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, ema=ema)
     out = {"loss": loss_sum / safe, "grad_norm": grad_norm, "skipped": 1.0 - finite}
     return state, {**reduce_metrics(metrics), **out}
 

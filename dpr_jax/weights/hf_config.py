@@ -250,6 +250,7 @@ def canonical(cfg: ModelConfig) -> ModelConfig:
       query_scale=0.0 if default_scale else cfg.query_scale,
       dtype="float32",
       remat="none",
+      attention="auto",
   )
 
 

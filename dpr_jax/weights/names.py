@@ -73,7 +73,7 @@ class TensorSpec:
 @functools.lru_cache(maxsize=8)
 def abstract_params(cfg: ModelConfig) -> Any:
   """Shapes of the parameters, boxed with their logical axes; nothing is allocated."""
-  cfg = dataclasses.replace(cfg, remat="none")
+  cfg = dataclasses.replace(cfg, remat="none", attention="xla")
   return jax.eval_shape(lambda key: init_variables(cfg, key), jax.random.key(0))["params"]
 
 

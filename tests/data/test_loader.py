@@ -46,7 +46,7 @@ def sft_maker(**kwargs):
 
 
 def prompt_maker(**kwargs):
-  return prompt_batches(make_token_prompts(21), 8, 8, samples_per_prompt=2, **kwargs)
+  return prompt_batches(make_token_prompts(21), 8, 8, **kwargs)
 
 
 @pytest.mark.parametrize("maker", [sft_maker, prompt_maker])
@@ -122,13 +122,11 @@ def test_rows_are_handed_over_whole():
     np.testing.assert_array_equal(batch.loss_mask, rows.loss_mask[index])
 
 
-def test_samples_of_a_prompt_are_adjacent():
+def test_prompts_are_handed_over_whole():
   prompts = make_token_prompts(11)
-  batches = prompt_batches(prompts, 16, 8, seed=3, samples_per_prompt=4)
+  batches = prompt_batches(prompts, 4, 8, seed=3)
   for step in range(6):
     index, batch = batches.item_indices(step), next(batches)
-    groups = index.reshape(4, 4)
-    assert (groups == groups[:, :1]).all()
     for row, i in enumerate(index):
       n = batch.lengths[row]
       assert n == len(prompts[i])
@@ -166,8 +164,6 @@ def test_make_prompts():
 @pytest.mark.parametrize("kwargs, pattern", [
   ({"batch_size": 0}, "batch_size=0 must be at least 1"),
   ({"batch_size": -4}, "batch_size=-4 must be at least 1"),
-  ({"batch_size": 6, "repeats": 4}, "batch_size=6 must be a multiple of samples_per_prompt=4"),
-  ({"batch_size": 6, "repeats": 0}, "samples_per_prompt=0"),
   ({"batch_size": 4, "n_items": 0}, "no data to make batches from"),
   ({"batch_size": 4, "seed": -1}, "seed=-1 must be at least 0"),
   ({"batch_size": 4, "start_step": -1}, "next_step"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -60,6 +61,19 @@ def test_ref_equal_to_sft_scores_zero(finished_run, tmp_path):
        f"--output={scored}")
   assert lines(scored)[0]["token_rewards"] == [0.0, 0.0, 0.0]
   assert lines(scored)[0]["logp_sft"][0] < 0
+
+
+def test_a_run_of_another_platform_is_read_here(finished_run, tmp_path):
+  workdir, elsewhere, scored = finished_run[0], tmp_path / "gpu", tmp_path / "out.jsonl"
+  shutil.copytree(workdir, elsewhere)
+  record = json.loads((elsewhere / "config.json").read_text())
+  record["model"]["config"]["attention"] = record["config"]["model"]["attention"] = "cudnn"
+  (elsewhere / "config.json").write_text(json.dumps(record))
+  source = tmp_path / "in.jsonl"
+  source.write_text('{"prompt": "sort ba", "response": "ab"}\n')
+  call(score, f"--sft={elsewhere}/sft", f"--ref={workdir}/sft", f"--input={source}",
+       f"--output={scored}")
+  assert lines(scored)[0]["reward"] == 0.0
 
 
 def test_export_is_the_same_model(finished_run, prompts, tmp_path):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from dpr_jax import sharding
-from dpr_jax.evals.responses import respond, response_text
+from dpr_jax.errors import UserError
+from dpr_jax.evals.responses import prompt_width, respond, response_text
 from dpr_jax.evals.scoring import response_logps, score_record, score_responses
 from dpr_jax.rollout.sampler import Sampling
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
@@ -47,15 +48,15 @@ def test_scores_of_ragged_responses(mesh, make_model, rng):
 
 def test_greedy_responses_do_not_depend_on_the_batch(mesh, make_model, rng):
   model, variables = make_model(3)
-  prompts = ragged(rng, 5, 1, 9)
+  prompts = ragged(rng, 19, 1, 9)  # a wave of 16 and one of 3.
   how = dict(mesh=mesh, prompt_length=10, max_new_tokens=6, stop_ids=STOP)
   how["sampling"] = Sampling(temperature=0)
   seen = []
   together = respond(
       model, (variables,), prompts, jax.random.key(0), batch_size=4, on_batch=seen.append, **how
   )
-  assert seen == [4, 1]
-  for prompt, response in zip(prompts, together, strict=True):
+  assert seen == [16, 3]
+  for prompt, response in list(zip(prompts, together, strict=True))[::3]:
     (alone,) = respond(model, (variables,), [prompt], jax.random.key(9), batch_size=4, **how)
     np.testing.assert_array_equal(alone.tokens, response.tokens)
     assert alone.hit_eos == response.hit_eos == (response.tokens[-1] in STOP)
@@ -85,3 +86,10 @@ def test_a_record_sums_to_the_log_ratio(mesh, make_model, rng):
   )
   assert record["reward"] == pytest.approx(expected, abs=1e-3)
   assert len(record["tokens"]) == len(record["token_rewards"]) == 6
+
+
+def test_prompts_get_one_of_few_widths():
+  assert {prompt_width(n, 100) for n in range(101)} == {25, 50, 75, 100}
+  assert all(n <= prompt_width(n, 7) <= 7 for n in range(8))
+  with pytest.raises(UserError, match="101 tokens; data.prompt_length=100"):
+    prompt_width(101, 100)

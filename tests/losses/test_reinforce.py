@@ -34,8 +34,8 @@ def _rollout(rng, batch=6, p=3, n=4, vocab=5):
       tokens=rng.integers(0, vocab, (batch, p + n)).astype(np.int32),
       segment_ids=segments.astype(np.int32), prompt_lengths=prompts, lengths=lengths,
       hit_eos=(lengths > 0) & (rng.random(batch) < 0.5), mask=mask, rewards=garbage(),
-      policy_logp=garbage(), sft_logp=garbage(), ref_logp=garbage(), decode_logp=garbage(),
-      entropy=garbage(),
+      policy_logp=garbage(), sft_logp=garbage(), ref_logp=garbage(), entropy=garbage(),
+      decode_steps=np.int32(n),
   )
 
 
@@ -91,7 +91,7 @@ def test_truncated_rollouts_are_kept_or_masked(rng):
   masked, _ = reinforce_batch(r, beta=1.0, truncated="mask", baseline="position_mean")
   np.testing.assert_array_equal(masked.mask, r.mask * r.hit_eos[:, None])
   # A masked row does not even move the baseline of the others.
-  only = jax.tree.map(lambda x: x[r.hit_eos], r)
+  only = jax.tree.map(lambda x: x[r.hit_eos], r.replace(decode_steps=None))
   alone, _ = reinforce_batch(only, beta=1.0, baseline="position_mean")
   np.testing.assert_allclose(
       np.asarray(masked.advantages)[r.hit_eos], alone.advantages, atol=1e-5
@@ -126,15 +126,19 @@ def test_normalisers(make_model, rng):
   assert len(set(sums)) == 1
 
 
-def test_drift_is_the_mean_gap_to_the_behaviour(make_model, rng):
+def test_drift_and_gap_are_means_over_tokens(make_model, rng):
   model, variables = make_model(int(rng.integers(1 << 30)), vocab_size=5, num_layers=1)
   batch, _ = reinforce_batch(_rollout(rng), beta=0.5)
   out = token_logprobs(model, variables, batch.tokens, batch.segment_ids, start=3)
-  behaviour = np.where(batch.mask > 0, np.asarray(out.logp) - 0.25, np.nan)
-  total, weight = make_reinforce_loss(model)(
+  off = rng.normal(size=batch.mask.shape)
+  behaviour = np.where(batch.mask > 0, np.asarray(out.logp) - off, np.nan).astype(np.float32)
+  metrics = make_reinforce_loss(model)(
       variables, batch.replace(behaviour_logp=behaviour), None
-  )[2]["on_policy_drift"]
-  assert float(total) / float(weight) == pytest.approx(0.25, abs=1e-5)
+  )[2]
+  on = np.asarray(batch.mask) > 0
+  for name, expected in (("on_policy_drift", off[on]), ("decode_gap", np.abs(off[on]))):
+    total, weight = metrics[name]
+    assert float(total) / float(weight) == pytest.approx(expected.mean(), abs=1e-5)
 
 
 def test_advantages_are_constants_for_the_gradient(make_model, rng):
@@ -194,8 +198,8 @@ def enumeration(make_model, rng):
       tokens=tokens, segment_ids=segments, prompt_lengths=np.full(15, 2, np.int32),
       lengths=lengths, hit_eos=np.array([y[-1] == EOS for y in responses]), mask=mask,
       rewards=scored["sft"] - scored["ref"], policy_logp=scored["policy"],
-      sft_logp=scored["sft"], ref_logp=scored["ref"], decode_logp=scored["policy"],
-      entropy=np.zeros_like(mask),
+      sft_logp=scored["sft"], ref_logp=scored["ref"], entropy=np.zeros_like(mask),
+      decode_steps=np.int32(0),
   )
   return model, policy, rollout, logp
 

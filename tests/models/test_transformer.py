@@ -178,3 +178,33 @@ def test_config_round_trips_and_refuses_what_it_cannot_mean():
   ):
     with pytest.raises(ValueError, match=next(iter(bad)) if len(bad) == 1 else "num_heads"):
       ModelConfig(**bad)
+
+
+@pytest.mark.parametrize("new", [8, 2])
+def test_decoding_after_a_prefill_equals_the_full_forward(model, rng, new):
+  model, variables = model
+  prompts = (6, 2, 5, 1)
+  rows = _rows(rng, model, [p + new for p in prompts])
+  full = _alone(model, variables, rows)
+  tokens, segments = _layout([r[:p] for r, p in zip(rows, prompts)], 6, left=True)
+  prefill = jax.jit(lambda v, t, s: model.apply(v, t, s, slots=new, method="prefill"))
+  hidden, cache = prefill(variables, tokens, segments)
+  for b, p in enumerate(prompts):
+    np.testing.assert_allclose(hidden[b, 6 - p :], full[b][:p], atol=2e-5)
+  for t in range(new):
+    column = np.stack([r[p + t : p + t + 1] for r, p in zip(rows, prompts)])
+    hidden, cache = forward(model, variables, column, np.ones_like(column), cache)
+    for b, p in enumerate(prompts):
+      np.testing.assert_allclose(hidden[b, 0], full[b][p + t], atol=2e-5)
+
+
+def test_a_prefilled_cache_keeps_no_more_than_the_window_of_local_layers(make_model):
+  model, variables = make_model(
+      0, num_layers=3, layer_pattern=("local", "local", "global"), window=4
+  )
+  tokens = np.ones((2, 9), np.int32)
+  _, cache = jax.eval_shape(
+      lambda v, t: model.apply(v, t, t, slots=5, method="prefill"), variables, tokens
+  )
+  slots = [[kv[0].shape[2] for kv in group] for group in cache.kv]
+  assert slots == [[4, 4, 14]]

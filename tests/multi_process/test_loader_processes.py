@@ -48,7 +48,7 @@ def sft(step):
 
 
 def prompt(step):
-  return prompt_batches(prompts, 8, 48, seed=5, start_step=step, samples_per_prompt=2)
+  return prompt_batches(prompts, 8, 48, seed=5, start_step=step)
 
 
 out = {"sft": globally(sft(0), 5), "prompt": globally(prompt(0), 5)}

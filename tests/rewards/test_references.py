@@ -2,21 +2,17 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dpr_jax.config import default_config, resolve
 from dpr_jax.errors import UserError
-from dpr_jax.models import token_logprobs
-from dpr_jax.rewards import baseline_relative
 from dpr_jax.rewards.references import (
     Member,
     candidate_fractions,
     combine_logps,
     milestone_steps,
-    reference_logps,
     reference_members,
     reference_step,
     reference_steps,
@@ -87,25 +83,3 @@ def test_ensembles_equal_sums_of_probabilities_and_means(rng, members):
   assert (mixture >= mean - 1e-6).all()  # Jensen.
   with pytest.raises(ValueError, match="median"):
     combine_logps(logps, "median")
-
-
-@pytest.mark.usefixtures("light_compilation")
-def test_rewards_of_an_ensemble_of_models(make_model, rng):
-  """mean_logp is the mean of the members' rewards; logmeanexp mixes their probabilities."""
-  seeds = [int(s) for s in rng.integers(0, 1 << 30, 3)]
-  made = [make_model(s, vocab_size=7, num_layers=1) for s in seeds]
-  model, (sft, *refs) = made[0][0], [variables for _, variables in made]
-  tokens = rng.integers(0, 7, (3, 6)).astype(np.int32)
-  mask = np.ones((3, 6), np.float32)
-  mask[:, 0] = 0.0
-  score = jax.jit(lambda variables: token_logprobs(model, variables, tokens).logp)
-  alone = [np.asarray(score(r), np.float64) for r in refs]
-  own = np.asarray(score(sft))
-  for how, expected in (
-      ("mean_logp", own - np.mean(alone, axis=0)),
-      ("logmeanexp", own - np.log(np.mean(np.exp(alone), axis=0))),
-  ):
-    got = baseline_relative(own, reference_logps(score, tuple(refs), how), mask)
-    np.testing.assert_allclose(np.asarray(got), np.where(mask > 0, expected, 0.0), atol=1e-5)
-  single = reference_logps(score, refs[0], "")
-  np.testing.assert_array_equal(single, score(refs[0]))

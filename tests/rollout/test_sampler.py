@@ -17,7 +17,8 @@ LENGTHS = (5, 2, 0, 3, 1, 4)
 
 sample = jax.jit(
     generate, static_argnums=0,
-    static_argnames=("max_new_tokens", "stop_ids", "sampling", "weights"),
+    static_argnames=("max_new_tokens", "stop_ids", "sampling", "weights", "samples_per_prompt",
+                     "slots", "refill", "with_entropy"),
 )
 
 
@@ -121,7 +122,7 @@ def test_decoding_stops_when_every_row_is_done(make_model, rng):
     cfg = model.cfg
 
     def apply(self, variables, *args, **kwargs):
-      if "method" not in kwargs:
+      if kwargs.get("method") != "unembed":
         jax.debug.callback(lambda: calls.append(1))
       return model.apply(variables, *args, **kwargs)
 
@@ -211,7 +212,8 @@ def test_frequencies_follow_the_softmax(sampling):
   """Chi-square at fixed seeds; its 0.999 quantile at 5 degrees of freedom is 20.5."""
   logits = np.array([1.0, -0.5, 0.3, 0.0, -1.5, 0.8], np.float32)
   draws = 60_000
-  tokens = draw(jnp.broadcast_to(logits, (draws, 6)), jax.random.key(11), sampling)
+  keys = jax.random.split(jax.random.key(11), draws)
+  tokens = draw(jnp.broadcast_to(logits, (draws, 6)), keys, sampling)
   count = np.bincount(np.asarray(tokens), minlength=6)
   p = np.exp(logits / sampling.temperature)
   if sampling.top_k:
@@ -249,3 +251,62 @@ def test_sampled_sequences_follow_the_exact_distribution(make_model):
 def test_impossible_sampling_is_refused(bad):
   with pytest.raises(ValueError, match=next(iter(bad))):
     Sampling(**bad)
+
+
+@pytest.mark.parametrize("fields", [{}, dict(layer_pattern=("local", "global"), window=3),
+                                    dict(layer_pattern=("local",), window=8)],
+                         ids=["global", "windowed", "wide_window"])
+@pytest.mark.parametrize("slots,samples,refill", [(2, 1, 0.5), (3, 2, 0.01), (1, 3, 1.0),
+                                                  (5, 2, 1.0)])
+def test_a_queue_draws_what_the_plain_batch_draws(make_model, rng, fields, slots, samples, refill):
+  """Refilled slots, whatever their number: a row depends on its key and its prompt alone."""
+  model, variables = make_model(int(rng.integers(1 << 30)), **fields)
+  prompts = _prompts(rng)
+  key = jax.random.key(int(rng.integers(1 << 30)))
+  how = dict(max_new_tokens=N, stop_ids=(3, 8, 15, 22), samples_per_prompt=samples,
+             with_entropy=True)
+  plain = sample(model, (variables,), prompts, key, **how)
+  queue = sample(model, (variables,), prompts, key, slots=slots, refill=refill, **how)
+  for name in ("tokens", "segment_ids", "lengths", "hit_eos"):
+    np.testing.assert_array_equal(getattr(queue, name), getattr(plain, name), name)
+  np.testing.assert_allclose(queue.logp, plain.logp, atol=2e-5)
+  np.testing.assert_allclose(queue.entropy, plain.entropy, atol=2e-5)
+  assert len(set(np.asarray(plain.lengths))) > 2  # of different lengths, so that slots get free.
+  # All tokens but each row's first take a step of a slot.
+  fed = np.maximum(np.asarray(plain.lengths) - 1, 0)
+  assert fed.sum() / slots <= int(queue.steps) <= fed.sum()
+  assert int(plain.steps) == fed.max()
+
+
+def test_samples_of_a_prompt_differ_and_share_one_prefill(make_model, rng):
+  model, variables = make_model(int(rng.integers(1 << 30)))
+  widths = []
+
+  class Counted:
+    cfg = model.cfg
+
+    def apply(self, variables, tokens, *args, **kwargs):
+      if kwargs.get("method") == "prefill":
+        widths.append(tokens.shape)
+      return model.apply(variables, tokens, *args, **kwargs)
+
+  prompts = _prompts(rng)
+  out = jax.jit(lambda key: generate(
+      Counted(), (variables,), prompts, key, max_new_tokens=N, stop_ids=(1, 2),
+      samples_per_prompt=4))(jax.random.key(3))
+  assert widths == [(len(LENGTHS), P)]
+  rows = np.asarray(out.tokens).reshape(len(LENGTHS), 4, P + N)
+  assert (rows[:, :, :P] == rows[:, :1, :P]).all()
+  assert len({tuple(r) for r in rows[0, :, P:]}) > 1
+  scored = token_logprobs(model, variables, out.tokens, out.segment_ids, start=P)
+  np.testing.assert_allclose(out.logp, np.where(out.mask > 0, scored.logp, 0.0), atol=1e-4)
+
+
+def test_entropy_is_that_of_the_distributions_drawn_from(make_model, rng):
+  model, variables = make_model(int(rng.integers(1 << 30)))
+  out = sample(model, (variables,), _prompts(rng), jax.random.key(2), max_new_tokens=N,
+               stop_ids=(1, 2), with_entropy=True)
+  scored = token_logprobs(model, variables, out.tokens, out.segment_ids, start=P,
+                          with_entropy=True)
+  np.testing.assert_allclose(out.entropy, np.where(out.mask > 0, scored.entropy, 0.0), atol=1e-4)
+  assert np.asarray(out.entropy).max() > 0.1

@@ -1,7 +1,6 @@
 """The DPR stage of a run with what its config can ask of the reward; on one SFT stage."""
 
 import dataclasses
-import inspect
 import shutil
 
 import jax
@@ -10,21 +9,12 @@ import pytest
 
 from dpr_jax import sharding
 from dpr_jax.config import default_config, resolve, shrink
-from dpr_jax.rollout import make_rollout_step
 from dpr_jax.stages.context import set_up
 from dpr_jax.stages.dpr import dpr_stage
 from dpr_jax.stages.sft import sft_stage
 from dpr_jax.training.metrics import read_metrics
 from dpr_jax.training.stopping import read_stopped
 from dpr_jax.workdir import Workdir
-
-_SCORING = inspect.signature(make_rollout_step).parameters
-needs_ensembles = pytest.mark.skipif(
-    "ensemble" not in _SCORING, reason="make_rollout_step scores one reference"
-)
-needs_expectations = pytest.mark.skipif(
-    "with_expected_rewards" not in _SCORING, reason="make_rollout_step gives no expected rewards"
-)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +75,6 @@ def test_a_budget_ends_the_stage(dpr):
   assert dpr.stopped["step"] == len(lines) < 3 and "kl_budget" in dpr.stopped["reason"]
 
 
-@needs_ensembles
 def test_an_ensemble_rewards_like_its_members(dpr):
   """At the first step the policy is sft: the same samples, whatever the reference."""
   alone = [dpr({"fraction": f})[0]["reward"] for f in (0.1, 0.5)]
@@ -96,7 +85,6 @@ def test_an_ensemble_rewards_like_its_members(dpr):
   assert min(alone) - np.log(2) * 6 < mixture < mean
 
 
-@needs_expectations
 def test_centring_leaves_no_mean_reward(dpr):
   """The sum of r - E r has mean 0: over the batch it is small beside the reward."""
   plain = dpr({"fraction": 0.1}, batch_size=512, steps=1)[0]

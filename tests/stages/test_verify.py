@@ -19,6 +19,7 @@ from dpr_jax.weights.byte_tokenizer import byte_tokenizer
 def test_right_answers_score_one_whatever_the_step(rng, samples_per_prompt):
   config = shrink(default_config())
   config.data.tasks = ("add", "sort")
+  config.dpr.samples_per_prompt = samples_per_prompt
   config = resolve(config)
   tokenizer = byte_tokenizer()
   data = build_dataset(config.data, tokenizer, seed=3)
@@ -28,15 +29,15 @@ def test_right_answers_score_one_whatever_the_step(rng, samples_per_prompt):
       config=config, data=data, tokenizer=tokenizer, stop_ids=(stop,), mesh=mesh
   )
   batches = prompt_batches(
-      data.prompts.tokens, 8, config.data.prompt_length, 3, samples_per_prompt=samples_per_prompt
+      data.prompts.tokens, 8 // samples_per_prompt, config.data.prompt_length, 3
   )
   verify = _make_verify(run, batches)
   width, new = config.data.prompt_length, 24
   for step in rng.integers(0, 200, 3).tolist():
     tokens = np.zeros((8, width + new), np.int32)
     lengths, right = np.zeros(8, np.int32), rng.random(8) < 0.5
-    for row, i in enumerate(batches.item_indices(step)):
-      demo = data.prompts.demos[i]
+    for row in range(8):  # Samples of a prompt stand in adjacent rows.
+      demo = data.prompts.demos[batches.item_indices(step)[row // samples_per_prompt]]
       response = encode_response(demo.response, demo.prompt, tokenizer)
       assert response[-1] == stop
       if not right[row]:

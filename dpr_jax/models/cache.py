@@ -1,0 +1,259 @@
+"""The KV cache: keys and values of the tokens seen so far, in slots shared by all rows.
+
+A step writes the same slot of every row, so the write is one slice with one index, on any
+mesh. Slots are reused in turn (a ring): row b's token of rank r stands wherever it was
+written, and `ranks` says where. A query sees the slots whose rank is at most its own and, in
+a local layer, less than `window` below it; so a hole, a prompt put into a row later than its
+neighbours', or a ring that went round are all the same case.
+
+A prefilled cache keeps the prompt in the first P slots, for ever, and rings through the N
+behind it; a local layer whose window is shorter than P + N rings through `window` slots.
+
+Dims: R repeats of a layer in its scan, B rows, S slots, K KV heads, H head_dim, P prompt
+columns, N new tokens at most, T tokens of a step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dpr_jax.models.config import LOCAL, ModelConfig
+from dpr_jax.sharding import constrain
+
+
+@struct.dataclass
+class Slots:
+  """The slots of one kind of layer."""
+
+  ranks: jax.Array  # int32 [B, S], how many tokens of its row came before; -1 where empty.
+  fixed: int = struct.field(pytree_node=False, default=0)  # first slots, outside of the ring.
+
+  def at(self, column: jax.Array) -> jax.Array:
+    """The slot of the `column`-th token written after the prefill."""
+    return self.fixed + column % (self.ranks.shape[1] - self.fixed)
+
+
+@struct.dataclass
+class Cache:
+  """See the module docstring."""
+
+  kv: Any  # tuple over groups of tuples over layers: (keys, values), [R, B, S, K, H] each.
+  slots: dict[str, Slots]  # by kind of layer.
+  lengths: jax.Array  # int32 [B], tokens stored; the next token's rank and position.
+  index: jax.Array  # int32 [], columns written since the prefill.
+
+  def repeat(self, n: int) -> "Cache":
+    """Every row n times, adjacent: samples of one prompt share its prefill."""
+    if n == 1:
+      return self
+    rows = lambda x, axis: jnp.repeat(x, n, axis=axis)
+    return self.replace(
+        kv=jax.tree.map(lambda x: _constrain_kv(rows(x, 1)), self.kv),
+        slots=jax.tree.map(lambda x: rows(x, 0), self.slots),
+        lengths=rows(self.lengths, 0),
+    )
+
+
+def _constrain_kv(x: jax.Array) -> jax.Array:
+  return constrain(x, "layers", "batch", "sequence", "kv_heads", "head_dim")
+
+
+def layout(cfg: ModelConfig, kind: str, prompt: int, new: int) -> tuple[int, int]:
+  """(slots, fixed) of a kind of layer that is to hold P prompt columns and N new ones."""
+  if kind == LOCAL and cfg.window < prompt + new:
+    return cfg.window, 0
+  return prompt + new, prompt
+
+
+def init_cache(cfg: ModelConfig, batch_size: int, new: int, prompt: int | None = None) -> Cache:
+  """An empty cache.
+
+  Args:
+    new: slots of the ring; beyond them the oldest token is overwritten.
+    prompt: columns of the prompts that `admit` will put in, and then local layers have their
+      window only. None: all layers have `new` slots.
+  """
+
+  def shape(kind):
+    return (new, 0) if prompt is None else layout(cfg, kind, prompt, new)
+
+  def pair(repeats, kind):
+    dims = (repeats, batch_size, shape(kind)[0], cfg.num_kv_heads, cfg.head_dim)
+    return tuple(_constrain_kv(jnp.zeros(dims, cfg.dtype)) for _ in range(2))
+
+  def slots(kind):
+    n, fixed = shape(kind)
+    return Slots(constrain(jnp.full((batch_size, n), -1, jnp.int32), "batch", "sequence"), fixed)
+
+  return Cache(
+      kv=tuple(tuple(pair(r, kind) for kind in pattern) for pattern, r in cfg.groups),
+      slots={kind: slots(kind) for kind in sorted(set(cfg.layer_pattern))},
+      lengths=jnp.zeros((batch_size,), jnp.int32),
+      index=jnp.zeros((), jnp.int32),
+  )
+
+
+def from_prefill(cfg: ModelConfig, made: Any, segment_ids_BxP: jax.Array, new: int) -> Cache:
+  """The cache after right-aligned prompts.
+
+  Args:
+    made: keys and values of the prompts, as `Cache.kv` with P slots.
+    new: tokens N that will be decoded at most; 0 for prompts that `admit` will copy.
+  """
+  prompt = segment_ids_BxP.shape[1]
+  present = segment_ids_BxP != 0
+  ranks_BxP = jnp.where(present, jnp.cumsum(present, axis=1, dtype=jnp.int32) - 1, -1)
+
+  def lay_out(x, kind, axis, fill):
+    n, fixed = layout(cfg, kind, prompt, new)
+    if fixed:  # [prompt | ring of N]
+      return _pad(x, axis, 0, new, fill)
+    tail = jax.lax.slice_in_dim(x, max(prompt - n, 0), prompt, axis=axis)
+    return _pad(tail, axis, n - tail.shape[axis], 0, fill)  # The oldest is overwritten first.
+
+  def pair(kv, kind):
+    return tuple(_constrain_kv(lay_out(x, kind, 2, 0)) for x in kv)
+
+  def slots(kind):
+    ranks = constrain(lay_out(ranks_BxP, kind, 1, -1), "batch", "sequence")
+    return Slots(ranks, layout(cfg, kind, prompt, new)[1])
+
+  return Cache(
+      kv=tuple(
+          tuple(pair(kv, kind) for kv, kind in zip(group, pattern, strict=True))
+          for group, (pattern, _) in zip(made, cfg.groups, strict=True)
+      ),
+      slots={kind: slots(kind) for kind in sorted(set(cfg.layer_pattern))},
+      lengths=jnp.sum(present, axis=1, dtype=jnp.int32),
+      index=jnp.zeros((), jnp.int32),
+  )
+
+
+def admit(
+    cfg: ModelConfig,
+    cache: Cache,
+    prompts: Cache,
+    take: Callable[[jax.Array, int], jax.Array],
+    new_B: jax.Array,
+) -> Cache:
+  """Puts prefilled prompts into rows of a running cache, in place of what was there.
+
+  Args:
+    cache: from `init_cache` with the prompts' columns.
+    prompts: from `from_prefill` with new=0; its rows are not those of `cache`.
+    take: (array, axis of its prompts) -> the array with the B rows of `cache` on that axis.
+    new_B: bool [B], the rows that get a prompt; what `take` gives for others is not used.
+  """
+
+  def put(x, source, kind, axis, fill):
+    n, fixed = x.shape[axis], cache.slots[kind].fixed
+    source = take(source, axis - 1)
+    new = jnp.expand_dims(new_B, tuple(i for i in range(x.ndim) if i != axis - 1))
+    if fixed:
+      old = jax.lax.slice_in_dim(x, 0, fixed, axis=axis)
+      return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(new, source, old), 0, axis)
+    # Behind each other in the ring, the last just before the slot that is written next.
+    source = _pad(source, axis, n - source.shape[axis], 0, fill)
+    return jnp.where(new, jnp.roll(source, cache.index % n, axis=axis), x)
+
+  def ranks(kind):
+    slots = cache.slots[kind]
+    emptied = jnp.where(new_B[:, None], -1, slots.ranks)
+    return slots.replace(ranks=put(emptied, prompts.slots[kind].ranks, kind, 1, -1))
+
+  kv = tuple(
+      tuple(
+          tuple(_constrain_kv(put(x, y, kind, 2, 0)) for x, y in zip(*pair, strict=True))
+          for *pair, kind in zip(group, source, pattern, strict=True)
+      )
+      for group, source, (pattern, _) in zip(cache.kv, prompts.kv, cfg.groups, strict=True)
+  )
+  return cache.replace(
+      kv=kv,
+      slots={kind: ranks(kind) for kind in cache.slots},
+      lengths=jnp.where(new_B, take(prompts.lengths, 0), cache.lengths),
+  )
+
+
+def _pad(x, axis, before, after, fill):
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (before, after)
+  return jnp.pad(x, widths, constant_values=fill)
+
+
+def advance(
+    cache: Cache, segment_ids_BxT: jax.Array, window_of: Callable[[str], int]
+) -> tuple[Cache, dict[str, jax.Array], dict[str, jax.Array]]:
+  """Room for T more tokens a row; a token of segment 0 is not stored.
+
+  Returns:
+    (cache without the new keys and values, the slots they go to by kind, int32 [T], and which
+    slots each query sees by kind, bool [B, 1, T, S] for T = 1, else [B, 1, T, S + T]: the new
+    tokens stand behind the old, see `store`).
+  """
+  tokens = segment_ids_BxT.shape[1]
+  alive = segment_ids_BxT != 0
+  rank_BxT = cache.lengths[:, None] + jnp.cumsum(alive, axis=1, dtype=jnp.int32) - 1
+  rank_BxT = jnp.where(alive, rank_BxT, -1)
+  column_T = cache.index + jnp.arange(tokens, dtype=jnp.int32)
+  new_slots, targets, masks = {}, {}, {}
+  for kind, slots in cache.slots.items():
+    targets[kind] = slots.at(column_T)
+    # A view of a ring cannot hold more columns than it has: the last ones stay.
+    kept = min(tokens, slots.ranks.shape[1] - slots.fixed)
+    ranks = _write(slots.ranks, rank_BxT[:, -kept:], targets[kind][-kept:], axis=1)
+    new_slots[kind] = slots.replace(ranks=ranks)
+    seen_BxS = ranks if tokens == 1 else jnp.concatenate([slots.ranks, rank_BxT], axis=1)
+    mask = (seen_BxS >= 0)[:, None, :] & (seen_BxS[:, None, :] <= rank_BxT[:, :, None])
+    if window_of(kind):
+      mask &= rank_BxT[:, :, None] - seen_BxS[:, None, :] < window_of(kind)
+    masks[kind] = mask[:, None]
+  lengths = cache.lengths + jnp.sum(alive, axis=1, dtype=jnp.int32)
+  cache = cache.replace(slots=new_slots, lengths=lengths, index=cache.index + tokens)
+  return cache, targets, masks
+
+
+def _write(x, new, slot_T, axis):
+  """x with new at the slots of `axis`: one slice for one token, a scatter for several."""
+  if new.shape[axis] == 1:
+    return jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), slot_T[0], axis)
+  at = (slice(None),) * axis + (slot_T,)
+  return x.at[at].set(new.astype(x.dtype), unique_indices=True)
+
+
+def store(kv: Any, new: Any, layer: jax.Array, slot_T: jax.Array) -> tuple[Any, Any]:
+  """Writes new keys and values of one layer, and returns what its queries look at.
+
+  The cache of all repeats is carried through the scan over layers and written in place: only
+  the new slots are stored, and no copy of the other layers is made.
+
+  Args:
+    kv: (keys, values), [R, B, S, K, H].
+    new: (keys, values), [B, T, K, H].
+    layer: int32 [], which of the R.
+    slot_T: int32 [T], from `advance`.
+
+  Returns:
+    (kv, (keys, values) to attend to). One token is written first and reads the slots. Several
+    read the slots as they were, and each other behind them: in a ring, the last of them may
+    overwrite what the first still sees.
+  """
+  one = slot_T.shape[0] == 1
+  read = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+  out, seen = [], []
+  for x, y in zip(kv, new, strict=True):
+    if one:
+      at = (layer, 0, slot_T[0], 0, 0)
+      x = jax.lax.dynamic_update_slice(x, y[None].astype(x.dtype), at)
+      seen.append(read(x))
+    else:
+      before = read(x)
+      seen.append(jnp.concatenate([before, y.astype(x.dtype)], axis=1))
+      kept = min(y.shape[1], x.shape[2])
+      after = _write(before, y[:, -kept:], slot_T[-kept:], axis=1)
+      x = jax.lax.dynamic_update_index_in_dim(x, after, layer, 0)
+    out.append(x)
+  return tuple(out), tuple(seen)
