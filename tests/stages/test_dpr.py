@@ -88,6 +88,7 @@ def test_an_ensemble_rewards_like_its_members(dpr):
   assert min(alone) - np.log(2) * 6 < mixture < mean
 
 
+@pytest.mark.slow
 def test_centring_leaves_no_mean_reward(dpr):
   """The sum of r - E r has mean 0: over the batch it is small beside the reward."""
   plain = dpr({"fraction": 0.1}, batch_size=256, steps=1)[0]
