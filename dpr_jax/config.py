@@ -19,6 +19,8 @@ import ml_collections
 from dpr_jax.errors import UserError
 from dpr_jax.models.config import ATTENTION, ModelConfig
 from dpr_jax.models.lora import LoRA
+from dpr_jax.rewards import transforms
+from dpr_jax.rewards.references import ENSEMBLES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +92,16 @@ class SFTSection:
 class ReferenceSection:
   """Which checkpoint is pi_ref."""
 
-  kind: str = "midrun"  # midrun: a milestone of the SFT run | half_data: a run of its own.
+  # midrun: a milestone of the SFT run | half_data: a run of its own | ema: the moving average of
+  # the SFT weights | ensemble_logmeanexp, ensemble_mean_logp: several milestones as one.
+  kind: str = "midrun"
   # midrun: of the SFT steps, among sft.milestones; half_data: of the training demonstrations.
   fraction: float = 0.5
+  fractions: tuple[float, ...] = (0.25, 0.5)  # of the ensembles' members, among sft.milestones.
+  ema_decay: float = 0.99  # of the moving average a step; it lags decay / (1 - decay) steps.
+  # none | validation | snr: how midrun's fraction is chosen among sft.milestones.
+  select: str = "none"
+  num_prompts: int = 64  # training prompts on which references are measured; 0 measures nothing.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +118,13 @@ class DPRSection:
   top_k: int = 0  # 0 keeps all.
   top_p: float = 1.0
   reward: str = "baseline_relative"  # baseline_relative | log_likelihood | endogenous.
-  clip: float = 0.0  # clip token rewards to [-clip, clip] nats; 0 does not clip.
+  # Ordered: scale:FACTOR | clip:NATS | clip:LOW:HIGH | zscore | mask_unsure:NATS | centre.
+  transforms: tuple[str, ...] = ()
+  verifier_weight: float = 0.0  # share of eval.verifier's score, on the last token, in the reward.
   beta: float = 1.0  # weight of the KL to SFT; 1 / beta is the extrapolation strength.
+  target_kl: float = 0.0  # nats a response; steers beta, which starts as above; 0 keeps it fixed.
+  beta_gain: float = 0.1  # of that control; a step changes beta by at most 0.2 of it.
+  kl_budget: float = 0.0  # nats a response; the stage ends where the mean KL exceeds it; 0: never.
   beta_ref: float = 0.0  # weight of a KL to ref as well.
   gamma: float = 1.0  # discount.
   returns: str = "reward_to_go"  # reward_to_go | full_return | per_token.
@@ -219,7 +233,8 @@ _CHOICES = {
     "data.train_on": ("all", "last"),
     "data.overlong": ("drop", "truncate", "error"),
     "data.overlong_prompt": ("error", "drop"),
-    "reference.kind": ("midrun", "half_data"),
+    "reference.kind": ("midrun", "half_data", "ema", *ENSEMBLES),
+    "reference.select": ("none", "validation", "snr"),
     "baseline.gsil_kind": ("bernoulli", "brier", "hinge", "kliep", "lsif"),
     "dpr.reward": ("baseline_relative", "log_likelihood", "endogenous"),
     "dpr.returns": ("reward_to_go", "full_return", "per_token"),
@@ -261,7 +276,12 @@ _BOUNDS = {
     "baseline.spin_beta": (1e-6, None),
     "baseline.gsil_alpha": (1e-6, None),
     "dpr.gamma": (0, 1),
-    "dpr.clip": (0, None),
+    "dpr.verifier_weight": (0, 1),
+    "dpr.target_kl": (0, None),
+    "dpr.beta_gain": (0, 1),
+    "dpr.kl_budget": (0, None),
+    "reference.ema_decay": (0, 0.999999),
+    "reference.num_prompts": (0, None),
     "eval.num_prompts": (0, None),
     "eval.batch_size": (1, None),
     "eval.max_new_tokens": (1, None),
@@ -338,6 +358,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config.data.row_length, config.data.prompt_length = 64, 32
   config.data.num_demos, config.data.holdout = 400, 32
   config.sft.steps, config.sft.batch_size, config.sft.accumulation = 20, 8, 1
+  config.reference.num_prompts = 16
   config.dpr.steps, config.dpr.batch_size, config.dpr.accumulation = 4, 16, 1
   config.dpr.max_new_tokens = config.eval.max_new_tokens = 20
   config.eval.num_prompts, config.eval.batch_size, config.eval.heatmaps = 32, 16, 2
@@ -423,6 +444,7 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
         raise UserError(f"config.{field}: {name!r} is not one of {', '.join(known)}")
   if run.sweep.values and not run.sweep.field:
     raise UserError("config.sweep.values are given without config.sweep.field, such as dpr.beta")
+  _check_rewards(run)
   if run.dpr.beta == 0 and not run.eval.contrastive_alpha:
     raise UserError(
         "config.dpr.beta=0 has no matching strength 1 / beta for the decode-time controls; set "
@@ -446,6 +468,32 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
   if run.dpr.temperature == 0:
     raise UserError("config.dpr.temperature=0 never explores; use 1.0, the policy itself")
   return run
+
+
+def _check_rewards(run: RunConfig) -> None:
+  """Fields of the reward and of the reference that do not go together."""
+  section, reference = run.dpr, run.reference
+  transforms.parse(section.transforms)
+  rewards = {section.reward, *({"endogenous"} & set(run.baseline.names))}
+  if "centre" in section.transforms and "endogenous" in rewards:
+    # It holds V(s_{t+1}), which is known for the sampled token alone.
+    raise UserError("config.dpr.transforms: centre has no meaning for the endogenous reward "
+                    "(config.dpr.reward, config.baseline.names)")
+  if section.target_kl and not section.beta:
+    raise UserError(f"config.dpr.target_kl={section.target_kl} multiplies config.dpr.beta, which "
+                    "must be above 0")
+  if reference.kind == "ema" and not reference.ema_decay:
+    raise UserError("config.reference.ema_decay=0 averages nothing: ref would be sft, and every "
+                    "reward 0")
+  if reference.kind in ENSEMBLES and len(set(reference.fractions)) < 2:
+    raise UserError(f"config.reference.fractions={reference.fractions}: "
+                    f"config.reference.kind={reference.kind} needs at least two")
+  if reference.select != "none" and reference.kind != "midrun":
+    raise UserError(f"config.reference.select={reference.select} chooses among milestones; it "
+                    f"needs config.reference.kind=midrun, not {reference.kind}")
+  if reference.select != "none" and not reference.num_prompts:
+    raise UserError(f"config.reference.select={reference.select} needs "
+                    "config.reference.num_prompts of at least 1")
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:

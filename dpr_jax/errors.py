@@ -18,5 +18,9 @@ class Diverged(RuntimeError):
   """The loss or the gradient stopped being finite; the last checkpoint is from before."""
 
 
+class StageEnded(RuntimeError):
+  """An algorithm ends its stage before a step, for the reason given; that step was not made."""
+
+
 class Preempted(RuntimeError):
   """The machines were told to end (SIGTERM); a checkpoint of this step is saved."""

@@ -30,6 +30,7 @@ def parse_config(
   Raises:
     UserError: naming the flag or the field, and what would be right.
   """
+  argv = [_quote_transforms(arg) for arg in argv]
   values = flags.FlagValues()
   config = config_flags.DEFINE_config_file(
       "config", None, "A file of configs/, NAME.py or NAME.py:arg.", lock_config=True,
@@ -61,6 +62,17 @@ def parse_config(
     if values[name].value is None:
       raise UserError(f"--{name} is missing; for example --{name}={example}")
   return config.value, values
+
+
+def _quote_transforms(arg: str) -> str:
+  """--config.dpr.transforms=clip:2,scale:0.5 with its entries in quotes.
+
+  A flag that is a tuple is read as Python, and clip:2 is not.
+  """
+  name, _, value = arg.partition("=")
+  if name != "--config.dpr.transforms" or not value or value[0] in "('\"[":
+    return arg
+  return f"{name}={tuple(value.split(','))!r}"
 
 
 def config_path(argv: Sequence[str]) -> str:

@@ -67,11 +67,16 @@ def stage_variables(
     mesh: jax.sharding.Mesh,
     dtype: str,
     frozen: Mapping[str, Any],
+    part: str = "variables",
 ) -> dict[str, Any]:
-  """The variables of one checkpoint of a stage: what was trained in `dtype`, beside `frozen`."""
+  """The variables of one checkpoint of a stage: what was trained in `dtype`, beside `frozen`.
+
+  Args:
+    part: "variables", or "ema" for their moving average.
+  """
   trainable, _ = split_trainable(abstract_variables(cfg, mesh, dtype))
   with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
-    return {**frozen, **checkpoints.restore_variables(step, trainable)}
+    return {**frozen, **checkpoints.restore_variables(step, trainable, part)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +94,7 @@ class LoadedModel:
 
 
 def split_checkpoint(spec: str) -> tuple[pathlib.Path, str]:
-  """'DIR/sft@0.5' -> (DIR/sft, '0.5'); no fraction gives ''."""
+  """'DIR/sft@0.5' -> (DIR/sft, '0.5'), or '@ema'; no fraction gives ''."""
   path, _, fraction = spec.partition("@")
   return pathlib.Path(path).absolute(), fraction
 
@@ -104,13 +109,14 @@ def stage_step(path: pathlib.Path, fraction: str, record: Mapping[str, Any]) -> 
     steps = checkpoints.steps()
   if not steps:
     raise UserError(f"{path}: no finished checkpoint yet")
-  if not fraction:
+  if fraction in ("", "ema"):
     return steps[-1]
   section = record["config"].get(path.name)
   try:
     value = float(fraction)
   except ValueError:
-    raise UserError(f"{path}@{fraction}: what follows '@' must be a fraction in (0, 1]") from None
+    raise UserError(f"{path}@{fraction}: what follows '@' must be a fraction in (0, 1], or "
+                    "ema") from None
   if path.name != "sft":
     raise UserError(f"{path}@{fraction}: only the sft stage keeps milestones")
   step = reference_step(value, section["milestones"], section["steps"])
@@ -131,7 +137,7 @@ def load_checkpoint(
 
   Args:
     spec: a Hugging Face folder, a .gguf file, or a stage of a workdir: DIR/sft, DIR/sft@0.5,
-      DIR/dpr.
+      DIR/sft@ema, DIR/dpr.
     beside: a model loaded before; a LoRA stage of the same run takes the base from it.
 
   Raises:
@@ -158,7 +164,8 @@ def load_checkpoint(
       frozen = {"params": beside.variables["params"]}
     elif cfg.lora.rank:
       frozen = base_variables(section, cfg, mesh, record["seed"], dtype)
-    variables = stage_variables(path, step, cfg, mesh, dtype, frozen)
+    part = "ema" if fraction == "ema" else "variables"
+    variables = stage_variables(path, step, cfg, mesh, dtype, frozen, part)
     return LoadedModel(
         model=Transformer(cfg),
         variables=variables,

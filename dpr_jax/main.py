@@ -69,6 +69,8 @@ def _table(results) -> str:
       x = values.get(metric)
       cells.append("" if x is None else f"{x['mean']:.3f} [{x['ci95'][0]:.3f}, {x['ci95'][1]:.3f}]")
     lines.append(f"{name:<22}" + "".join(f"{c:>26}" for c in cells))
+  if results.get("gaming"):
+    lines.append(results["gaming"]["text"])
   return "\n".join(lines)
 
 

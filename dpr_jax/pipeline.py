@@ -14,7 +14,7 @@ from dpr_jax import config as config_lib
 from dpr_jax import sharding
 from dpr_jax import sweep as sweep_lib
 from dpr_jax.evals.results import build_results, build_sweep_results
-from dpr_jax.report import write_report
+from dpr_jax.report import gaming, write_report
 from dpr_jax.stages.context import Run, set_up
 from dpr_jax.stages.dpr import (
     dpr_stage,
@@ -25,12 +25,18 @@ from dpr_jax.stages.dpr import (
 from dpr_jax.stages.evaluate import evaluate_stage
 from dpr_jax.stages.on_demos import continued_sft_stage, dft_stage, iq_lm_stage
 from dpr_jax.stages.on_pairs import gsil_stage, spin_stage
-from dpr_jax.stages.sft import ref_stage, sft_stage
+from dpr_jax.stages.plausibility import plausibility_stage
+from dpr_jax.stages.reference import ref_stage
+from dpr_jax.stages.sft import sft_stage
+from dpr_jax.training.metrics import read_metrics
 from dpr_jax.workdir import Workdir, write_json
 
 
 def report_stage(workdir: Workdir, parts: list[Workdir], seeds: list[int]) -> dict[str, Any]:
   results = build_results([w.path for w in parts], seeds)
+  lines = [read_metrics(w.stage("dpr") / "metrics.jsonl") for w in parts]
+  if any(lines):
+    results["gaming"] = gaming(results, {"dpr": lines})
   if jax.process_index() == 0:
     write_json(workdir.report / "results.json", results)
     write_report(workdir.path)
@@ -53,7 +59,7 @@ def stages(config: config_lib.RunConfig) -> list[tuple[str, Callable[[Run], None
   """(name, stage) in the order in which they run."""
   trained = [("sft", sft_stage), ("ref", ref_stage), ("dpr", dpr_stage)]
   baselines = [(name, BASELINES[name]) for name in config.baseline.names]
-  return [*trained, *baselines, ("evaluate", evaluate_stage)]
+  return [*trained, *baselines, ("evaluate", evaluate_stage), ("plausibility", plausibility_stage)]
 
 
 def run_seed(

@@ -23,7 +23,7 @@ from dpr_jax.errors import UserError
 from dpr_jax.evals.corruption import CORRUPTION_FILE
 from dpr_jax.evals.results import NLL_FILE
 from dpr_jax.evals.systems import system_file
-from dpr_jax.rewards.references import milestone_steps, reference_checkpoint
+from dpr_jax.rewards.references import milestone_steps, reference_members
 from dpr_jax.workdir import Workdir
 
 # Sections of which a sweep makes no sense, or which name what a sweep itself uses.
@@ -74,7 +74,7 @@ def points(config: RunConfig) -> list[Point]:
     try:
       point = config_lib.resolve(flat)
       milestone_steps(point.sft.milestones, point.sft.steps)
-      reference_checkpoint(point)
+      reference_members(point)
     except UserError as e:
       raise UserError(f"config.sweep.values: at {value!r}: {e}") from None
     folder = re.sub(r"[^\w.+-]", "_", value)

@@ -3,6 +3,7 @@
     config.json            what was run: resolved config, model, data, versions
     tokenizer/             the tokenizer of the run, so that a stage can be used on its own
     sft/ dpr/ BASELINE/    one folder a trained stage: checkpoints/ and metrics.jsonl
+    reference.json         what was measured of the reference
     samples/               responses of every system on the held-out prompts; scored tokens;
                            corruption.jsonl, rewards of demonstrations with one wrong token
     tensorboard/
@@ -84,6 +85,7 @@ class Workdir:
     self.path = pathlib.Path(path).absolute()
     self.config_file = self.path / "config.json"
     self.tokenizer = self.path / "tokenizer"
+    self.reference_file = self.path / "reference.json"
     self.samples = self.path / "samples"
     self.tensorboard = self.path / "tensorboard"
     self.report = self.path / "report"

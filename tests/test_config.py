@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
@@ -58,7 +59,9 @@ def test_a_wrong_type_names_the_field(path, value):
     ("dpr.temperature", 0.0), ("dpr.gamma", 1.01), ("dpr.beta", -1.0), ("dpr.beta", float("nan")),
     ("dpr.beta", float("inf")), ("dpr.max_new_tokens", 0), ("sft.optimizer.learning_rate", -1e-3),
     ("sft.optimizer.b2", 1.0), ("dpr.optimizer.warmup_steps", -1), ("checkpoint.every", 0),
-    ("log.every", 0), ("mesh.data", -2), ("model.chunk_size", -1),
+    ("log.every", 0), ("mesh.data", -2), ("model.chunk_size", -1), ("dpr.verifier_weight", 1.1),
+    ("dpr.target_kl", -1.0), ("dpr.beta_gain", 1.5), ("dpr.kl_budget", -1.0),
+    ("reference.ema_decay", 1.0), ("reference.num_prompts", -1),
 ])
 def test_a_value_out_of_range_names_the_field(path, value):
   message = _refused(path, value)
@@ -93,6 +96,20 @@ def test_a_model_that_cannot_be_is_refused_by_section_and_field(path, value):
     ({"sft.batch_size": 9, "sft.accumulation": 2}, ["sft.batch_size=9", "sft.accumulation=2"]),
     ({"dpr.batch_size": 9, "dpr.accumulation": 2}, ["dpr.batch_size=9", "dpr.accumulation=2"]),
     ({"dpr.baseline": "leave_one_out"}, ["dpr.baseline=leave_one_out", "dpr.samples_per_prompt"]),
+    ({"dpr.transforms": ("centre",), "dpr.reward": "endogenous"},
+     ["dpr.transforms", "centre", "dpr.reward"]),
+    ({"dpr.transforms": ("centre",), "baseline.names": ("endogenous",)},
+     ["dpr.transforms", "baseline.names"]),
+    ({"dpr.target_kl": 1.0, "dpr.beta": 0.0, "eval.contrastive_alpha": 1.0},
+     ["dpr.target_kl=1.0", "dpr.beta"]),
+    ({"reference.kind": "ema", "reference.ema_decay": 0.0}, ["reference.ema_decay=0"]),
+    ({"reference.kind": "ensemble_mean_logp", "reference.fractions": (0.5, 0.5)},
+     ["reference.fractions=(0.5, 0.5)", "reference.kind=ensemble_mean_logp"]),
+    ({"reference.kind": "half_data", "reference.select": "snr"},
+     ["reference.select=snr", "reference.kind=midrun"]),
+    ({"reference.select": "validation", "reference.num_prompts": 0},
+     ["reference.select=validation", "reference.num_prompts"]),
+    ({"dpr.transforms": ("clip:2", "log")}, ["dpr.transforms[1]='log'"]),
 ])
 def test_fields_that_contradict_each_other_are_both_named(changes, named):
   config = config_lib.default_config()
@@ -123,3 +140,18 @@ def test_the_first_difference_that_matters_is_named():
   new["sft"]["optimizer"]["learning_rate"] = 0.5
   named = "config.sft.optimizer.learning_rate: 0.001 there, 0.5 here"
   assert config_lib.first_difference(old, new) == named
+
+
+@pytest.mark.parametrize("given,expected", [
+    ("clip:2,scale:0.5", ("clip:2", "scale:0.5")), ("clip:-1:2", ("clip:-1:2",)),
+    ("zscore", ("zscore",)), ("('clip:2', 'zscore')", ("clip:2", "zscore")), ("()", ()),
+])
+def test_lists_are_set_on_the_command_line(given, expected, monkeypatch):
+  from dpr_jax.main import parse
+
+  monkeypatch.chdir(pathlib.Path(__file__).parents[1])
+  run, _ = parse([
+      "--config=configs/smoke.py", "--workdir=unused", f"--config.dpr.transforms={given}",
+      "--config.reference.kind=ensemble_mean_logp", "--config.reference.fractions=0.1,0.75",
+  ])
+  assert run.dpr.transforms == expected and run.reference.fractions == (0.1, 0.75)

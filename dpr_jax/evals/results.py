@@ -15,6 +15,8 @@ from dpr_jax.evals.corruption import CORRUPTION_FILE, summarise
 from dpr_jax.evals.statistics import compare, interval
 from dpr_jax.evals.systems import MODES
 from dpr_jax.training.metrics import read_metrics
+from dpr_jax.training.stopping import FILE as STOPPED_FILE
+from dpr_jax.training.stopping import read_stopped
 
 # The order of systems in tables, and what is compared with what; those a run lacks are skipped.
 ORDER = (
@@ -29,6 +31,15 @@ PAIRS = (
     *(("dpr", name) for name in ORDER[3:-1]),
 )
 NLL_FILE = "heldout_nll.json"
+SAMPLE_NLL_FILE = "sample_nll.json"
+
+
+# Prefixes of what is compared between systems.
+_COMPARED = ("accuracy", "token_f1", "length", "sample_nll")
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _read_samples(samples: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
@@ -71,11 +82,13 @@ def _metrics(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
 def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dict[str, Any]:
   """results.json of runs that differ in their seed only.
 
-  `heldout_nll` is in nats a demonstrated response, EOS included.
+  `heldout_nll` is in nats a demonstrated response, EOS included; `sample_nll_base` and
+  `sample_nll_ref` in nats a token of the system's own sampled responses, under base and ref.
 
   Returns:
     seeds; systems: name -> metric -> {mean, ci95, n}; comparisons: pair, metric, difference,
     ci95, p (paired over prompts); stages: steps, seconds and tokens of each, of the first seed;
+    notes: sentences for the reader;
     corruption: see `evals.corruption.summarise`, absent if no seed has it.
   """
   per_seed = [_read_samples(w / "samples") for w in workdirs]
@@ -83,6 +96,10 @@ def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dic
   names += sorted(n for n in per_seed[0] if n not in names and all(n in s for s in per_seed))
   nll = [json.loads((w / "samples" / NLL_FILE).read_text()) for w in workdirs]
   values = {n: [_metrics(samples[n]) for samples in per_seed] for n in names}
+  for i, workdir in enumerate(workdirs):
+    for name, judges in _read_json(workdir / "samples" / SAMPLE_NLL_FILE).items():
+      for judge, nats in judges.items() if name in values else ():
+        values[name][i][f"sample_nll_{judge}"] = np.asarray(nats, np.float64)
   systems = {}
   for name in names:
     shared = [m for m in values[name][0] if all(m in v for v in values[name])]
@@ -95,7 +112,7 @@ def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dic
     if a not in values or b not in values:
       continue
     for metric in values[a][0]:
-      if "/" in metric or not metric.startswith(("accuracy", "token_f1", "length")):
+      if "/" in metric or not metric.startswith(_COMPARED):
         continue
       if all(metric in v for v in (*values[a], *values[b])):
         found = compare([v[metric] for v in values[a]], [v[metric] for v in values[b]])
@@ -105,7 +122,7 @@ def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dic
       "systems": systems,
       "comparisons": comparisons,
       "stages": _stages(workdirs[0]),
-      "notes": [],
+      "notes": _notes(workdirs, seeds),
   }
   corrupted = [w / "samples" / CORRUPTION_FILE for w in workdirs]
   if all(path.exists() for path in corrupted):
@@ -136,6 +153,20 @@ def build_sweep_results(
     found.append({"value": value, "folder": folder, **kept})
   results["sweep"] = {"field": field, "values": list(folders), "points": found}
   return results
+
+
+def _notes(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> list[str]:
+  """Stages that ended before their last step."""
+  out = []
+  for workdir, seed in zip(workdirs, seeds, strict=True):
+    for path in sorted(workdir.glob(f"*/{STOPPED_FILE}")):
+      found = read_stopped(path.parent)
+      of = f" of seed {seed}" if len(seeds) > 1 else ""
+      out.append(
+          f"Stage {path.parent.name}{of} ended after step {found['step']} of {found['steps']}: "
+          f"{found['reason']}. That step is its result; its baselines made all their steps."
+      )
+  return out
 
 
 def _stages(workdir: pathlib.Path) -> dict[str, dict[str, float]]:

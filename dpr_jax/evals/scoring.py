@@ -9,6 +9,7 @@ import numpy as np
 
 from dpr_jax import sharding
 from dpr_jax.models.logprobs import token_logprobs
+from dpr_jax.rewards.references import combine_logps
 
 _score = jax.jit(token_logprobs, static_argnums=0, static_argnames=("chunk_size",))
 
@@ -80,17 +81,38 @@ def response_values(
   return out
 
 
+def reference_response_logps(
+    model: Any, ref: Any, *rows: Sequence[np.ndarray], ensemble: str = "", **how: Any
+) -> list[np.ndarray]:
+  """`response_logps` under a reference: one set of variables, or a tuple of them.
+
+  Args:
+    ensemble: how the members of a tuple are combined; see `rewards.references.combine_logps`.
+  """
+  if not isinstance(ref, tuple):
+    return response_logps(model, ref, *rows, **how)
+  members = [response_logps(model, member, *rows, **how) for member in ref]
+  return [np.asarray(combine_logps(np.stack(each), ensemble)) for each in zip(*members)]
+
+
 def score_responses(
     model: Any,
     sft: Any,
     ref: Any,
     prompts: Sequence[np.ndarray],
     responses: Sequence[np.ndarray],
+    *,
+    ensemble: str = "",
     **how: Any,
 ) -> list[TokenScores]:
-  """Token scores of each response under two sets of variables; `how` as in `response_values`."""
+  """Token scores of each response under sft and ref.
+
+  Args:
+    ensemble: as in `reference_response_logps`.
+    how: as in `response_values`.
+  """
   under_sft = response_values(model, sft, prompts, responses, **how)
-  under_ref = response_logps(model, ref, prompts, responses, **how)
+  under_ref = reference_response_logps(model, ref, prompts, responses, ensemble=ensemble, **how)
   return [TokenScores(logp, ref, lse) for (logp, lse), ref in zip(under_sft, under_ref)]
 
 

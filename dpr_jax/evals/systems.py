@@ -29,16 +29,21 @@ class System:
   modes: tuple[str, ...] = MODES
 
 
-def controls(names: Sequence[str], alpha: float, temperature: float) -> list[System]:
+def controls(
+    names: Sequence[str], alpha: float, temperature: float, refs: Sequence[str] = ("ref",)
+) -> list[System]:
   """Decode-time controls, which need no training.
 
   Args:
     names: of contrastive, weight_extrapolation and low_temperature.
     alpha: extrapolation strength; contrastive decoding at 1 / beta is DPR's per-token optimum.
     temperature: of low_temperature; its greedy mode would be that of sft.
+    refs: parameter sets of the reference; of several, decoding takes the geometric mean.
   """
   known = {
-      "contrastive": System("contrastive", ("sft", "ref"), (1.0 + alpha, -alpha)),
+      "contrastive": System(
+          "contrastive", ("sft", *refs), (1.0 + alpha, *[-alpha / len(refs)] * len(refs))
+      ),
       "weight_extrapolation": System("weight_extrapolation", ("extrapolated",)),
       "low_temperature": System(
           "low_temperature", ("sft",), temperature=temperature, modes=("sampled",)

@@ -17,6 +17,7 @@ from dpr_jax.models.logprobs import token_logprobs
 from dpr_jax.rewards import token_rewards
 from dpr_jax.rewards.returns import advantages as advantages_of
 from dpr_jax.rewards.returns import returns as returns_of
+from dpr_jax.rewards.transforms import RewardContext, Transform
 
 NORMALISERS = ("tokens", "sequences", "constant")
 
@@ -35,27 +36,31 @@ class ReinforceBatch:
 def reinforce_batch(
     rollout,
     *,
-    beta: float,
+    beta: float | jax.Array,
     beta_ref: float = 0.0,
     gamma: float = 1.0,
     returns: str = "reward_to_go",
     baseline: str = "none",
     group_size: int = 1,
     truncated: str = "keep",
-    transform=None,
+    transform: Transform | None = None,
+    external: jax.Array | None = None,
+    external_weight: float = 0.0,
 ) -> tuple[ReinforceBatch, dict[str, jax.Array]]:
   """Rollouts -> batch with advantages, and scalar metrics. Jittable.
 
   Args:
     rollout: a `rollout.Rollout`.
     beta: weight of the KL to SFT in the reward, in reward nats per nat; 1 / beta is how far
-      the optimum extrapolates away from ref.
+      the optimum extrapolates away from ref. A number, or a scalar array where it is steered.
     beta_ref: weight of a KL to ref beside it (dual KL), in the same unit; the optimum is then
       proportional to pi_sft^((1 + beta) / b) pi_ref^((beta_ref - 1) / b), b = beta + beta_ref.
     gamma: discount; the paper's objective is undiscounted.
     returns, baseline, group_size: see `rewards.returns`.
     truncated: what to do with a rollout that ended without EOS: "keep", or "mask" it.
-    transform: optional (rewards, mask) -> rewards, before the KL is added.
+    transform: see `rewards.transforms`; before the rewards are mixed and the KL is added.
+    external, external_weight: float32 [B] scores of whole responses, and their share w in
+      (1 - w) r + w external (see `token_rewards.hybrid`).
   """
   if truncated not in ("keep", "mask"):
     raise ValueError(f"truncated={truncated!r} is not 'keep' or 'mask'")
@@ -64,7 +69,9 @@ def reinforce_batch(
     mask = mask * rollout.hit_eos[:, None].astype(mask.dtype)
   rewards = jnp.where(mask > 0, rollout.rewards, 0.0).astype(jnp.float32)
   if transform is not None:
-    rewards = transform(rewards, mask)
+    rewards = transform(rewards, RewardContext.of(rollout, mask))
+  if external is not None:
+    rewards = token_rewards.hybrid(rewards, external, mask, external_weight)
   shaped = token_rewards.kl_penalised(
       rewards, rollout.policy_logp, rollout.sft_logp, mask, beta, rollout.ref_logp, beta_ref
   )

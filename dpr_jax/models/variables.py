@@ -4,6 +4,7 @@
 any mesh, with the same values on each: random bits do not depend on the layout.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -76,6 +77,13 @@ def gathered(cfg: ModelConfig, variables: Any) -> Any:
       name: jax.tree.map(leaf, boxed[name], tree, is_leaf=is_box)
       for name, tree in variables.items()
   }
+
+
+def mean(trees: Sequence[Any]) -> Any:
+  """The mean of the weights of several variables, with the shardings of the first."""
+  shardings = jax.tree.map(lambda x: x.sharding, trees[0])
+  average = lambda *trees: jax.tree.map(lambda *xs: sum(xs) / len(xs), *trees)
+  return jax.jit(average, out_shardings=shardings)(*trees)
 
 
 def extrapolate(sft: Any, ref: Any, alpha: float) -> Any:

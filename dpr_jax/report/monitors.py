@@ -18,7 +18,7 @@ from dpr_jax.report.tables import resolved
 
 Lines = Sequence[Mapping[str, Any]]
 
-_FAR = 10.0  # nats a response from SFT; beyond it the policy is another model.
+FAR = 10.0  # nats a response from SFT; beyond it the policy is another model.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _divergence(trend, beta: Any) -> dict[str, str] | None:
   if kl is None:
     return None
   text = f"The sampled KL from the policy to SFT {kl.phrase('nats a response')}."
-  watch = kl.end > _FAR
+  watch = kl.end > FAR
   if watch:
     text += " That is far from SFT; look at the samples before trusting the reward."
   if shaped is not None:

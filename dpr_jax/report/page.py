@@ -20,6 +20,7 @@ from dpr_jax.report.render import (
   count,
   duration,
   finite,
+  number,
   plain,
   render,
   visible,
@@ -66,7 +67,9 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
   context = {
     "title": f"Run {visible(root.resolve().name)}",
     "headline": tables.headline(results),
-    "facts": _facts(record, results, stages, list(seeds)),
+    "lead": (results.get("gaming") or {}).get("text", ""),
+    "facts": _facts(record, results, stages, list(seeds))
+    + _reference_facts(_read_json(parts[0] / "reference.json")),
     "stages": _stage_rows(stages, list(seeds)),
     "seeds": _seed_links(seeds),
     "sweep": sweeps.sweep_table(results, links=not seeds),
@@ -79,7 +82,8 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     "notes": [str(n) for n in results.get("notes") or ()],
     "plots": _curves(folder, stages, list(seeds)),
     "results_plot": _results_plot(folder, results),
-    "monitors": monitors(stages, results.get("comparisons") or (), record.get("config")),
+    "monitors": _gaming(results)
+    + monitors(stages, results.get("comparisons") or (), record.get("config")),
     "config": json.dumps(record.get("config"), indent=2) if record.get("config") else "",
   }
   if not seeds:
@@ -159,12 +163,18 @@ def _facts(record, results, stages, seeds) -> list[tuple[str, str]]:
   dpr = config.get("dpr") or {}
   if dpr.get("steps"):
     text = f"{str(dpr.get('reward')).replace('_', ' ')} reward"
-    fraction = (config.get("reference") or {}).get("fraction")
-    if finite(fraction):
-      text += f", ref at {plain(100 * fraction)}% of SFT"
+    text += _reference_text(config.get("reference") or {})
+    if dpr.get("transforms"):
+      text += f", transforms {', '.join(dpr['transforms'])}"
+    if dpr.get("verifier_weight"):
+      text += f", {plain(100 * dpr['verifier_weight'])}% of the reward from the verifier"
     text += "".join(
       f", {name} {plain(dpr[name])}" for name in ("beta", "gamma") if finite(dpr.get(name))
     )
+    if dpr.get("target_kl"):
+      text += f" (beta at first; steered to a KL of {plain(dpr['target_kl'])} nats a response)"
+    if dpr.get("kl_budget"):
+      text += f", KL budget {plain(dpr['kl_budget'])} nats a response"
     text += f", {str(dpr.get('returns')).replace('_', ' ')}"
     text += f", baseline {str(dpr.get('baseline')).replace('_', ' ')}"
     facts.append(("DPR", text))
@@ -189,6 +199,57 @@ def _facts(record, results, stages, seeds) -> list[tuple[str, str]]:
   if versions:
     facts.append(("Versions", ", ".join(f"{k} {v}" for k, v in versions.items())))
   return [(name, visible(text)) for name, text in facts]
+
+
+def _reference_text(section: Mapping[str, Any]) -> str:
+  """', ref at 50% of SFT'"""
+  kind, fraction = section.get("kind", "midrun"), section.get("fraction")
+  if kind == "ema":
+    return f", ref the moving average of SFT (decay {plain(section.get('ema_decay'))})"
+  if kind.startswith("ensemble_"):
+    parts = ", ".join(f"{plain(100 * f)}%" for f in section.get("fractions") or ())
+    how = kind.removeprefix("ensemble_").replace("_", " ")
+    return f", ref the {how} of SFT at {parts}"
+  if section.get("select", "none") != "none":
+    return f", ref a milestone of SFT selected by {section['select']}"
+  if not finite(fraction):
+    return ""
+  if kind == "half_data":
+    return f", ref trained on {plain(100 * fraction)}% of the demonstrations"
+  return f", ref at {plain(100 * fraction)}% of SFT"
+
+
+def _reference_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """What reference.json says of the reference that was used; of the first of several seeds."""
+  found = record.get("candidates") or []
+  used = [c for c in found if c.get("fraction") == record.get("fraction")]
+  if not used or not finite(used[0].get("kl")):
+    return []
+  c = used[0]
+  text = f"{', '.join(c.get('members') or ())}: KL(sft || ref) {number(c['kl'], 2)}"
+  if finite(c.get("kl_se")):
+    text += f" ± {number(c['kl_se'], 2)}"
+  text += f" nats a response, on {count(record.get('prompts'))} training prompts"
+  if record.get("select", "none") != "none":
+    text += f"; selected by {record['select']} among {len(found)}"
+  return [("Reference", visible(text))]
+
+
+def _gaming(results: Mapping[str, Any]) -> list[dict[str, str]]:
+  """The verdict and its signs, as entries of the monitors."""
+  found = results.get("gaming") or {}
+  if not found:
+    return []
+  status = {"gaming": "watch", "suspected": "watch"}.get(found.get("verdict"), "note")
+  out = [{"name": "Gaming the reward", "text": str(found.get("text", "")), "status": status}]
+  return out + [
+    {
+      "name": f"Sign of gaming: {s['name']}",
+      "text": str(s["text"]),
+      "status": "watch" if s["found"] else "note",
+    }
+    for s in found.get("signs") or ()
+  ]
 
 
 def _stage_rows(stages, seeds) -> list[dict[str, str]]:

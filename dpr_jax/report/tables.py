@@ -37,7 +37,9 @@ def metric_label(metric: str) -> tuple[str, str]:
       break
   else:
     name, mode = base.replace("_", " "), ""
-  name = {"eos rate": "ends with EOS", "heldout nll": "held-out NLL"}.get(name, name)
+  name = {"eos rate": "ends with EOS", "heldout nll": "held-out NLL",
+            "sample nll base": "NLL of samples under base",
+            "sample nll ref": "NLL of samples under ref"}.get(name, name)
   label = name[:1].upper() + name[1:] + (f", {mode}" if mode else "")
   if group:
     label += {"unique": ", one right answer", "varied": ", many right answers"}.get(

@@ -4,6 +4,7 @@ from dpr_jax.rewards.returns import advantages, returns
 from dpr_jax.rewards.token_rewards import (
     baseline_relative,
     endogenous,
+    hybrid,
     kl_penalised,
     log_likelihood,
 )
@@ -12,6 +13,7 @@ __all__ = [
     "advantages",
     "baseline_relative",
     "endogenous",
+    "hybrid",
     "kl_penalised",
     "log_likelihood",
     "returns",

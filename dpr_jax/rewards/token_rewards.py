@@ -38,12 +38,27 @@ def endogenous(logp_sft: jax.Array, logsumexp_sft: jax.Array, mask: jax.Array) -
   return jnp.where(mask > 0, logp_sft + value - next_value, 0.0).astype(jnp.float32)
 
 
+def hybrid(
+    rewards: jax.Array, external_B: jax.Array, mask: jax.Array, weight: float
+) -> jax.Array:
+  """(1 - w) r(t) + w r_external on the last token of the response; (1 - w) r(t) before it.
+
+  Args:
+    external_B: float32 [B], a score of the whole response, such as a verifier's in [0, 1].
+    weight: w in [0, 1], reward nats per unit of score beside the nats of r.
+  """
+  column = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :]
+  last = column == jnp.max(jnp.where(mask > 0, column, -1), axis=1, keepdims=True)
+  mixed = (1.0 - weight) * rewards + jnp.where(last, weight * external_B[:, None], 0.0)
+  return jnp.where(mask > 0, mixed, 0.0).astype(jnp.float32)
+
+
 def kl_penalised(
     rewards: jax.Array,
     logp_policy: jax.Array,
     logp_sft: jax.Array,
     mask: jax.Array,
-    beta: float,
+    beta: float | jax.Array,
     logp_ref: jax.Array | None = None,
     beta_ref: float = 0.0,
 ) -> jax.Array:

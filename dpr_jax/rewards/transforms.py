@@ -1,25 +1,63 @@
-"""Reward transforms: small functions (rewards, mask) -> rewards, applied in a stated order.
+"""Reward transforms: small functions (rewards, context) -> rewards, applied in a stated order.
 
 They trade fidelity to the log-ratio for robustness: one token with a reward of -12 can
 otherwise outweigh a whole batch. All give 0 where the mask is 0, whatever stands there.
+
+A config names them as a list, applied from first to last: ("centre", "clip:2", "scale:0.5").
+In code, any function of the same shape is one more:
+
+    def skip_first(rewards, context):
+      first = jnp.arange(rewards.shape[1])[None, :] == 0
+      return jnp.where(first, 0.0, rewards)
+
+    reinforce_batch(rollout, beta=1.0, transform=compose([clip(-2, 2), skip_first]))
 """
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-Transform = Callable[[jax.Array, jax.Array], jax.Array]
+from dpr_jax.errors import UserError
+
+
+@struct.dataclass
+class RewardContext:
+  """What a transform may look at beside the rewards. Float32 [B, T], None where not computed."""
+
+  mask: jax.Array  # 1 on the response tokens that are trained, EOS included.
+  expected_rewards: Any = None  # E_{a ~ policy(. | s_t)} r(s_t, a) of untransformed rewards, nats.
+  sft_entropy: Any = None  # of pi_sft(. | s_t), nats.
+  ref_entropy: Any = None  # of pi_ref(. | s_t), nats.
+
+  @classmethod
+  def of(cls, rollout: Any, mask: jax.Array) -> "RewardContext":
+    """The context of a `rollout.Rollout`, with the mask that the loss uses."""
+    names = ("expected_rewards", "sft_entropy", "ref_entropy")
+    return cls(mask=mask, **{name: getattr(rollout, name, None) for name in names})
+
+
+Transform = Callable[[jax.Array, RewardContext], jax.Array]
+
+
+def _needed(context: RewardContext, name: str, by: str) -> jax.Array:
+  value = getattr(context, name)
+  if value is None:
+    raise ValueError(f"the transform {by} needs {name} of the rollout, which were not computed")
+  return value
 
 
 def scale(factor: float) -> Transform:
   """Multiplies every reward."""
-  return lambda rewards, mask: jnp.where(mask > 0, rewards * factor, 0.0)
+  return lambda rewards, context: rewards * factor
 
 
 def clip(low: float, high: float) -> Transform:
   """Clips each token's reward to [low, high] nats."""
-  return lambda rewards, mask: jnp.where(mask > 0, jnp.clip(rewards, low, high), 0.0)
+  return lambda rewards, context: jnp.clip(rewards, low, high)
 
 
 def zscore_by_position(epsilon: float = 1e-6) -> Transform:
@@ -29,23 +67,117 @@ def zscore_by_position(epsilon: float = 1e-6) -> Transform:
   one row becomes 0.
   """
 
-  def apply(rewards, mask):
+  def apply(rewards, context):
+    mask = context.mask
     rewards = jnp.where(mask > 0, rewards, 0.0)
     count = jnp.maximum(jnp.sum(mask, axis=0, keepdims=True), 1.0)
     mean = jnp.sum(rewards, axis=0, keepdims=True) / count
     variance = jnp.sum(jnp.square(rewards - mean) * mask, axis=0, keepdims=True) / count
-    return jnp.where(mask > 0, (rewards - mean) * jax.lax.rsqrt(variance + epsilon), 0.0)
+    return (rewards - mean) * jax.lax.rsqrt(variance + epsilon)
 
   return apply
+
+
+def mask_unsure(nats: float) -> Transform:
+  """Zero where the entropies of sft and of ref both exceed `nats`.
+
+  Where neither model knows how to go on, the difference of two flat distributions is noise
+  about which of many equals was sampled. One confident model is enough to keep the reward:
+  a sure sft against an unsure ref is what was learnt in between.
+  """
+
+  def apply(rewards, context):
+    sft, ref = (_needed(context, f"{name}_entropy", "mask_unsure") for name in ("sft", "ref"))
+    return jnp.where((sft > nats) & (ref > nats), 0.0, rewards)
+
+  return apply
+
+
+def centre() -> Transform:
+  """r(s_t, a_t) - E_{a ~ policy} r(s_t, a): what the choice of the token earned.
+
+  The mean reward of a state is taken away, and with it the pressure to go on that
+  E_{a ~ sft} r = KL(sft || ref) >= 0 exerts. Beware of what that means for returns: centred
+  rewards of later tokens have mean 0 given the past, so under on-policy sampling the expected
+  gradient of a reward-to-go is that of `returns="per_token"` (gamma = 0), whose optimum is
+  contrastive decoding; the later tokens only add variance. Pair it with per_token unless that is
+  what is to be shown.
+  """
+  return lambda rewards, context: rewards - _needed(context, "expected_rewards", "centre")
 
 
 def compose(transforms: Sequence[Transform]) -> Transform:
-  """Applies transforms from first to last; none at all is the identity."""
+  """Applies transforms from first to last, in float32; none at all is the identity.
 
-  def apply(rewards, mask):
-    rewards = jnp.where(mask > 0, rewards, 0.0).astype(jnp.float32)
+  Masks what each of them returns.
+  """
+
+  def apply(rewards, context):
+    on = context.mask > 0
+    rewards = jnp.where(on, rewards, 0.0).astype(jnp.float32)
     for transform in transforms:
-      rewards = transform(rewards, mask)
+      rewards = jnp.where(on, transform(rewards, context), 0.0)
     return rewards
 
   return apply
+
+
+# --- From the config --------------------------------------------------------------------------
+
+# Name -> (numbers it takes, how it is written).
+_SPECS = {
+    "scale": ((1,), "scale:FACTOR, not 0"),
+    "clip": ((1, 2), "clip:NATS (to [-NATS, NATS]) or clip:LOW:HIGH with LOW below HIGH"),
+    "zscore": ((0,), "zscore"),
+    "mask_unsure": ((1,), "mask_unsure:NATS, above 0"),
+    "centre": ((0,), "centre, the first of the list"),
+}
+
+
+def _parse_one(spec: str, index: int) -> tuple[str, tuple[float, ...]]:
+  """'clip:2' -> ('clip', (-2.0, 2.0)). UserError naming the place."""
+  name, *rest = spec.split(":")
+  where = f"config.dpr.transforms[{index}]={spec!r}"
+  if name not in _SPECS:
+    raise UserError(f"{where}: {name!r} is not one of {', '.join(_SPECS)}")
+  counts, usage = _SPECS[name]
+  try:
+    numbers = tuple(float(x) for x in rest)
+  except ValueError:
+    raise UserError(f"{where}: expected {usage}") from None
+  good = len(numbers) in counts and all(math.isfinite(x) for x in numbers)
+  if good and name == "clip":
+    numbers = (-numbers[0], numbers[0]) if len(numbers) == 1 else numbers
+    good = numbers[0] < numbers[1]
+  elif good and name == "scale":
+    good = numbers[0] != 0
+  elif good and name == "mask_unsure":
+    good = numbers[0] > 0
+  elif name == "centre":  # The expected rewards are those of the untransformed reward.
+    good = good and index == 0
+  if not good:
+    raise UserError(f"{where}: expected {usage}")
+  return name, numbers
+
+
+def parse(specs: Sequence[str]) -> Transform:
+  """config.dpr.transforms -> one transform, which applies them from first to last.
+
+  scale:FACTOR, clip:NATS, clip:LOW:HIGH, zscore, mask_unsure:NATS, centre (first only).
+
+  Raises:
+    UserError: naming the entry, and what would be right.
+  """
+  makers = {
+      "scale": scale, "clip": clip, "zscore": zscore_by_position, "mask_unsure": mask_unsure,
+      "centre": centre,
+  }
+  found = [_parse_one(spec, i) for i, spec in enumerate(specs)]
+  return compose([makers[name](*numbers) for name, numbers in found])
+
+
+def needs(specs: Sequence[str]) -> frozenset[str]:
+  """What the rollouts must compute for these transforms: of "expected_rewards", "entropies"."""
+  names = {_parse_one(spec, i)[0] for i, spec in enumerate(specs)}
+  wanted = {"centre": "expected_rewards", "mask_unsure": "entropies"}
+  return frozenset(wanted[name] for name in names if name in wanted)

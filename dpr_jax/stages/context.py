@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,14 +26,22 @@ from dpr_jax.loading import (
 from dpr_jax.models import Transformer
 from dpr_jax.models.attention import resolve_backend
 from dpr_jax.models.lora import split_trainable
-from dpr_jax.models.variables import abstract_variables, cast, extrapolate
-from dpr_jax.rewards.references import milestone_steps, reference_checkpoint
+from dpr_jax.models.variables import abstract_variables, cast, extrapolate, mean
+from dpr_jax.rewards.references import (
+    ENSEMBLES,
+    Member,
+    candidate_fractions,
+    milestone_steps,
+    reference_members,
+)
 from dpr_jax.stages.steps import chunk_size
 from dpr_jax.training import TrainState
 from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.training.loop import run_stage
+from dpr_jax.training.metrics import read_metrics
 from dpr_jax.training.optimizer import make_schedule
 from dpr_jax.training.steps import abstract_state
+from dpr_jax.training.stopping import last_step
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
 from dpr_jax.workdir import Workdir
 
@@ -72,19 +81,46 @@ class Run:
     config = self.config
     return base_variables(config.model, self.model.cfg, self.mesh, config.seed, self.dtype)
 
-  def stage_variables(self, stage: str, step: int, dtype: str) -> Any:
+  def stage_variables(self, stage: str, step: int, dtype: str, part: str = "variables") -> Any:
     return stage_variables(
-        self.workdir.stage(stage), step, self.model.cfg, self.mesh, dtype, self.frozen
+        self.workdir.stage(stage), step, self.model.cfg, self.mesh, dtype, self.frozen, part
     )
 
   def sft_float32(self) -> Any:
     """Where every later stage starts: the last SFT parameters, as they were trained."""
     return self.stage_variables("sft", self.config.sft.steps, "float32")
 
+  @property
+  def ensemble(self) -> str:
+    """How the members of a reference are combined; "" for a reference of one."""
+    return ENSEMBLES.get(self.config.reference.kind, "")
+
+  @functools.cached_property
+  def ref_members(self) -> tuple[Member, ...]:
+    """The checkpoints that are pi_ref, after a selection if there is one."""
+    if self.config.reference.select == "none":
+      return reference_members(self.config)
+    record = json.loads(self.workdir.reference_file.read_text(encoding="utf-8"))
+    return reference_members(self.config, record["fraction"])
+
+  @property
+  def ref_names(self) -> tuple[str, ...]:
+    """What `load` calls the members of the reference."""
+    if not self.ensemble:
+      return ("ref",)
+    return tuple(f"ref/{i}" for i in range(len(self.ref_members)))
+
+  def member_variables(self, members: tuple[Member, ...], dtype: str) -> Any:
+    """Variables of a reference, a tuple of them for an ensemble (see `rewards.references`)."""
+    found = tuple(self.stage_variables(m.stage, m.step, dtype, m.part) for m in members)
+    return found if self.ensemble else found[0]
+
   def ref_variables(self, dtype: str) -> Any:
-    """The reference: a milestone of the SFT run, or a run of its own (see `rewards.references`)."""
-    stage, step = reference_checkpoint(self.config)
-    return self.stage_variables(stage, step, dtype)
+    return self.member_variables(self.ref_members, dtype)
+
+  def last_step(self, stage: str, steps: int) -> int:
+    """The step of a stage's result: `steps`, unless it ended before."""
+    return last_step(self.workdir.stage(stage), steps)
 
   def finished(self, stage: str, steps: int) -> bool:
     """Whether a stage has its last checkpoint, so that nothing needs to be loaded for it."""
@@ -92,20 +128,40 @@ class Run:
     if not folder.is_dir():
       return False
     with Checkpoints(folder, read_only=True) as checkpoints:
-      return steps in checkpoints.steps()
+      return self.last_step(stage, steps) in checkpoints.steps()
+
+  @property
+  def contrastive_alpha(self) -> float:
+    """Strength of the training-free controls: that of DPR's optimum unless set.
+
+    With config.dpr.target_kl, 1 / beta of the last step that DPR made.
+    """
+    config = self.config
+    beta = config.dpr.beta
+    if config.dpr.target_kl:
+      lines = read_metrics(self.workdir.stage("dpr") / "metrics.jsonl")
+      beta = lines[-1]["beta"] if lines else beta
+    return config.eval.contrastive_alpha or 1.0 / beta
 
   def load(self, name: str) -> Any:
-    """The parameter set called `name`, in the compute dtype: base, ref, sft, dpr, a baseline."""
+    """The parameter set called `name`, in the compute dtype: base, ref, sft, dpr, a baseline.
+
+    An ensemble "ref" is a tuple; its members are ref/0, ref/1, ...
+    """
     config = self.config
     if name == "base":
       return self.initial_variables(self.dtype)
     if name == "ref":
       return self.ref_variables(self.dtype)
+    if name.startswith("ref/"):
+      m = self.ref_members[int(name.removeprefix("ref/"))]
+      return self.stage_variables(m.stage, m.step, self.dtype, m.part)
     if name == "extrapolated":
       # In float32: the difference of two nearby checkpoints is about as small as bfloat16's steps.
       sft, ref = self.sft_float32(), self.ref_variables("float32")
-      return cast(extrapolate(sft, ref, contrastive_alpha(config)), self.dtype)
-    steps = config.sft.steps if name == "sft" else config.dpr.steps
+      ref = mean(ref) if self.ensemble else ref
+      return cast(extrapolate(sft, ref, self.contrastive_alpha), self.dtype)
+    steps = self.last_step(name, config.sft.steps if name == "sft" else config.dpr.steps)
     return self.stage_variables(name, steps, self.dtype)
 
   def chunk_size(self, rows: int) -> int:
@@ -120,9 +176,6 @@ class Run:
     )
 
 
-def contrastive_alpha(config: config_lib.RunConfig) -> float:
-  """Strength of the training-free controls: that of DPR's optimum unless set."""
-  return config.eval.contrastive_alpha or 1.0 / config.dpr.beta
 
 
 def build_model(
@@ -192,7 +245,9 @@ def set_up(
     half = config.dpr.batch_size // config.dpr.accumulation // 2
     sharding.check_batch(mesh, dpr__batch_size=half)
   milestone_steps(config.sft.milestones, config.sft.steps)
-  reference_checkpoint(config)
+  reference_members(config)
+  if config.reference.select != "none":
+    candidate_fractions(config)
   tokenizer, model, ends, generation_config = build_model(config)
   same = lambda c: (c.data, c.model, c.seed)
   if like is not None and same(config) == same(like.config):
@@ -226,20 +281,26 @@ def train(
     batches: Batches,
     variables: Callable[[], Any],
     keep_steps: tuple[int, ...] = (),
+    ema: bool = False,
+    control: Mapping[str, float] | None = None,
 ) -> None:
-  """Runs one stage to its end. `section` is config.sft or config.dpr; baselines use the latter."""
+  """Runs one stage to its end. `section` is config.sft or config.dpr; baselines use the latter.
+
+  Args:
+    ema, control: what the state carries beside its optimizer (see `training.TrainState`).
+  """
   config, rng = run.config, run.rng(name)
   abstract, _ = split_trainable(abstract_variables(run.model.cfg, run.mesh))
 
   def make_state():
     trainable, _ = split_trainable(variables())
-    return TrainState.create(trainable, optimizer, rng, run.frozen)
+    return TrainState.create(trainable, optimizer, rng, run.frozen, ema=ema, control=control)
 
   run_stage(
       name,
       step_fn,
       make_state=make_state,
-      abstract=abstract_state(abstract, optimizer, rng),
+      abstract=abstract_state(abstract, optimizer, rng, ema=ema, control=control),
       frozen=run.frozen,
       batches=batches,
       steps=section.steps,

@@ -5,19 +5,71 @@ An ablation differs from DPR in one field: its return (`sentence_level`), or its
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
+import jax
+import numpy as np
+
+from dpr_jax import sharding
+from dpr_jax.config import DPRSection
+from dpr_jax.data.loader import Batches
+from dpr_jax.evals.responses import Response, response_text
+from dpr_jax.evals.verifiers import get_verifier
 from dpr_jax.rewards import transforms
+from dpr_jax.rewards.control import initial_control
+from dpr_jax.rollout import Rollout
 from dpr_jax.stages.context import Run, train
 from dpr_jax.stages.steps import make_reinforce_step, make_rollout, rollout_prompts
 from dpr_jax.training.dpr_step import make_dpr_step
+
+
+def _scoring(run: Run, section: DPRSection) -> dict[str, Any]:
+  """What the rollout step must score beside the log-probs of one reference; nothing by default."""
+  needed = transforms.needs(section.transforms)
+  out: dict[str, Any] = {"combine": run.ensemble} if run.ensemble else {}
+  if "expected_rewards" in needed:
+    out["expected"] = True
+  if "entropies" in needed:
+    out["entropies"] = True
+  return out
+
+
+def _make_verify(run: Run, batches: Batches) -> Callable[[int, Rollout], jax.Array]:
+  """verify(step, rollout) -> the verifier's accuracy of each response, float32 [B].
+
+  Runs on the host. Every process reads the whole batch and comes to the same scores.
+  """
+  name = run.config.eval.verifier
+  verifier = get_verifier(run.data.verifier if name == "auto" else name)
+  demos = run.data.prompts.demos
+
+  def verify(step: int, rollout: Rollout) -> jax.Array:
+    tokens_BxS, lengths_B, hit_eos_B = sharding.to_host(
+        (rollout.tokens, rollout.lengths, rollout.hit_eos)
+    )
+    tokens_BxN = tokens_BxS[:, -rollout.mask.shape[1] :]
+    scores = []
+    # Prompts of the batch, each for as many adjacent rows as it has samples.
+    items = np.repeat(batches.item_indices(step), run.config.dpr.samples_per_prompt)
+    for row, i in enumerate(items):
+      response = Response(tokens_BxN[row, : lengths_B[row]], bool(hit_eos_B[row]), 0.0)
+      text = response_text(run.tokenizer, response, run.stop_ids)
+      scores.append(verifier(demos[i], text)["accuracy"])
+    return sharding.place(np.asarray(scores, np.float32), run.mesh)
+
+  return verify
 
 
 def _reinforce(run: Run, name: str, **changes) -> None:
   section = dataclasses.replace(run.config.dpr, **changes)
   if not section.steps or run.finished(name, section.steps):
     return
-  rollout_step = make_rollout(run.model, run.config.model, section, run.mesh, run.stop_ids)
+  rollout_step = make_rollout(
+      run.model, run.config.model, section, run.mesh, run.stop_ids, **_scoring(run, section)
+  )
   reinforce_step, optimizer = make_reinforce_step(run.model, run.config.model, section, run.mesh)
+  batches = rollout_prompts(run.config, section, run.data.prompts.tokens)
   dpr_step = make_dpr_step(
       rollout_step,
       reinforce_step,
@@ -25,16 +77,23 @@ def _reinforce(run: Run, name: str, **changes) -> None:
       ref=run.load("ref"),
       rng=run.rng(f"{name}/rollouts"),
       beta=section.beta,
+      target_kl=section.target_kl,
+      beta_gain=section.beta_gain,
+      kl_budget=section.kl_budget,
+      verify=_make_verify(run, batches) if section.verifier_weight else None,
+      verifier_weight=section.verifier_weight,
       beta_ref=section.beta_ref,
       gamma=section.gamma,
       returns=section.returns,
       baseline=section.baseline,
       group_size=section.samples_per_prompt,
       truncated=section.truncated,
-      transform=transforms.clip(-section.clip, section.clip) if section.clip else None,
+      transform=transforms.parse(section.transforms),
   )
-  batches = rollout_prompts(run.config, section, run.data.prompts.tokens)
-  train(run, name, section, dpr_step, optimizer, batches, run.sft_float32)
+  control = initial_control(
+      beta=section.beta, target_kl=section.target_kl, kl_budget=section.kl_budget
+  )
+  train(run, name, section, dpr_step, optimizer, batches, run.sft_float32, control=control)
 
 
 def dpr_stage(run: Run) -> None:

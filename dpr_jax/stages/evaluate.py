@@ -10,16 +10,18 @@ from dpr_jax.data.templates import encode_response
 from dpr_jax.evals import systems as systems_lib
 from dpr_jax.evals.corruption import CORRUPTION_FILE, corrupt_responses, corruption_records
 from dpr_jax.evals.results import NLL_FILE
-from dpr_jax.evals.scoring import response_logps, score_record, score_responses
+from dpr_jax.evals.scoring import reference_response_logps, score_record, score_responses
 from dpr_jax.evals.systems import System, evaluate_system, system_file
 from dpr_jax.sharding import barrier
-from dpr_jax.stages.context import Run, contrastive_alpha
+from dpr_jax.stages.context import Run
 from dpr_jax.workdir import read_lines, write_json, write_lines
 
 
 def trained_systems(run: Run) -> list[System]:
   later = (*run.config.baseline.names, "dpr") if run.config.dpr.steps else ()
-  return [System(name, (name,)) for name in ("base", "ref", "sft", *later)]
+  refs = run.ref_names  # An ensemble answers with the geometric mean of its members.
+  ref = System("ref", refs, (1.0 / len(refs),) * len(refs))
+  return [System("base", ("base",)), ref, *(System(name, (name,)) for name in ("sft", *later))]
 
 
 def heldout_prompts(run: Run) -> Prompts:
@@ -52,7 +54,7 @@ def evaluate_stage(run: Run, only: Sequence[str] | None = None) -> None:
   verifier = run.data.verifier if section.verifier == "auto" else section.verifier
   trained = trained_systems(run)
   controls = systems_lib.controls(
-      section.controls, contrastive_alpha(config), section.low_temperature
+      section.controls, run.contrastive_alpha, section.low_temperature, run.ref_names
   )
   wanted = [s for s in trained + controls if only is None or s.name in only]
   todo = [s for s in wanted if not system_file(run.workdir.samples, s.name).exists()]
@@ -63,12 +65,14 @@ def evaluate_stage(run: Run, only: Sequence[str] | None = None) -> None:
   }
   for system in todo:
     loaded = {name: run.load(name) for name in system.members}
-    if len(system.members) == 1 and system in trained:
-      logps = response_logps(
+    if system in trained:
+      members = tuple(loaded.values())
+      logps = reference_response_logps(
           run.model,
-          loaded[system.name],
+          members if len(members) > 1 else members[0],
           [prompts.tokens[i] for i in fits],
           [demonstrated[i] for i in fits],
+          ensemble=run.ensemble,
           **scoring,
       )
       nll[system.name] = [-float(x.astype(np.float64).sum()) for x in logps]
@@ -112,7 +116,7 @@ def _write_corruption(run: Run, prompts, demonstrated, fits, verifier, scoring) 
   asked = [prompts.tokens[chosen[c.index]] for c in corrupted]
   sft, ref = run.load("sft"), run.load("ref")
   scores = [
-      score_responses(run.model, sft, ref, asked, responses, **scoring)
+      score_responses(run.model, sft, ref, asked, responses, ensemble=run.ensemble, **scoring)
       for responses in ([c.tokens for c in corrupted], [right[c.index] for c in corrupted])
   ]
   write_lines(path, corruption_records(demos, corrupted, *scores, run.tokenizer))
@@ -135,7 +139,9 @@ def _write_heatmaps(run: Run, prompts, demonstrated, scoring) -> None:
   sft, ref = run.load("sft"), run.load("ref")
   for name, items in sources.items():
     tokens = [t for _, t in items]
-    scores = score_responses(run.model, sft, ref, prompts.tokens[:n], tokens, **scoring)
+    scores = score_responses(
+        run.model, sft, ref, prompts.tokens[:n], tokens, ensemble=run.ensemble, **scoring
+    )
     records = [
         {"messages": list(d.prompt), "response": text, **score_record(run.tokenizer, t, s)}
         for d, (text, t), s in zip(prompts.demos[:n], items, scores, strict=True)

@@ -49,8 +49,12 @@ def make_rollout(
     section: DPRSection,
     mesh: jax.sharding.Mesh,
     stop_ids: tuple[int, ...],
+    **scoring: Any,
 ) -> Callable:
-  """rollout_step(policy, sft, ref, prompts, rng) -> Rollout, of stage `dpr`."""
+  """rollout_step(policy, sft, ref, prompts, rng) -> Rollout, of stage `dpr`.
+
+  `scoring`: what is scored beside the log-probs of one reference, see `make_rollout_step`.
+  """
   return make_rollout_step(
       model,
       max_new_tokens=section.max_new_tokens,
@@ -60,6 +64,7 @@ def make_rollout(
       chunk_size=chunk_size(how, model.cfg, section.batch_size, mesh),
       samples_per_prompt=section.samples_per_prompt,
       slots=section.slots,
+      **scoring,
   )
 
 

@@ -2,7 +2,8 @@
 
 A checkpoint of step s holds, atomically and together:
   variables   the trainable variables, readable on their own (as sft, as ref, for export)
-  training    optimizer state and rng
+  ema         their moving average, likewise, if the stage keeps one
+  training    optimizer state, rng, and the scalars of the algorithm, if it has any
   meta        JSON: step, the position of the data, and fingerprints of all arrays
 Restoring goes against an abstract tree with explicit shardings, so that any mesh reads
 any checkpoint. A save that was cut off leaves a temporary folder, which is ignored. A
@@ -45,7 +46,7 @@ class Checkpoints:
     self._read_only = read_only
     self._manager = ocp.CheckpointManager(
         self.directory,
-        item_names=("variables", "training", "meta"),
+        item_names=("variables", "training", "ema", "meta"),
         options=ocp.CheckpointManagerOptions(
             read_only=read_only,
             create=not read_only,
@@ -70,14 +71,13 @@ class Checkpoints:
     """Starts saving (asynchronously) unless this step is there already."""
     if step in self._manager.all_steps():
       return
-    training = {"opt_state": state.opt_state, "rng": state.rng}
-    hashes = {"variables": fingerprint(state.trainable), "training": fingerprint(training)}
+    items = _items(state)
+    hashes = {name: fingerprint(tree) for name, tree in items.items()}
     saved = self._manager.save(
         step,
         args=ocp.args.Composite(
-            variables=ocp.args.StandardSave(state.trainable),
-            training=ocp.args.StandardSave(training),
             meta=ocp.args.JsonSave({"step": step, "data": data_state, "hashes": hashes}),
+            **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
         ),
     )
     if not saved:
@@ -100,22 +100,23 @@ class Checkpoints:
       self, step: int, abstract: TrainState, frozen: Any
   ) -> tuple[TrainState, dict[str, Any]]:
     meta = self._meta(step)
-    training = {"opt_state": abstract.opt_state, "rng": abstract.rng}
+    items = _items(abstract)
     out = self._manager.restore(
         step,
         args=ocp.args.Composite(
-            variables=ocp.args.StandardRestore(abstract.trainable),
-            training=ocp.args.StandardRestore(training),
+            **{name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
         ),
     )
-    _check(meta["hashes"]["variables"], out.variables)
-    _check(meta["hashes"]["training"], out.training)
+    for name in items:
+      _check(meta["hashes"][name], out[name])
     state = TrainState(
         step=jax.device_put(jax.numpy.int32(step), abstract.step.sharding),
         trainable=out.variables,
         opt_state=out.training["opt_state"],
         rng=out.training["rng"],
         frozen=frozen or {},
+        ema=out.ema if abstract.ema else {},
+        control=out.training.get("control", {}),
     )
     return state, meta["data"]
 
@@ -156,26 +157,38 @@ class Checkpoints:
       )
     return None
 
-  def restore_variables(self, step: int, abstract: Any) -> Any:
-    """The variables of one checkpoint, cast and laid out like `abstract`.
+  def restore_variables(self, step: int, abstract: Any, part: str = "variables") -> Any:
+    """The variables of one checkpoint, or their moving average, cast and laid out like `abstract`.
+
+    Args:
+      part: "variables" or "ema".
 
     Raises:
-      UserError: there is no finished checkpoint of that step, or it is damaged.
+      UserError: there is no finished checkpoint of that step, it has no such part, or it is
+        damaged.
     """
     if step not in self._manager.all_steps():
       raise UserError(
           f"{self.directory}: no checkpoint of step {step}; it holds {self.steps() or 'none'}"
       )
     try:
-      hashes = self._meta(step)["hashes"]["variables"]
+      hashes = self._meta(step)["hashes"]
+      if part == "ema" and part not in hashes:
+        raise UserError(
+            f"{self.directory}: the stage kept no moving average of its weights; it does with "
+            "config.reference.kind=ema"
+        )
+      hashes = hashes[part]
       # In the dtype of the file, to be checked, and then cast leaf by leaf.
       stored = self._manager.restore(
           step,
           args=ocp.args.Composite(
-              variables=ocp.args.StandardRestore(stored_dtypes(hashes, abstract))
+              **{part: ocp.args.StandardRestore(stored_dtypes(hashes, abstract))}
           ),
-      ).variables
+      )[part]
       _check(hashes, stored)
+    except UserError:
+      raise
     except Exception as e:
       raise UserError(
           f"{self.directory}: the checkpoint of step {step} cannot be read into this model "
@@ -186,6 +199,15 @@ class Checkpoints:
       return x if x.dtype == like.dtype else jax.device_put(x.astype(like.dtype), like.sharding)
 
     return jax.tree.map(cast, stored, abstract)
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+  """What is saved of a state, by item; a stage that keeps no average has no such item."""
+  training = {"opt_state": state.opt_state, "rng": state.rng}
+  if state.control:
+    training["control"] = state.control
+  items = {"variables": state.trainable, "training": training}
+  return {**items, "ema": state.ema} if state.ema else items
 
 
 def _check(hashes: dict[str, str], restored: Any) -> None:

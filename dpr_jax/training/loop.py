@@ -8,10 +8,11 @@ from typing import Any, Protocol
 import jax
 
 from dpr_jax import sharding
-from dpr_jax.errors import Preempted
+from dpr_jax.errors import Preempted, StageEnded
 from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.training.metrics import MetricsWriter
 from dpr_jax.training.steps import TrainState
+from dpr_jax.training.stopping import last_step, write_stopped
 
 
 class Batches(Protocol):
@@ -54,8 +55,11 @@ def run_stage(
     keep_steps: steps whose checkpoint is kept for ever.
     schedule: learning rate by step, to be logged.
 
+  A step function may end the stage by raising `StageEnded`: the state before that step is saved
+  as the stage's last, and stopped.json says why; the stage does not go on when it is run again.
+
   Returns:
-    The state after `steps` updates; it is saved.
+    The state after `steps` updates, or where the stage ended; it is saved.
 
   Raises:
     Diverged: the loss or the gradient was not finite. Nothing of that step is saved.
@@ -71,7 +75,7 @@ def run_stage(
       state, data_state = restored
       start = int(state.step)
       batches.set_state(data_state)
-    if start >= steps:
+    if start >= last_step(directory, steps):
       return state
     due = {*keep_steps, steps}
     with MetricsWriter(
@@ -84,8 +88,16 @@ def run_stage(
         progress=progress,
     ) as writer:
       for step in range(start + 1, steps + 1):
+        position = batches.get_state()
         batch = sharding.place(next(batches), mesh)
-        state, metrics = step_fn(state, batch)
+        try:
+          state, metrics = step_fn(state, batch)
+        except StageEnded as end:
+          writer.flush()
+          checkpoints.save(state, step - 1, position)
+          checkpoints.wait()
+          write_stopped(directory, step - 1, steps, str(end))
+          break
         if schedule is not None:
           metrics = {**metrics, "learning_rate": schedule(step - 1)}
         writer.write(step, metrics)

@@ -5,7 +5,7 @@
     state, metrics = train_step(state, batch)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +25,9 @@ class TrainState:
   opt_state: Any  # of the optimizer, over `trainable`.
   rng: jax.Array  # typed PRNG key of the stage; a step's key is fold_in(rng, step).
   frozen: Any = struct.field(default_factory=dict)  # variables that are not: {} or {"params": ...}.
+  ema: Any = struct.field(default_factory=dict)  # moving average of `trainable`; {} keeps none.
+  # float32 scalars that an algorithm carries from step to step, such as an adaptive beta.
+  control: Any = struct.field(default_factory=dict)
 
   @property
   def variables(self) -> dict[str, Any]:
@@ -38,13 +41,20 @@ class TrainState:
       optimizer: optax.GradientTransformation,
       rng: jax.Array,
       frozen: Any = None,
+      *,
+      ema: bool = False,
+      control: Mapping[str, float] | None = None,
   ) -> "TrainState":
     """A state at step 0, which takes over `variables`: a train step donates their buffers.
 
     Optimizer moments are laid out like the variables they belong to.
+
+    Args:
+      ema: keep a moving average of `variables`, which starts as a copy of them.
+      control: initial values of `TrainState.control`.
     """
     variables = jax.tree.map(jnp.asarray, variables)
-    shardings = state_shardings(variables, optimizer, frozen)
+    shardings = state_shardings(variables, optimizer, frozen, ema=ema, control=control)
     # Committed to where they are: the arrays of later steps are, and would compile a second time.
     variables = jax.device_put(variables, shardings.trainable)
     return cls(
@@ -53,10 +63,27 @@ class TrainState:
         opt_state=jax.jit(optimizer.init, out_shardings=shardings.opt_state)(variables),
         rng=jax.device_put(rng, shardings.rng),
         frozen=frozen or {},
+        ema=_copy(variables, shardings.ema) if ema else {},
+        control={
+            k: jax.device_put(jnp.float32(v), shardings.control[k])
+            for k, v in (control or {}).items()
+        },
     )
 
 
-def state_shardings(variables: Any, optimizer, frozen: Any = None) -> TrainState:
+def _copy(tree: Any, shardings: Any) -> Any:
+  """Buffers of its own: both the tree and the copy will be donated."""
+  return jax.jit(lambda x: jax.tree.map(jnp.array, x), out_shardings=shardings)(tree)
+
+
+def state_shardings(
+    variables: Any,
+    optimizer,
+    frozen: Any = None,
+    *,
+    ema: bool = False,
+    control: Mapping[str, float] | None = None,
+) -> TrainState:
   """Shardings of a TrainState from those of its (abstract or concrete) variables."""
   own = jax.tree.map(lambda x: x.sharding, variables)
   first = jax.tree.leaves(own)[0]
@@ -78,17 +105,28 @@ def state_shardings(variables: Any, optimizer, frozen: Any = None) -> TrainState
       opt_state=opt_state,
       rng=single,
       frozen=jax.tree.map(lambda x: x.sharding, frozen or {}),
+      ema=own if ema else {},
+      control={name: single for name in control or {}},
   )
 
 
-def abstract_state(variables: Any, optimizer, rng: jax.Array) -> TrainState:
+def abstract_state(
+    variables: Any,
+    optimizer,
+    rng: jax.Array,
+    *,
+    ema: bool = False,
+    control: Mapping[str, float] | None = None,
+) -> TrainState:
   """The TrainState as ShapeDtypeStructs with shardings, to restore against."""
-  shardings = state_shardings(variables, optimizer)
+  shardings = state_shardings(variables, optimizer, ema=ema, control=control)
   shapes = TrainState(
       step=jax.ShapeDtypeStruct((), jnp.int32),
       trainable=variables,
       opt_state=jax.eval_shape(optimizer.init, variables),
       rng=jax.eval_shape(lambda: rng),
+      ema=variables if ema else {},
+      control={name: jax.ShapeDtypeStruct((), jnp.float32) for name in control or {}},
   )
   return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
@@ -148,6 +186,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     accumulation: int = 1,
+    ema_decay: float = 0.0,
     donate: bool = True,
 ):
   """Returns train_step(state, batch) -> (state, metrics), jitted at its first call.
@@ -162,6 +201,8 @@ def make_train_step(
     loss_fn: see the module docstring. `rng` is a fresh key every step and micro-batch.
     optimizer: an optax transformation, clipping included (see `make_optimizer`).
     accumulation: micro-batches a batch is split into, inside the jit.
+    ema_decay: d of ema = d * ema + (1 - d) * variables after each update, for a state that keeps
+      one (`TrainState.create(..., ema=True)`).
 
   The metrics are device scalars: `loss`, `grad_norm`, `skipped` and those of the loss.
   """
@@ -176,15 +217,19 @@ def make_train_step(
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
 
-    def apply(trainable, opt_state):
+    def average(old, new):
+      return (ema_decay * old + (1.0 - ema_decay) * new).astype(old.dtype)
+
+    def apply(trainable, opt_state, ema):
       updates, opt_state = optimizer.update(grads, opt_state, trainable)
-      return optax.apply_updates(trainable, updates), opt_state
+      trainable = optax.apply_updates(trainable, updates)
+      return trainable, opt_state, jax.tree.map(average, ema, trainable) if ema_decay else ema
 
     # A branch, not a where over new and old: that would need both at once.
-    trainable, opt_state = jax.lax.cond(
-        finite, apply, lambda *old: old, state.trainable, state.opt_state
+    trainable, opt_state, ema = jax.lax.cond(
+        finite, apply, lambda *old: old, state.trainable, state.opt_state, state.ema
     )
-    state = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
+    state = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, ema=ema)
     out = {"loss": loss_sum / safe, "grad_norm": grad_norm, "skipped": 1.0 - finite}
     return state, {**reduce_metrics(metrics), **out}
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from dpr_jax.evals.results import NLL_FILE, build_results
+from dpr_jax.evals.results import NLL_FILE, SAMPLE_NLL_FILE, build_results
+from dpr_jax.training.stopping import write_stopped
 
 
 def write_run(folder, rng, systems, n=40):
@@ -74,3 +75,28 @@ def test_several_seeds_and_a_system_that_one_lacks(tmp_path, rng):
   results = build_results([tmp_path / "a", tmp_path / "b"], [0, 1])
   assert list(results["systems"]) == ["sft"]
   assert results["systems"]["sft"]["accuracy_sampled"]["n"] == 80
+
+
+def test_what_base_and_ref_make_of_the_samples_is_compared(tmp_path, rng):
+  write_run(tmp_path, rng, ["sft", "dpr"])
+  nats = {name: {"base": rng.random(40).tolist(), "ref": rng.random(40).tolist()}
+          for name in ("sft", "dpr")}
+  (tmp_path / "samples" / SAMPLE_NLL_FILE).write_text(json.dumps(nats))
+  results = build_results([tmp_path], [0])
+  for judge in ("base", "ref"):
+    metric = f"sample_nll_{judge}"
+    for name, values in nats.items():
+      assert results["systems"][name][metric]["mean"] == pytest.approx(np.mean(values[judge]))
+    (c,) = [c for c in results["comparisons"] if c["metric"] == metric]
+    gap = np.mean(nats["dpr"][judge]) - np.mean(nats["sft"][judge])
+    assert c["pair"] == ["dpr", "sft"] and c["difference"] == pytest.approx(gap)
+
+
+def test_a_stage_that_ended_early_is_noted(tmp_path, rng):
+  for seed in (4, 5):
+    write_run(tmp_path / str(seed), rng, ["sft", "dpr"])
+  assert build_results([tmp_path / "4"], [4])["notes"] == []
+  (tmp_path / "5" / "dpr").mkdir()
+  write_stopped(tmp_path / "5" / "dpr", 7, 20, "the KL was too large")
+  (note,) = build_results([tmp_path / "4", tmp_path / "5"], [4, 5])["notes"]
+  assert note.startswith("Stage dpr of seed 5 ended after step 7 of 20: the KL was too large.")

@@ -64,9 +64,23 @@ def test_advantages_of_a_batch_equal_loops(rng):
 
 def test_transforms_come_before_the_kl(rng):
   r = _rollout(rng)
-  batch, _ = reinforce_batch(r, beta=2.0, returns="per_token", transform=transforms.clip(-0.1, 0.1))
+  clip = transforms.parse(["clip:0.1"])
+  batch, _ = reinforce_batch(r, beta=2.0, returns="per_token", transform=clip)
   kl = r.policy_logp - r.sft_logp
   expected = np.where(r.mask > 0, np.clip(r.rewards, -0.1, 0.1) - 2.0 * kl, 0.0)
+  np.testing.assert_allclose(batch.advantages, expected, atol=1e-5)
+
+
+def test_the_external_score_comes_after_the_transforms_and_before_the_kl(rng):
+  r = _rollout(rng)
+  scores = rng.random(len(r.mask)).astype(np.float32)
+  batch, _ = reinforce_batch(
+      r, beta=2.0, returns="per_token", transform=transforms.parse(["clip:0.1"]),
+      external=scores, external_weight=0.4,
+  )
+  last = np.arange(r.mask.shape[1]) == r.lengths[:, None] - 1
+  rewards = 0.6 * np.clip(r.rewards, -0.1, 0.1) + 0.4 * last * scores[:, None]
+  expected = np.where(r.mask > 0, rewards - 2.0 * (r.policy_logp - r.sft_logp), 0.0)
   np.testing.assert_allclose(batch.advantages, expected, atol=1e-5)
 
 

@@ -33,7 +33,8 @@ def _setup(shape, devices):
   mask = ((draw.random((8, 13)) < 0.7) & (segments > 0)).astype(np.float32)
   batch = sharding.place(SFTBatch(tokens=tokens, segment_ids=segments, loss_mask=mask), mesh)
   model = Transformer(cfg)
-  step = make_train_step(make_sft_loss(model, chunk_size=5), optimizer, accumulation=2)
+  loss_fn = make_sft_loss(model, chunk_size=5)
+  step = make_train_step(loss_fn, optimizer, accumulation=2, ema_decay=0.5)
   return mesh, model, step, batch, optimizer
 
 
@@ -63,7 +64,9 @@ def train(shapes):
     devices = jax.devices()[: int(np.prod(shape))]
     mesh, model, step, batch, optimizer = _setup(shape, devices)
     with jax.set_mesh(mesh):
-      state = TrainState.create(_variables(model, mesh), optimizer, jax.random.key(1))
+      state = TrainState.create(
+          _variables(model, mesh), optimizer, jax.random.key(1), ema=True
+      )
       before = jax.tree.map(lambda x: x.sharding, state)
       losses, norms = [], []
       for _ in range(3):
@@ -71,10 +74,12 @@ def train(shapes):
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
       kept = jax.tree.map(lambda x, s: x.sharding == s, state, before)
-      # The query kernel [R, D, heads, head_dim] in the variables and in both Adam moments.
+      # The query kernel [R, D, heads, head_dim] in the variables, both moments and the average.
       query = {
           "/".join(map(str, x.sharding.spec))
-          for path, x in jax.tree_util.tree_leaves_with_path((state.trainable, state.opt_state))
+          for path, x in jax.tree_util.tree_leaves_with_path(
+              (state.trainable, state.opt_state, state.ema)
+          )
           if "layer_0/attention/query" in jax.tree_util.keystr(path, simple=True, separator="/")
       }
       runs.append(dict(
@@ -82,7 +87,7 @@ def train(shapes):
           kept=bool(jax.tree.all(kept)),
           query=sorted(query),
           params=[np.asarray(x, np.float64).ravel()[:40].tolist()
-                  for x in jax.tree.leaves(sharding.to_host(state.trainable))],
+                  for x in jax.tree.leaves(sharding.to_host((state.trainable, state.ema)))],
       ))
   return runs
 
@@ -146,8 +151,9 @@ def save_and_restore(directory, shapes):
       "kernel": draw.normal(size=(3, 16, 4, 2)).astype(np.float32),
   }
   optimizer, key = optax.adamw(0.1), jax.random.key(3)
+  carried = {"ema": True, "control": {"beta": 0.7}}
   host = lambda s: [np.asarray(x) for x in jax.tree.leaves(sharding.to_host(
-      (s.trainable, s.opt_state, jax.random.key_data(s.rng))))]
+      (s.trainable, s.opt_state, jax.random.key_data(s.rng), s.ema, s.control)))]
   saved, out = None, []
   for shape in shapes:
     mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
@@ -157,7 +163,9 @@ def save_and_restore(directory, shapes):
           for k, v in values.items()
       }
       if saved is None:
-        state = TrainState.create({"params": jax.device_put(values, own)}, optimizer, key)
+        state = TrainState.create(
+            {"params": jax.device_put(values, own)}, optimizer, key, **carried
+        )
         moments = jax.tree.map(
             lambda x: x + 1 if x.ndim else x, state.opt_state  # not the zeros of a fresh start.
         )
@@ -170,11 +178,11 @@ def save_and_restore(directory, shapes):
           k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=own[k]) for k, v in values.items()
       }}
       with Checkpoints(directory, read_only=True) as checkpoints:
-        state, data = checkpoints.restore(abstract_state(like, optimizer, key))
+        state, data = checkpoints.restore(abstract_state(like, optimizer, key, **carried))
       same = all(np.array_equal(a, b) for a, b in zip(saved, host(state), strict=True))
       laid_out = all(state.trainable["params"][k].sharding == own[k] for k in own)
-      split = all(not x.sharding.is_fully_replicated
-                  for x in jax.tree.leaves(state.opt_state) if x.ndim) or shape == [1, 1, 1]
+      arrays = [x for x in jax.tree.leaves((state.opt_state, state.ema)) if x.ndim]
+      split = all(not x.sharding.is_fully_replicated for x in arrays) or shape == [1, 1, 1]
       out.append([same, laid_out, split, data])
   return out
 

@@ -222,3 +222,40 @@ def test_samples_are_the_first_of_each_task(workdir, read_page, undrawn):
   right = [r for r in sampled if r["prompt"] == next(iter(first.values()))][0]["correct"]
   block = shown.partition(next(iter(first.values())))[2].partition("SFT")[2]
   assert block.strip().startswith("✓ right" if right else "✗ wrong")
+
+
+def test_the_verdict_on_gaming_leads_the_page_and_its_signs_are_listed(workdir, read_page, undrawn):
+  path = workdir / "report" / "results.json"
+  results = json.loads(path.read_text())
+  results["gaming"] = {
+    "verdict": "gaming", "text": "The policy was gaming the reward: it was.",
+    "signs": [{"name": "length", "found": True, "text": "Twice as long."}],
+  }
+  path.write_text(json.dumps(results))
+  page = read_page(write_report(workdir))
+  assert page.text.count("The policy was gaming the reward: it was.") == 2
+  assert "Sign of gaming: length" in page.text and "Twice as long." in page.text
+
+
+@pytest.mark.parametrize("reference,says", [
+  ({"kind": "half_data", "fraction": 0.3}, "ref trained on 30% of the demonstrations"),
+  ({"kind": "ema", "ema_decay": 0.9, "fraction": 0.5}, "ref the moving average of SFT (decay 0.9)"),
+  ({"kind": "ensemble_mean_logp", "fractions": [0.1, 0.5]}, "ref the mean logp of SFT at 10%, 50%"),
+  ({"kind": "midrun", "select": "snr", "fraction": 0.5}, "ref a milestone of SFT selected by snr"),
+])
+def test_the_page_says_which_reference_it_was(workdir, read_page, undrawn, reference, says):
+  record = json.loads((workdir / "config.json").read_text())
+  record["config"]["reference"] = reference
+  record["config"]["dpr"] |= {
+    "transforms": ["clip:2", "zscore"], "verifier_weight": 0.25, "target_kl": 1.5, "kl_budget": 4.0,
+  }
+  (workdir / "config.json").write_text(json.dumps(record))
+  table = [{"fraction": f, "members": [f"sft@{s}"], "kl": kl, "kl_se": 0.1}
+           for f, s, kl in ((0.25, 5, 2.0), (0.5, 10, 1.0))]
+  (workdir / "reference.json").write_text(json.dumps(
+    {"select": "snr", "fraction": 0.25, "prompts": 64, "candidates": table}))
+  text = read_page(write_report(workdir)).text
+  assert says in text and "transforms clip:2, zscore" in text
+  assert "steered to a KL of 1.5 nats" in text and "KL budget 4 nats" in text
+  assert "25% of the reward from the verifier" in text
+  assert "sft@5: KL(sft || ref) 2.00 ± 0.10 nats a response, on 64 training prompts" in text

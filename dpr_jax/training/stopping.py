@@ -1,0 +1,38 @@
+"""stopped.json in the folder of a stage that ended before its last step, and what it means.
+
+    {"step": 40, "steps": 100, "reason": "..."}
+
+The stage's result is its checkpoint of `step`. It is finished: a run that goes on leaves it so.
+"""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+FILE = "stopped.json"
+
+
+def read_stopped(directory: str | os.PathLike) -> dict[str, Any] | None:
+  """The content of a stage's stopped.json, None if it did not end early."""
+  path = pathlib.Path(directory) / FILE
+  return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def last_step(directory: str | os.PathLike, steps: int) -> int:
+  """The step of a stage's result: `steps`, unless it ended before."""
+  stopped = read_stopped(directory)
+  return stopped["step"] if stopped else steps
+
+
+def write_stopped(directory: str | os.PathLike, step: int, steps: int, reason: str) -> None:
+  """Says, atomically and from process 0, that a stage of `steps` ended after `step`."""
+  if jax.process_index():
+    return
+  path = pathlib.Path(directory) / FILE
+  temporary = path.with_suffix(".tmp")
+  record = {"step": step, "steps": steps, "reason": reason}
+  temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+  os.replace(temporary, path)
