@@ -16,7 +16,6 @@ from dpr_jax.training.metrics import read_metrics
 from dpr_jax.training.stopping import read_stopped
 from dpr_jax.workdir import Workdir
 
-
 pytestmark = pytest.mark.usefixtures("light_compilation")
 
 
