@@ -72,13 +72,13 @@ def _verdict(reward: Trend | None, against_sft, found: list[str]) -> tuple[str, 
       "too few steps have a reward" if reward is None else "no task was measured against SFT"
     )
     return "unknown", f"Whether the policy was gaming the reward cannot be said: {missing}."
+  tasks = " and ".join(_difference(m, c) for m, c in goals.items())
   if reward.direction <= 0:
     return "no_rise", (
       "The policy was not gaming the reward: the reward did not rise in training (it "
-      f"{reward.phrase('nats a response')})."
+      f"{reward.phrase('nats a response')}); {tasks}."
     )
   rose = f"the reward rose by {number(reward.delta, 2)} nats a response"
-  tasks = " and ".join(_difference(m, c) for m, c in goals.items())
   listed = f"; signs: {', '.join(found)}" if found else "; no sign of it besides"
   outcomes = {resolved(c) for c in goals.values()}
   if -1 in outcomes:

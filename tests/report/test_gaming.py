@@ -52,6 +52,7 @@ FLAT = {"entropy": (1.0, 0.2, 0.01)}
     ([BETTER, SHORT], {**UP, **FLAT}, "clean", "signs: length, entropy"),
     ([WORSE], {"reward": (1.0, 1.0, 0.3)}, "no_rise", "the reward did not rise"),
     ([WORSE], {"reward": (2.0, 1.0, 0.01)}, "no_rise", "it fell by 0.9"),
+    ([WORSE], {"reward": (2.0, 1.0, 0.01)}, "no_rise", "sampled accuracy fell by 5.5 points"),
     ([], UP, "unknown", "no task was measured"),
     ([WORSE], {"loss": (1.0, 1.0, 0.1)}, "unknown", "too few steps have a reward"),
 ])
