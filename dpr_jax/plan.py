@@ -7,7 +7,8 @@
 Compiles sft_step, rollout_step and reinforce_step for the topology on this CPU and reports their
 memory, FLOPs and collectives. The times are bounds from peak rates, not measurements. Without
 --mesh it estimates all mesh shapes and compiles the most promising ones, at most --compile, until
-one fits. --quick compiles with less effort, in about half of the time.
+one fits; if none does, again with more accumulation. --quick compiles with less effort, in about
+half of the time.
 """
 
 import json

@@ -1,7 +1,7 @@
 """A plan: which meshes fit, the best of them, and its programs in figures. A dict for JSON."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,6 +12,18 @@ from dpr_jax.planning import report, search
 from dpr_jax.planning.programs import check_rows, planned_model
 from dpr_jax.planning.topologies import Topology, describe
 from dpr_jax.sharding import MESH_AXES
+
+
+def _accumulating(config: RunConfig) -> Iterator[RunConfig]:
+  """The config, and the same steps in 2, 4, ... times as many micro-batches."""
+  for factor in (1, 2, 4, 8, 16):
+    more = {}
+    for name in ("sft", "dpr"):
+      section = getattr(config, name)
+      if section.batch_size % (section.accumulation * factor):
+        return
+      more[name] = dataclasses.replace(section, accumulation=section.accumulation * factor)
+    yield dataclasses.replace(config, **more)
 
 
 def make_plan(
@@ -26,7 +38,8 @@ def make_plan(
   """Compiles the programs of `config` on `topology`.
 
   Args:
-    shape: (data, fsdp, tensor); None searches.
+    shape: (data, fsdp, tensor); None searches, and splits the steps into more micro-batches than
+      the config says if nothing fits otherwise ("batch" says how many).
     most: meshes that a search compiles at most; it stops at the first that fits.
     say: called with a line of progress before each compilation.
 
@@ -35,13 +48,29 @@ def make_plan(
       a shape; names the field or flag.
   """
   cfg = planned_model(config, topology.chip.platform)
-  if shape:
-    check_rows(config, jax.sharding.AbstractMesh(shape, MESH_AXES))
-    tried = [search.estimate(config, cfg, topology, shape)]
-    todo = tried
-  else:
-    tried = search.ranked(config, cfg, topology)
-    todo = tried[:most]
+  tried, compiled, devices = [], [], None
+  for how in [config] if shape else _accumulating(config):
+    config = how
+    if shape:
+      check_rows(config, jax.sharding.AbstractMesh(shape, MESH_AXES))
+      now = [search.estimate(config, cfg, topology, shape)]
+    else:
+      now = search.ranked(config, cfg, topology)
+    if not now:
+      break
+    tried = now
+    # Nothing is compiled that is far beyond memory, if more micro-batches may help.
+    hopeful = [e for e in now if e.peak_bytes <= 1.1 * topology.chip.hbm_bytes]
+    devices = devices or describe(topology)
+    compiled = []
+    for guess in (now if shape else hopeful)[:most]:
+      mesh = ",".join(map(str, guess.shape))
+      on_program = lambda name, mesh=mesh: say(f"{topology.name} mesh {mesh}: compiling {name}")
+      compiled.append(report.plan_mesh(config, cfg, topology, devices, guess.shape, on_program))
+      if compiled[-1]["fits"]:
+        break
+    if compiled and compiled[-1]["fits"]:
+      break
   if not tried:
     raise UserError(
         f"no mesh over the {topology.size} devices of {topology.name} divides "
@@ -49,14 +78,8 @@ def make_plan(
         f"{config.dpr.batch_size} (a micro-batch needs a multiple of data * fsdp rows) "
         "with tensor a divisor of the heads; take more rows"
     )
-  devices = describe(topology)
-  compiled = []
-  for guess in todo:
-    mesh = ",".join(map(str, guess.shape))
-    on_program = lambda name, mesh=mesh: say(f"{topology.name} mesh {mesh}: compiling {name}")
-    compiled.append(report.plan_mesh(config, cfg, topology, devices, guess.shape, on_program))
-    if compiled[-1]["fits"]:
-      break
+  if not compiled:  # All hopeless: what the smallest of them lacks is worth knowing.
+    compiled = [report.plan_mesh(config, cfg, topology, devices, tried[0].shape, say)]
   best = compiled[-1] if compiled[-1]["fits"] else max(compiled, key=lambda c: len(c["programs"]))
   by_mesh = {tuple(c["mesh"].values()): c for c in compiled}
   return {

@@ -65,7 +65,9 @@ def plan_text(plan: dict[str, Any]) -> str:
   if plan["fits"]:
     lines.append(
         f"suggested: --config.mesh.data={plan['mesh']['data']} --config.mesh.fsdp="
-        f"{plan['mesh']['fsdp']} --config.mesh.tensor={plan['mesh']['tensor']}; at most "
+        f"{plan['mesh']['fsdp']} --config.mesh.tensor={plan['mesh']['tensor']} "
+        f"--config.sft.accumulation={plan['batch']['sft'][2]} "
+        f"--config.dpr.accumulation={plan['batch']['dpr'][3]}; at most "
         f"{plan['tokens_per_second_bound']:,.0f} SFT tokens/s and "
         f"{plan['dpr_tokens_per_second_bound']:,.0f} response tokens/s (bounds, not measurements)")
   else:
