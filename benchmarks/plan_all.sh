@@ -30,8 +30,8 @@ for config in llama31_8b qwen25_7b mistral_7b gemma3_4b; do
   plan "${config}_v5e_4x4" "$config" v5e:4x4 "${short[@]}" "${flags[@]}"
   plan "${config}_v5p_2x2x2" "$config" v5p:2x2x2 "${flags[@]}"
   plan "${config}_v6e_4x4" "$config" v6e:4x4 "${flags[@]}"
+  plan "${config}_lora_v5e_4x4" "$config" v5e:4x4 "${short[@]}" "${lora[@]}" "${flags[@]}"
 done
-plan llama31_8b_lora_v5e_4x4 llama31_8b v5e:4x4 "${short[@]}" "${lora[@]}" "${flags[@]}"
 plan llama31_8b_v5e_16x16 llama31_8b v5e:16x16 "${large[@]}" "${flags[@]}"
 plan llama31_8b_lora_v5e_16x16 llama31_8b v5e:16x16 "${large[@]}" "${lora[@]}" "${flags[@]}"
 # Rows of 32k tokens.

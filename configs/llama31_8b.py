@@ -19,6 +19,7 @@ def get_config(arg: str = ""):
   shape.max_length, shape.norm_eps, shape.tied_head = 131_072, 1e-5, False
   shape.rope.theta, shape.rope.scaling, shape.rope.factor = 500_000.0, "llama3", 8.0
 
+  config.model.logits_budget = 1.0
   config.data.row_length, config.data.prompt_length = 2048, 1024
   config.data.overlong_prompt = config.data.on_empty = "drop"
   config.data.holdout = 512

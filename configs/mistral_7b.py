@@ -19,6 +19,7 @@ def get_config(arg: str = ""):
   shape.max_length, shape.norm_eps, shape.tied_head = 32_768, 1e-5, False
   shape.layer_pattern, shape.window = ("local",), 4096
 
+  config.model.logits_budget = 1.0
   config.data.row_length, config.data.prompt_length = 2048, 1024
   config.data.overlong_prompt = config.data.on_empty = "drop"
   config.data.holdout = 512

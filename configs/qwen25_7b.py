@@ -20,6 +20,7 @@ def get_config(arg: str = ""):
   shape.qkv_bias = True
   shape.rope.theta = 1_000_000.0
 
+  config.model.logits_budget = 1.0
   config.data.row_length, config.data.prompt_length = 2048, 1024
   config.data.overlong_prompt = config.data.on_empty = "drop"
   config.data.holdout = 512
