@@ -313,7 +313,8 @@ _BOUNDS = {
 def default_config() -> ml_collections.ConfigDict:
   """All fields at their defaults; a configs/*.py starts from it."""
   fields = dataclasses.asdict(RunConfig())
-  for name in ("dtype", "remat", "attention", "lora"):  # Said once, in the section above the shape.
+  # Said once, in the section above the shape; or decided where it is used.
+  for name in ("dtype", "remat", "attention", "lora", "scan_layers"):
     del fields["model"]["shape"][name]
   return ml_collections.ConfigDict(fields)
 

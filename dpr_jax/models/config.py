@@ -67,6 +67,7 @@ class ModelConfig:
 
   # How it is computed, not what: free to differ between a checkpoint and its reader.
   dtype: str = "float32"  # activations and matmuls; parameters keep their own dtype.
+  scan_layers: bool = True  # False: every pattern is a group of its own; see models/unrolled.py.
   remat: str = "full"  # none | dots | full: what the backward pass recomputes in a layer.
   attention: str = "auto"  # auto | xla | cudnn | splash: over whole rows; see models/attention.py.
 
@@ -112,6 +113,8 @@ class ModelConfig:
     groups = [(self.layer_pattern, whole)] if whole else []
     if rest:
       groups.append((self.layer_pattern[:rest], 1))
+    if not self.scan_layers:
+      groups = [(pattern, 1) for pattern, repeats in groups for _ in range(repeats)]
     return tuple(groups)
 
   def rope_of(self, kind: str) -> Rope:

@@ -27,6 +27,7 @@ from flax import struct
 
 from dpr_jax.data.batches import PromptBatch
 from dpr_jax.models import cache as cache_lib
+from dpr_jax.models import unrolled
 from dpr_jax.models.variables import gathered
 from dpr_jax.sharding import batch_ways, constrain
 
@@ -194,7 +195,7 @@ def generate(
     alive_Kx1 = s["alive"].astype(jnp.int32)[:, None]
     hidden, caches = [], []
     for variables, cache in zip(members, s["caches"], strict=True):
-      hidden_Kx1xD, cache = model.apply(variables, token_Kx1, None, alive_Kx1, cache)
+      hidden_Kx1xD, cache = decoder.apply(variables, token_Kx1, None, alive_Kx1, cache)
       hidden.append(hidden_Kx1xD[:, 0])
       caches.append(cache)
     s = {**s, "caches": tuple(caches), "steps": s["steps"] + 1}
@@ -207,6 +208,10 @@ def generate(
       )
       for variables in members
   ]
+  decoder = unrolled.decoder_of(model)
+  if decoder is not model:
+    members = tuple(unrolled.split_variables(model.cfg, variables) for variables in members)
+    prefilled = [(hidden, unrolled.split_cache(model.cfg, cache)) for hidden, cache in prefilled]
   last = [hidden_GxPxD[:, -1] for hidden_GxPxD, _ in prefilled]
   present_B = jnp.repeat(prompts.lengths > 0, samples_per_prompt)
   state = {
@@ -226,7 +231,7 @@ def generate(
     state = jax.lax.while_loop(lambda s: jnp.any(s["alive"]), step, state)
   else:
     state["caches"] = tuple(
-        cache_lib.init_cache(model.cfg, slots, max_new_tokens, prompt=width) for _ in members
+        cache_lib.init_cache(decoder.cfg, slots, max_new_tokens, prompt=width) for _ in members
     )
     state["next"] = jnp.zeros((lanes,), jnp.int32)  # the first waiting row of each lane.
     enough = max(1, round(refill * slots))
@@ -251,7 +256,7 @@ def generate(
           "row": jnp.where(new_K, base_K + waiting_LxK.reshape(slots), s["row"]),
           "age": jnp.where(new_K, 0, s["age"]),
           "caches": tuple(
-              cache_lib.admit(model.cfg, cache, source, take, new_K)
+              cache_lib.admit(decoder.cfg, cache, source, take, new_K)
               for cache, (_, source) in zip(s["caches"], prefilled, strict=True)
           ),
       }

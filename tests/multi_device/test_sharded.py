@@ -113,6 +113,10 @@ def roll_out(shapes):
       policy, sft, ref = (_variables(model, mesh, seed) for seed in (0, 1, 2))
       rollout_step = make_rollout_step(model, max_new_tokens=6, stop_ids=(1, 2, 3), chunk_size=4)
       rollout = rollout_step(policy, sft, ref, sharding.place(prompts, mesh), jax.random.key(7))
+      refill = make_rollout_step(
+          model, max_new_tokens=6, stop_ids=(1, 2, 3), samples_per_prompt=2, slots=8, refill=0.01
+      )
+      refilled = refill(policy, sft, ref, sharding.place(prompts, mesh), jax.random.key(7))
       batch, _ = jax.jit(lambda r: reinforce_batch(r, beta=0.5, baseline="position_mean"))(rollout)
       step = make_train_step(make_reinforce_loss(model, chunk_size=4), optimizer, accumulation=2)
       state = TrainState.create(policy, optimizer, jax.random.key(1))
@@ -124,8 +128,11 @@ def roll_out(shapes):
       runs.append(dict(
           tokens=np.asarray(rollout.tokens).tolist(), lengths=np.asarray(rollout.lengths).tolist(),
           rewards=np.asarray(rollout.rewards).tolist(), losses=losses,
+          refilled=np.asarray(refilled.tokens).tolist(),
+          refilled_rewards=np.asarray(refilled.rewards).tolist(),
           by_rows=[
-              x.sharding.is_equivalent_to(rows, x.ndim) for x in jax.tree.leaves((rollout, batch))
+              x.sharding.is_equivalent_to(rows, x.ndim)
+              for x in jax.tree.leaves((rollout, refilled, batch)) if x.ndim
           ],
           compilations=step.compilations(),
       ))
@@ -218,7 +225,9 @@ def test_rollouts_on_a_mesh_equal_one_device(run_on_devices, meshes):
   assert len(set(alone["lengths"])) > 2
   for shape, run in zip(meshes, sharded, strict=True):
     assert run["tokens"] == alone["tokens"] and run["lengths"] == alone["lengths"], shape
-    for ours, theirs in zip(run["rewards"], alone["rewards"], strict=True):
+    assert run["refilled"] == alone["refilled"], f"{shape}: refilled slots drew other tokens"
+    both = (run["rewards"] + run["refilled_rewards"], alone["rewards"] + alone["refilled_rewards"])
+    for ours, theirs in zip(*both, strict=True):
       assert ours == pytest.approx(theirs, abs=1e-5), shape
     for ours, theirs in zip(run["losses"], alone["losses"], strict=True):
       assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6), shape

@@ -1,0 +1,62 @@
+"""The unrolled decoder is the scanned one, layer for layer."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from dpr_jax.models import init_variables
+from dpr_jax.models.unrolled import decoder_of, split_cache, split_variables
+
+pytestmark = pytest.mark.usefixtures("light_compilation")
+
+
+@pytest.mark.parametrize("fields", [
+    dict(num_layers=3),
+    dict(num_layers=5, layer_pattern=("local", "global"), window=3, tied_head=False),
+], ids=["global", "windowed"])
+def test_unrolled_decoding_equals_scanned(make_model, rng, fields):
+  model, variables = make_model(int(rng.integers(1 << 30)), **fields)
+  cfg = model.cfg
+  unrolled = decoder_of(model)
+  assert unrolled.cfg == dataclasses.replace(cfg, scan_layers=False)
+  assert len(unrolled.cfg.groups) == -(-cfg.num_layers // len(cfg.layer_pattern))
+  tokens = rng.integers(0, cfg.vocab_size, (3, 6)).astype(np.int32)
+  segments = (np.arange(6) >= [[0], [4], [2]]).astype(np.int32)
+  split = split_variables(cfg, variables)
+
+  @jax.jit
+  def prefill(variables, tokens, segments):
+    hidden, cache = model.apply(variables, tokens, segments, slots=4, method="prefill")
+    return hidden, cache, split_cache(cfg, cache)
+
+  hidden, cache, own_cache = prefill(variables, tokens, segments)
+  step = jax.jit(lambda m, v, t, c: m.apply(v, t, None, None, c), static_argnums=0)
+  for _ in range(4):
+    token = rng.integers(0, cfg.vocab_size, (3, 1)).astype(np.int32)
+    hidden, cache = step(model, variables, token, cache)
+    own_hidden, own_cache = step(unrolled, split, token, own_cache)
+    np.testing.assert_allclose(own_hidden, hidden, atol=1e-5)
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), split_cache(cfg, cache), own_cache
+  )
+
+
+def test_adapters_are_split_like_the_weights(make_model):
+  model, _ = make_model(0)
+  with_lora = dataclasses.replace(model.cfg, lora=dataclasses.replace(model.cfg.lora, rank=2))
+  for cfg in (model.cfg, with_lora):
+    scanned = jax.eval_shape(lambda k, cfg=cfg: init_variables(cfg, k), jax.random.key(0))
+    own = dataclasses.replace(cfg, scan_layers=False)
+    expected = jax.eval_shape(lambda k, own=own: init_variables(own, k), jax.random.key(0))
+    split = jax.eval_shape(lambda v, cfg=cfg: split_variables(cfg, v), nn.unbox(scanned))
+    assert jax.tree.map(lambda x: x.shape, split) == jax.tree.map(
+        lambda x: x.shape, nn.unbox(expected)
+    )
+
+
+def test_another_model_decodes_as_it_is():
+  model = object()
+  assert decoder_of(model) is model
