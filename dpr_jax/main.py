@@ -2,9 +2,11 @@
 
     python -m dpr_jax.main --config=configs/smoke.py --workdir=DIR [--config.sft.steps=200 ...]
 
-The same command after an interruption goes on where it stopped.
+The same command after an interruption goes on where it stopped. --profile_steps=3:5 writes a
+profiler trace of these steps of every trained stage to DIR/profile.
 """
 
+import dataclasses
 import difflib
 import re
 import sys
@@ -24,6 +26,7 @@ def parse(argv: Sequence[str]):
     UserError: naming the flag or the field, and what would be right.
   """
   from dpr_jax import config as config_lib
+  from dpr_jax.training import profiling
 
   values = flags.FlagValues()
   config = config_flags.DEFINE_config_file(
@@ -31,6 +34,10 @@ def parse(argv: Sequence[str]):
       flag_values=values, sys_argv=["dpr_jax.main", *argv],
   )
   workdir = flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+  profile = flags.DEFINE_string(
+      "profile_steps", None, "FIRST:LAST, steps of each trained stage to trace, counted from 1.",
+      flag_values=values,
+  )
   flags.DEFINE_bool("help", False, "Shows this text.", short_name="h", flag_values=values)
   try:
     rest = values(["dpr_jax.main", *argv])[1:]
@@ -55,7 +62,15 @@ def parse(argv: Sequence[str]):
                       "return the config")
     if flag.value is None:
       raise UserError(f"--{flag.name} is missing; for example --{flag.name}={example}")
-  return config_lib.resolve(config.value), workdir.value
+  run_config = config_lib.resolve(config.value)
+  for where, steps in (("config.log.profile_steps", run_config.log.profile_steps),
+                       ("--profile_steps", profile.value)):
+    if steps is not None:
+      profiling.parse_steps(steps, where)
+  if profile.value is not None:
+    log = dataclasses.replace(run_config.log, profile_steps=profile.value)
+    run_config = dataclasses.replace(run_config, log=log)
+  return run_config, workdir.value
 
 
 def config_path(argv: Sequence[str]) -> str:

@@ -6,6 +6,7 @@
     samples/               responses of every system on the held-out prompts; scored tokens
     tensorboard/
     report/                report.html, results.json, PNG plots
+    profile/               one folder a stage: traces of --profile_steps, if asked for
     compilation_cache/     compiled programs; may be deleted
 With several seeds, seed_N/ is a whole workdir for each, and report/ is of all of them.
 """
@@ -85,6 +86,7 @@ class Workdir:
     self.samples = self.path / "samples"
     self.tensorboard = self.path / "tensorboard"
     self.report = self.path / "report"
+    self.profile = self.path / "profile"
     self.compilations = self.path / "compilation_cache"
 
   def stage(self, name: str) -> pathlib.Path:

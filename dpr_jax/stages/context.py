@@ -32,6 +32,7 @@ from dpr_jax.training import TrainState
 from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.training.loop import run_stage
 from dpr_jax.training.optimizer import make_schedule
+from dpr_jax.training.profiling import parse_steps
 from dpr_jax.training.steps import abstract_state
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
 from dpr_jax.workdir import Workdir
@@ -247,4 +248,6 @@ def train(
       progress=config.log.progress,
       tensorboard_dir=run.workdir.tensorboard / name if config.log.tensorboard else None,
       schedule=make_schedule(section.optimizer, section.steps),
+      profile_steps=parse_steps(config.log.profile_steps, "config.log.profile_steps"),
+      profile_dir=run.workdir.profile / name,
   )
