@@ -48,11 +48,3 @@ def decode_bytes(cfg: ModelConfig, rows: int, prompt: int, new: int, itemsize: i
   weights = (layer_weights(cfg) + head_weights(cfg)) * itemsize
   keys = seen(cfg, prompt, prompt + new) / max(new, 1)
   return weights + rows * 2 * keys * cfg.num_kv_heads * cfg.head_dim * itemsize
-
-
-def decode_floor(
-    cfg: ModelConfig, rows: int, prompt: int, new: int, itemsize: int, flops_s: float, bytes_s: float
-) -> float:
-  """Seconds of one decoding step that neither the arithmetic nor the memory allows to beat."""
-  flops = forward_flops(cfg, rows, new, new, first=prompt) / max(new, 1)
-  return max(flops / flops_s, decode_bytes(cfg, rows, prompt, new, itemsize) / bytes_s)

@@ -86,6 +86,7 @@ class Workload(common.Workload):
     )
     self.chunk = common.chunk_size(args, cfg, args.batch, self.mesh)
     self.key = jax.random.key(args.seed + 2)
+    self.first_key = jax.random.fold_in(self.key, 0)  # That of step 0.
     tricks = Tricks(args.slots, args.samples)
     self.main_parts = None
     self.variants = {"main": self.step("main", tricks)}
@@ -109,7 +110,7 @@ class Workload(common.Workload):
         "shape": {name: getattr(args, name) for name in (
             "batch", "prompt", "new", "samples", "slots", "skew")} | {"chunk_size": self.chunk},
         "dtype": cfg.dtype,
-        "tokens": args.batch * args.new,  # Replaced by the sampled ones in the report.
+        "tokens": args.batch * args.new,  # At most; the report has those that were sampled.
         "prefill_flops": counts.forward_flops(cfg, args.batch // args.samples, args.prompt, 1),
         "score_flops": 2 * forward,
         "train_flops": counts.train_flops(cfg, args.batch, columns, args.new),
@@ -136,7 +137,9 @@ class Workload(common.Workload):
     )
 
     def call():
-      self.state, metrics = dpr_step(self.state, prompts)
+      # The sampling key is made of the step: all variants and rounds draw the same lengths.
+      zero = jax.device_put(np.int32(0), self.state.step.sharding)
+      self.state, metrics = dpr_step(self.state.replace(step=zero), prompts)
       return self.state, metrics
 
     return call
@@ -145,7 +148,9 @@ class Workload(common.Workload):
     """One rollout of the kind of `main`, kept for the parts."""
     if not hasattr(self, "_rollout"):
       rollout_step, _, prompts = self.main_parts
-      self._rollout = rollout_step(self.state.variables, self.sft, self.ref, prompts, self.key)
+      self._rollout = rollout_step(
+          self.state.variables, self.sft, self.ref, prompts, self.first_key
+      )
     return self._rollout
 
   def decode(self):
@@ -157,7 +162,7 @@ class Workload(common.Workload):
             samples_per_prompt=args.samples, slots=args.slots, with_entropy=True,
         )
     )
-    return lambda: program(self.state.variables, prompts, self.key)
+    return lambda: program(self.state.variables, prompts, self.first_key)
 
   def score(self):
     program = jax.jit(
@@ -223,7 +228,8 @@ def report(ours, floors):
   seconds = ours.median("main")
   steps, tokens = facts["decode_steps"], sum(facts["lengths"])
   dense = setup["prefill_flops"] + setup["score_flops"] + setup["train_flops"]
-  floor = dense / flops_s + steps * max(setup["step_flops"] / flops_s, setup["step_bytes"] / bytes_s)
+  decode_step = max(setup["step_flops"] / flops_s, setup["step_bytes"] / bytes_s)
+  floor = dense / flops_s + steps * decode_step
   out = {
       "tokens_per_s": tokens / seconds, "sampled_tokens": tokens, "decode_steps": steps,
       "longest": max(facts["lengths"]),
@@ -239,9 +245,17 @@ def report(ours, floors):
         name: {"seconds": ours.median(name), "gain": ours.median(name) / seconds}
         for name in without
     }
-    teacher_forced = parts["score"] / 2
-    # What a formula says of the same steps, from the parts measured here.
-    out["predicted_gain"] = {"rescored": (seconds + teacher_forced) / seconds}
+    # What formulas say of the same steps; docs/performance.md explains them.
+    samples = setup["shape"]["samples"]
+    prefill = setup["prefill_flops"] / flops_s
+    decode = max(parts["decode"] - prefill, 0.0)
+    change = {
+        "no_refill": decode * ((max(facts["lengths"]) - 1) / max(steps, 1) - 1),
+        "own_prefill": (samples - 1) * prefill,
+        "rescored": parts["score"] / 2,
+        "no_chunks": 0.0,
+    }
+    out["predicted_gain"] = {n: (seconds + change[n]) / seconds for n in without}
   if "programs" in facts:
     out["programs"] = facts["programs"]
   return out

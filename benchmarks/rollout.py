@@ -155,7 +155,7 @@ def check(args):
 
 
 def plain_steps(lengths, slots):
-  """Decoding steps of plain batches of these rows: the longest of each, less the prefill's token."""
+  """Decoding steps of plain batches of these rows: the longest of each; the prefill gives one."""
   return sum(max(lengths[i:i + slots]) - 1 for i in range(0, len(lengths), slots))
 
 
