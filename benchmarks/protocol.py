@@ -14,6 +14,7 @@ peer's environment need not have anything of ours.
 import json
 import os
 import pathlib
+import queue
 import subprocess
 import sys
 import tempfile
@@ -162,33 +163,30 @@ class Stepped:
   """
 
   def __init__(self, train: Callable[["Stepped"], None]):
-    self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-    self._error: BaseException | None = None
-    self._start = self._seconds = 0.0
+    self._go = threading.Semaphore(0)
+    self._results: queue.Queue[float | BaseException] = queue.Queue()
+    self._start = 0.0
 
     def run() -> None:
       try:
         train(self)
-        self._error = RuntimeError("the trainer ended before it was told to")
+        self._results.put(RuntimeError("the trainer ended before it was told to"))
       except BaseException as e:  # Raised where the round is waited for.
-        self._error = e
-      self._done.release()
+        self._results.put(e)
 
-    self._thread = threading.Thread(target=run, daemon=True)
-    self._thread.start()
+    threading.Thread(target=run, daemon=True).start()
 
   def begin(self) -> None:
     self._go.acquire()
     self._start = time.perf_counter()
 
   def end(self) -> None:
-    self._seconds = time.perf_counter() - self._start
-    self._done.release()
+    self._results.put(time.perf_counter() - self._start)
 
   def round(self) -> float:
     """Seconds of one step."""
     self._go.release()
-    self._done.acquire()
-    if self._error is not None:
-      raise self._error
-    return self._seconds
+    result = self._results.get()
+    if isinstance(result, BaseException):
+      raise result
+    return result
