@@ -1,8 +1,12 @@
 """Every benchmark prints one JSON line with the documented fields."""
 
+import importlib
 import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -121,3 +125,30 @@ def test_results_of_another_kind_are_refused(tmp_path):
   (tmp_path / "results.jsonl").write_text(json.dumps({"benchmark": "score"}) + "\nnot json\n")
   with pytest.raises(UserError, match="results.jsonl:2"):
     render.read(tmp_path / "results.jsonl")
+
+
+def test_run_all_gives_flags_that_the_scripts_take(tmp_path):
+  from benchmarks import common
+
+  # Stands for Python: writes down what it was called with.
+  fake = tmp_path / "python"
+  fake.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+  fake.chmod(0o755)
+  environment = {"PATH": os.environ["PATH"], "PYTHON": str(fake), "PEER_PYTHON": sys.executable,
+                 "TUNIX_PYTHON": sys.executable, "MODEL": "some.gguf", "REPEATS": "7"}
+  results = tmp_path / "results.jsonl"
+  script = ROOT / "benchmarks" / "run_all.sh"
+  subprocess.run([script, results], env=environment, check=True, capture_output=True, cwd=tmp_path)
+  called = [json.loads(line) for line in results.read_text().splitlines()]
+  names = [words[1].removeprefix("benchmarks.") for words in called]
+  assert set(names) == {"sft_step", "score", "rollout", "dpr_step", "memory", "scaling"}
+  for name, words in zip(names, called, strict=True):
+    module = importlib.import_module(f"benchmarks.{name}")
+    args = common.parse(module.flags(), words[2:])
+    gemma = "gemma" in args.config
+    assert args.model == ("" if gemma else "some.gguf")
+    assert args.repeats == (1 if name == "memory" else 7)
+    if name == "sft_step":
+      assert set(args.peers) == {"torch", "trl", "tunix"}
+    if name == "memory":
+      assert [module.command(args, case) for case in module.cases(args)]
