@@ -157,3 +157,57 @@ def test_compilation_is_what_the_first_calls_took_longer():
 
   times = iter([5.0, 3.0, 1.0])
   assert warm_up(lambda: next(times)) == 6.0
+
+
+def test_sides_alternate_or_follow_each_other():
+  from benchmarks import common, protocol
+
+  log = []
+
+  class Fake:
+    def __init__(self, name):
+      self.name = name
+
+    def setup(self):
+      log.append(f"open {self.name}")
+      if self.name == "absent":
+        raise protocol.Unavailable("no such package")
+      return {"versions": {}}
+
+    def round(self):
+      log.append(self.name)
+      return {"main": 2.0 if self.name == "peer" else 0.5}
+
+    def finish(self):
+      return {"peak_bytes": 30 if self.name == "peer" else 10}
+
+    def close(self):
+      log.append(f"close {self.name}")
+
+  openers = {name: lambda name=name: Fake(name) for name in ("ours", "absent", "peer")}
+  sides = common.alternate(openers, 2, sequential=False)
+  assert log == ["open ours", "open absent", "open peer", "ours", "peer", "ours", "peer",
+                 "close ours", "close absent", "close peer"]
+  peer = common.compare(sides["peer"], sides["ours"], tokens=6)
+  assert (peer["ratio"], peer["memory_ratio"], peer["tokens_per_s"]) == (4.0, 3.0, 3.0)
+  absent = common.compare(sides["absent"], sides["ours"], tokens=6)
+  assert absent == {"unavailable": "no such package"}
+  log.clear()
+  common.alternate(openers, 2, sequential=True)
+  assert log == ["open ours", "ours", "ours", "close ours", "open absent", "close absent",
+                 "open peer", "peer", "peer", "close peer"]
+
+
+def test_peers_take_llama_shapes_only():
+  import dataclasses
+
+  from benchmarks import common
+  from dpr_jax.errors import UserError
+
+  cfg = ModelConfig(vocab_size=29, tied_head=True)
+  shape = common.llama_shape(cfg)
+  assert shape["vocab_size"] == 29 and shape["intermediate_size"] == cfg.mlp_size
+  for change in ({"qk_norm": True}, {"embed_scale": 2.0}, {"activation": "gelu_tanh"},
+                 {"layer_pattern": ("local",), "window": 4}):
+    with pytest.raises(UserError, match="Llama shapes only"):
+      common.llama_shape(dataclasses.replace(cfg, **change))
