@@ -1,7 +1,7 @@
-"""Peak memory against vocabulary, length, batch, chunk and adapters, one process a case.
+"""Peak memory against vocabulary, length, batch, chunk, adapters and remat; a process a case.
 
     python -m benchmarks.memory --what=sft,score,dpr --vocab_sizes=49152,262144 \
-        --lengths=256,512 --batches=4,8 --chunk_sizes=0,100000 --lora_ranks=0,16
+        --lengths=256,512 --batches=4,8 --chunk_sizes=0,100000 --lora_ranks=0,16 --remats=none,dots
 
 Of each list the first value is the base, and the others are tried one at a time. A dpr step
 takes half of the length as prompt, half as response. A case has the peak of its process (or
@@ -20,7 +20,8 @@ from benchmarks import common
 from dpr_jax import cli
 from dpr_jax.errors import UserError
 
-AXES = ("vocab_sizes", "lengths", "batches", "chunk_sizes", "lora_ranks")
+REMATS = ("none", "dots", "full")
+AXES = ("vocab_sizes", "lengths", "batches", "chunk_sizes", "lora_ranks", "remats")
 MODULES = {"sft": "sft_step", "score": "score", "dpr": "dpr_step"}
 
 
@@ -31,6 +32,7 @@ def flags():
       ("vocab_sizes", "0", "0: that of the config"), ("lengths", "256", "tokens a row"),
       ("batches", "4", "rows"), ("chunk_sizes", "0", "columns; 0 fills --logits_budget"),
       ("lora_ranks", "0", "0: all parameters are trained"),
+      ("remats", "none", "none, dots, full: what the backward pass recomputes"),
   ):
     parser.add_argument(f"--{name}", default=default, help=f"list; {text}")
   return parser
@@ -42,8 +44,11 @@ def cases(args: argparse.Namespace) -> list[dict]:
   Raises:
     UserError: a list that is none, a task that there is not.
   """
-  lists = {}
-  for name in AXES:
+  lists = {"remats": args.remats.split(",")}
+  for name in lists["remats"]:
+    if name not in REMATS:
+      raise UserError(f"--remats={args.remats}: {name!r} is not one of {', '.join(REMATS)}")
+  for name in AXES[:-1]:
     try:
       lists[name] = [int(x) for x in getattr(args, name).split(",")]
     except ValueError:
@@ -55,18 +60,19 @@ def cases(args: argparse.Namespace) -> list[dict]:
     if what not in MODULES:
       raise UserError(f"--what={what} is not one of {', '.join(MODULES)}")
     tried = [base] + [{**base, n: v} for n, values in lists.items() for v in values[1:]]
-    # Scoring trains nothing: adapters are beside the point there.
-    out += [{"what": what, **case} for case in tried
-            if what != "score" or case["lora_ranks"] == base["lora_ranks"]]
+    # Scoring trains nothing: adapters and remat are beside the point there.
+    alike = lambda case: all(case[n] == base[n] for n in ("lora_ranks", "remats"))
+    out += [{"what": what, **case} for case in tried if what != "score" or alike(case)]
   return out
 
 
 def command(args: argparse.Namespace, case: dict) -> list[str]:
   """Flags of the script that a case runs."""
-  passed = ("model", "config", "dtype", "remat", "logits_budget", "mesh", "seed")
+  passed = ("model", "config", "dtype", "logits_budget", "mesh", "seed")
   out = [f"--{name}={getattr(args, name)}" for name in passed]
   out += [f"--vocab_size={case['vocab_sizes']}", f"--chunk_size={case['chunk_sizes']}",
-          f"--lora_rank={case['lora_ranks']}", f"--batch={case['batches']}", "--programs"]
+          f"--lora_rank={case['lora_ranks']}", f"--remat={case['remats']}",
+          f"--batch={case['batches']}", "--programs"]
   length = case["lengths"]
   if case["what"] != "dpr":
     return [*out, f"--length={length}"]
@@ -87,6 +93,7 @@ def measure(args: argparse.Namespace, case: dict) -> dict:
       "what": case["what"], "vocab_size": side.setup["model"]["vocab_size"],
       "length": case["lengths"], "batch": case["batches"],
       "chunk_size": side.setup["shape"]["chunk_size"], "lora_rank": case["lora_ranks"],
+      "remat": case["remats"],
       "params": params,
       "seconds": side.median("main"),
       "tokens_per_s": side.setup["tokens"] / side.median("main"),

@@ -117,10 +117,11 @@ def memory(record: Record) -> str:
     rows.append([
         c["what"], f"{c['vocab_size']:,}", str(c["length"]), str(c["batch"]),
         str(min(c["chunk_size"], c["length"])), str(c["lora_rank"] or "full"),
+        c["remat"],
         gigabytes(c["peak_bytes"]), gigabytes(c["argument_bytes"]), gigabytes(c["temporary_bytes"]),
         gigabytes(c["largest_logits_bytes"]), gigabytes(c["logits_bytes"]),
     ])
-  return table(["step", "V", "T", "B", "chunk", "LoRA rank", "peak, GB", "arguments, GB",
+  return table(["step", "V", "T", "B", "chunk", "LoRA rank", "remat", "peak, GB", "arguments, GB",
                 "temporaries, GB", "largest logits, GB", "[B, T, V], GB"], rows)
 
 
