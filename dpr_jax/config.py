@@ -194,6 +194,7 @@ class LogSection:
   every: int = 1  # steps between lines of metrics.jsonl.
   progress: bool = True  # a progress bar on stderr, from process 0.
   tensorboard: bool = True
+  profile_steps: str = ""  # FIRST:LAST, steps of each trained stage to trace; "" traces none.
 
 
 @dataclasses.dataclass(frozen=True)

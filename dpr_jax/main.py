@@ -2,9 +2,11 @@
 
     python -m dpr_jax.main --config=configs/smoke.py --workdir=DIR [--config.sft.steps=200 ...]
 
-The same command after an interruption goes on where it stopped.
+The same command after an interruption goes on where it stopped. --profile_steps=3:5 writes a
+profiler trace of these steps of every trained stage to DIR/profile.
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -21,15 +23,31 @@ def parse(argv: Sequence[str]):
   """
   from dpr_jax import config as config_lib
   from dpr_jax.flags import parse_config
+  from dpr_jax.training import profiling
+
+  def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+    flags.DEFINE_string(
+        "profile_steps", None, "FIRST:LAST, steps of each trained stage to trace, counted from 1.",
+        flag_values=values,
+    )
 
   config, values = parse_config(
       argv,
       door="dpr_jax.main",
       doc=__doc__,
-      define=lambda v: flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=v),
+      define=define,
       required={"config": "configs/smoke.py", "workdir": "runs/smoke"},
   )
-  return config_lib.resolve(config), values.workdir
+  run_config = config_lib.resolve(config)
+  for where, steps in (("config.log.profile_steps", run_config.log.profile_steps),
+                       ("--profile_steps", values.profile_steps)):
+    if steps is not None:
+      profiling.parse_steps(steps, where)
+  if values.profile_steps is not None:
+    log = dataclasses.replace(run_config.log, profile_steps=values.profile_steps)
+    run_config = dataclasses.replace(run_config, log=log)
+  return run_config, values.workdir
 
 
 def main(argv: Sequence[str]) -> None:

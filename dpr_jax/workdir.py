@@ -8,6 +8,7 @@
                            corruption.jsonl, rewards of demonstrations with one wrong token
     tensorboard/
     report/                report.html, results.json, PNG plots
+    profile/               one folder a stage: traces of --profile_steps, if asked for
     compilation_cache/     compiled programs; may be deleted
 With several seeds, seed_N/ is a whole workdir for each, and report/ is of all of them. A sweep has
 a workdir for each of its points, such as beta=0.5/, whose shared stages are links (see sweep.py).
@@ -89,6 +90,7 @@ class Workdir:
     self.samples = self.path / "samples"
     self.tensorboard = self.path / "tensorboard"
     self.report = self.path / "report"
+    self.profile = self.path / "profile"
     self.compilations = self.path / "compilation_cache"
 
   def stage(self, name: str) -> pathlib.Path:

@@ -40,6 +40,7 @@ from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.training.loop import run_stage
 from dpr_jax.training.metrics import read_metrics
 from dpr_jax.training.optimizer import make_schedule
+from dpr_jax.training.profiling import parse_steps
 from dpr_jax.training.steps import abstract_state
 from dpr_jax.training.stopping import last_step
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
@@ -313,4 +314,6 @@ def train(
       progress=config.log.progress,
       tensorboard_dir=run.workdir.tensorboard / name if config.log.tensorboard else None,
       schedule=make_schedule(section.optimizer, section.steps),
+      profile_steps=parse_steps(config.log.profile_steps, "config.log.profile_steps"),
+      profile_dir=run.workdir.profile / name,
   )

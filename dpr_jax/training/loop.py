@@ -11,6 +11,7 @@ from dpr_jax import sharding
 from dpr_jax.errors import Preempted, StageEnded
 from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.training.metrics import MetricsWriter
+from dpr_jax.training.profiling import trace_steps
 from dpr_jax.training.steps import TrainState
 from dpr_jax.training.stopping import last_step, write_stopped
 
@@ -42,6 +43,8 @@ def run_stage(
     tensorboard_dir=None,
     frozen: Any = None,
     schedule: Callable[[int], Any] | None = None,
+    profile_steps: tuple[int, int] | None = None,
+    profile_dir=None,
 ) -> TrainState:
   """Runs a stage to its last step, from its newest checkpoint if it has one.
 
@@ -54,6 +57,7 @@ def run_stage(
     directory: of the stage; checkpoints/ and metrics.jsonl go here.
     keep_steps: steps whose checkpoint is kept for ever.
     schedule: learning rate by step, to be logged.
+    profile_steps: first and last step of a profiler trace, written to `profile_dir`.
 
   A step function may end the stage by raising `StageEnded`: the state before that step is saved
   as the stage's last, and stopped.json says why; the stage does not go on when it is run again.
@@ -78,7 +82,7 @@ def run_stage(
     if start >= last_step(directory, steps):
       return state
     due = {*keep_steps, steps}
-    with MetricsWriter(
+    writer = MetricsWriter(
         directory,
         stage=name,
         steps=steps,
@@ -86,12 +90,15 @@ def run_stage(
         every=log_every,
         tensorboard_dir=tensorboard_dir,
         progress=progress,
-    ) as writer:
+    )
+    with writer, trace_steps(profile_steps, profile_dir) as trace:
       for step in range(start + 1, steps + 1):
         position = batches.get_state()
-        batch = sharding.place(next(batches), mesh)
         try:
-          state, metrics = step_fn(state, batch)
+          with trace.step(step) as results:
+            batch = sharding.place(next(batches), mesh)
+            state, metrics = step_fn(state, batch)
+            results.append(state)
         except StageEnded as end:
           writer.flush()
           checkpoints.save(state, step - 1, position)

@@ -157,3 +157,10 @@ def test_the_last_batch_before_a_checkpoint_is_not_repeated(stage, tmp_path):
   (found,) = [json.loads(p.read_text()) for p in meta.iterdir() if p.is_file()
               and p.read_text().startswith('{"')  and "next_step" in p.read_text()]
   assert found["step"] == 4 and found["data"] == {"next_step": 4}
+
+
+def test_a_profile_changes_nothing(stage, tmp_path):
+  plain = stage(tmp_path / "a")
+  traced = stage(tmp_path / "b", profile_steps=(3, 4), profile_dir=tmp_path / "profile")
+  assert _bits(traced) == _bits(plain)
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# All figures of docs/performance.md, for an idle machine; a JSON line a benchmark.
+#
+#   benchmarks/run_all.sh RESULTS.jsonl
+#
+# Environment: PYTHON (ours), PEER_PYTHON (has torch, transformers, trl), TUNIX_PYTHON (has
+# google-tunix), each "" to leave those peers out; MODEL (a CKPT; default: random weights of
+# SmolLM2-135M's shape); REPEATS (5); REMAT of the
+# SFT step (dots); EXTRA (flags of every benchmark, such as --sequential).
+# Then: python -m benchmarks.render RESULTS.jsonl docs/performance.md
+set -euo pipefail
+results=${1:?usage: benchmarks/run_all.sh RESULTS.jsonl}
+[[ $results = /* ]] || results=$PWD/$results
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+torch=${PEER_PYTHON-}
+tunix=${TUNIX_PYTHON-}
+read -r -a extra <<<"${EXTRA-}"
+[[ -z ${MODEL-} ]] || extra+=(--model="$MODEL")
+
+# peers NAME ...: the flags of those whose Python is given.
+peers() {
+  local name
+  flags=()
+  for name in "$@"; do
+    if [[ $name = tunix && -n $tunix ]]; then
+      flags+=(--peer=tunix --peer_python="tunix=$tunix")
+    elif [[ $name != tunix && -n $torch ]]; then
+      flags+=(--peer="$name" --peer_python="$name=$torch")
+    fi
+  done
+}
+
+# bench NAME FLAGS ...: one line more in the results; a failure does not end the others.
+failed=()
+bench() {
+  local name=$1
+  shift
+  echo "$name $*" >&2
+  if ! PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} "$python" -m "benchmarks.$name" \
+    --repeats="${REPEATS:-5}" ${extra[@]+"${extra[@]}"} "$@" >>"$results"; then
+    failed+=("$name")
+  fi
+}
+
+peers torch trl tunix
+bench sft_step --batch=4 --length=256 --remat="${REMAT:-dots}" ${flags[@]+"${flags[@]}"}
+peers torch tunix
+bench score --batch=8 --length=192 ${flags[@]+"${flags[@]}"}
+bench rollout --batch=8 --prompt=64 --new=128 ${flags[@]+"${flags[@]}"}
+bench rollout --batch=8 --prompt=64 --new=128 --skew=32 --slots=8 --skew_rows=32 --samples=4
+bench dpr_step --batch=16 --prompt=64 --new=64 --samples=4 --slots=8 --skew=16
+REPEATS=1 bench memory --what=sft,score,dpr --lengths=256,512 --batches=4,8 \
+  --chunk_sizes=0,100000 --lora_ranks=0,16 --remats=none,dots,full
+# Gemma's vocabulary of 262,144 has a shape of its own.
+REPEATS=1 bench memory --config=configs/gemma3_270m.py --model= --what=sft,score,dpr \
+  --lengths=256 --batches=4 --lora_ranks=0,16
+bench scaling --devices=1,2,4 --axis=fsdp --batch=8 --length=128
+
+if ((${#failed[@]})); then
+  echo "failed: ${failed[*]}" >&2
+  exit 1
+fi

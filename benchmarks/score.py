@@ -1,0 +1,66 @@
+"""Teacher-forced log-probs of given tokens under one model, without gradients.
+
+    python -m benchmarks.score --batch=8 --length=192 [--peer=torch,tunix]
+"""
+
+import sys
+
+import jax
+import numpy as np
+
+from benchmarks import common, counts
+from dpr_jax import cli, sharding
+from dpr_jax.models.logprobs import token_logprobs
+
+
+class Workload(common.Workload):
+  """Variant `main`: log-probs of every token of the batch."""
+
+  def build(self):
+    args = self.args
+    self.model, self.variables = common.load_model(args, self.mesh, training=False)
+    cfg = self.model.cfg
+    common.check_length(cfg, args.length)
+    chunk = common.chunk_size(args, cfg, args.batch, self.mesh)
+    shape = (args.batch, args.length)
+    tokens = np.random.default_rng(args.seed).integers(0, cfg.vocab_size, shape, dtype=np.int32)
+    self.tokens = sharding.place(tokens, self.mesh)
+    self.score = jax.jit(
+        lambda variables, tokens: token_logprobs(
+            self.model, variables, tokens, chunk_size=chunk
+        ).logp
+    )
+    self.variants = {"main": lambda: self.score(self.variables, self.tokens)}
+    return {
+        "model": common.model_facts(args, cfg),
+        "shape": {"batch": args.batch, "length": args.length, "chunk_size": chunk},
+        "dtype": cfg.dtype,
+        "tokens": args.batch * args.length,
+        "flops": counts.forward_flops(cfg, args.batch, args.length, args.length - 1),
+        "logits_bytes": 4 * args.batch * args.length * cfg.vocab_size,
+    }
+
+  def compiled(self):
+    return {"score": self.score.lower(self.variables, self.tokens).compile()}
+
+
+def flags():
+  parser = common.parser(__doc__, peers=("torch", "tunix"))
+  parser.add_argument("--batch", type=cli.positive, default=8, help="rows")
+  parser.add_argument("--length", type=cli.positive, default=192, help="tokens a row")
+  return parser
+
+
+def report(ours, floors):
+  floor = ours.setup["flops"] / floors["flops_per_s"] / ours.setup["devices"]["count"]
+  return {"flops": ours.setup["flops"], "floor_seconds": floor, "mfu": floor / ours.median("main")}
+
+
+def main(argv):
+  args = common.parse(flags(), argv)
+  task = {"name": "score", "batch": args.batch, "length": args.length}
+  return common.run("benchmarks.score", argv, args, Workload, report, task)
+
+
+if __name__ == "__main__":
+  cli.run_door(main, sys.argv[1:])

@@ -1,0 +1,77 @@
+"""A jax.profiler trace of a few steps of a stage, for TensorBoard or xprof."""
+
+import contextlib
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from dpr_jax.errors import UserError
+
+
+def parse_steps(text: str, where: str) -> tuple[int, int] | None:
+  """'3:5' -> (3, 5), both traced, counted from 1; '' -> None.
+
+  Raises:
+    UserError: naming `where`, the flag or field that `text` is of.
+  """
+  if not text:
+    return None
+  match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
+  if match is None:
+    raise UserError(f"{where}={text} must be FIRST:LAST, steps counted from 1; for example 3:5")
+  first, last = int(match[1]), int(match[2])
+  if not 1 <= first <= last:
+    raise UserError(f"{where}={text}: steps count from 1 and FIRST must not exceed LAST; for "
+                    "example 3:5")
+  return first, last
+
+
+class StepTrace:
+  """Starts and stops the trace of steps first..last of one stage; see `trace_steps`."""
+
+  def __init__(self, steps: tuple[int, int] | None, directory: pathlib.Path | None):
+    self.first, self.last = steps or (1, 0)
+    self.directory, self.active = directory, False
+
+  @contextlib.contextmanager
+  def step(self, number: int) -> Iterator[list[Any]]:
+    """Around one step; append to the list it yields what must be ready before the trace ends."""
+    results: list[Any] = []
+    inside = self.first <= number <= self.last
+    if not inside:
+      yield results
+      return
+    if not self.active:  # At `first`, or where a resumed stage begins.
+      self.directory.mkdir(parents=True, exist_ok=True)
+      jax.profiler.start_trace(self.directory)
+      self.active = True
+    with jax.profiler.StepTraceAnnotation("train", step_num=number):
+      yield results
+    if number == self.last:
+      jax.block_until_ready(results)
+      self.stop()
+
+  def stop(self) -> None:
+    if self.active:
+      self.active = False
+      jax.profiler.stop_trace()
+
+
+@contextlib.contextmanager
+def trace_steps(
+    steps: tuple[int, int] | None, directory: pathlib.Path | None
+) -> Iterator[StepTrace]:
+  """Yields a `StepTrace` that ends with the block: a stage may end, or fail, before `last`.
+
+  Args:
+    steps: first and last step traced, counted from 1; None traces nothing.
+    directory: where the profile goes; made when the first of the steps begins.
+  """
+  trace = StepTrace(steps, directory)
+  try:
+    yield trace
+  finally:
+    trace.stop()

@@ -1,0 +1,154 @@
+"""Every benchmark prints one JSON line with the documented fields."""
+
+import importlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dpr_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[2]
+COMMON = {
+    "benchmark", "model", "shape", "dtype", "devices", "repeats", "seconds", "seconds_all",
+    "tokens_per_s", "peak_bytes", "peak_of", "compile_seconds", "floors", "mfu", "floor_seconds",
+    "peers", "load_average", "versions",
+}
+
+
+@pytest.mark.parametrize("name", ["sft_step", "score", "rollout", "dpr_step"])
+def test_prints_the_documented_fields(lines, name):
+  line = lines(name)
+  assert COMMON <= set(line)
+  assert line["benchmark"] == name and line["repeats"] == 2
+  assert line["floors"]["flops_per_s"] > 0 and line["floors"]["bytes_per_s"] > 0
+  assert line["seconds"] == np.median(line["seconds_all"]) and line["peak_bytes"] > 2**20
+  tokens = {"sft_step": 24, "score": 24, "rollout": 32}.get(name)
+  if tokens:
+    np.testing.assert_allclose(line["tokens_per_s"] * line["seconds"], tokens, rtol=1e-6)
+
+
+def test_a_peer_runs_in_its_own_process(lines):
+  peer = lines("score")["peers"]["torch"]
+  if "unavailable" in peer:
+    assert "torch" in peer["unavailable"]
+    pytest.skip(peer["unavailable"])
+  assert peer["ratio"] == pytest.approx(peer["seconds"] / peer["ours_seconds"])
+  assert len(peer["seconds_all"]) == 2 and peer["peak_bytes"] > 2**20
+  assert "torch" in peer["versions"]
+
+
+def test_rollout_counts_steps_and_tokens(lines):
+  line = lines("rollout")
+  skewed = line["skewed"]
+  # The responses do not depend on how they are batched.
+  assert skewed["refilled"]["tokens"] == skewed["wide"]["tokens"]
+  assert skewed["wide"]["steps"] == skewed["wide"]["longest"] - 1
+  assert skewed["refilled"]["longest"] <= 8 and skewed["refilled"]["steps"] >= 1
+  assert line["shared_prefill"]["samples"] == 2 and line["shared_prefill"]["shared_seconds"] > 0
+
+
+def test_dpr_step_samples(lines):
+  line = lines("dpr_step")
+  assert 4 <= line["sampled_tokens"] <= 32 and 1 <= line["longest"] <= 8
+  np.testing.assert_allclose(line["tokens_per_s"] * line["seconds"], line["sampled_tokens"],
+                             rtol=1e-6)
+
+
+def test_memory_tells_whether_all_logits_live(lines):
+  chunked, whole = lines("memory")["cases"]
+  assert chunked["chunk_size"] == 4 and not chunked["btv_live"]
+  assert whole["btv_live"] and whole["largest_logits_bytes"] > chunked["largest_logits_bytes"]
+  rows, columns, vocab = 2, 16, chunked["vocab_size"]
+  assert chunked["logits_bytes"] == 4 * rows * columns * vocab
+  # 15 scored columns in even chunks of at most 4.
+  assert chunked["largest_logits_bytes"] == 4 * rows * 4 * vocab
+
+
+def test_scaling_partitions(lines):
+  (run,) = lines("scaling")["runs"]
+  assert run["devices"] == 2 and run["tokens_per_s"] > 0
+  assert run["collectives"].get("all-gather", 0) > 0  # fsdp gathers what it has split.
+
+
+def test_tables_are_filled(lines):
+  from benchmarks import render
+
+  page = (ROOT / "docs" / "performance.md").read_text()
+  names = re.findall(r"<!-- table:(\w+) -->", page)
+  assert set(names) == set(render.TABLES) and len(names) == len(set(names))
+  records = [lines(n) for n in ("sft_step", "score", "rollout", "dpr_step", "memory", "scaling")]
+  filled = render.render(page, records)
+  bodies = dict(re.findall(r"<!-- table:(\w+) -->\n(.*?)\n<!-- /table -->", filled, re.DOTALL))
+  assert "| dpr_jax |" in bodies["sft_step"] and "| torch" in bodies["score"]
+  assert "| refilled |" in bodies["skewed"] and "| score | " in bodies["memory"]
+  # Filling twice is filling once; tables without a record stay as they were.
+  assert render.render(filled, records) == filled
+  original = dict(re.findall(r"<!-- table:(\w+) -->\n(.*?)\n<!-- /table -->", page, re.DOTALL))
+  assert bodies["memory_gemma"] == original["memory_gemma"]
+  with pytest.raises(UserError, match="table:nonsense"):
+    render.render("<!-- table:nonsense -->\n<!-- /table -->", records)
+
+
+@pytest.mark.parametrize("name, flags, message", [
+    ("score", ["--peer=trl"], "--peer=trl is not one of torch, tunix, none"),
+    ("score", ["--peer_python=/nowhere/python"], "is not a program"),
+    ("score", ["--repeats=0"], "--repeats=0 must be at least 1"),
+    ("rollout", ["--skew=3", "--skew_rows=5"], "--skew_rows=5 is not a multiple of --slots"),
+    ("dpr_step", ["--batch=6", "--samples=4"], "--batch=6 is not a multiple of --samples=4"),
+    ("memory", ["--lengths=a"], "--lengths=a must be whole numbers"),
+    ("memory", ["--what=nothing"], "--what=nothing is not one of sft, score, dpr"),
+    ("scaling", ["--devices=0,2"], "--devices=0,2 must be whole numbers"),
+    ("score", ["--config=configs/none.py", "--in_process"], "configs/none.py: no such file"),
+])
+def test_bad_flags_are_named(run_benchmark, name, flags, message):
+  with pytest.raises(UserError, match=re.escape(message)):
+    run_benchmark(name, *flags)
+
+
+def test_driver_flags_are_not_passed_on():
+  from benchmarks.common import strip_peers
+
+  argv = ["--batch=2", "--peer", "torch", "--peer=trl", "--peer_python", "a=b", "--sequential",
+          "--length", "3"]
+  assert strip_peers(argv) == ["--batch=2", "--length", "3"]
+
+
+def test_results_of_another_kind_are_refused(tmp_path):
+  from benchmarks import render
+
+  (tmp_path / "results.jsonl").write_text(json.dumps({"benchmark": "score"}) + "\nnot json\n")
+  with pytest.raises(UserError, match="results.jsonl:2"):
+    render.read(tmp_path / "results.jsonl")
+
+
+def test_run_all_gives_flags_that_the_scripts_take(tmp_path):
+  from benchmarks import common
+
+  # Stands for Python: writes down what it was called with.
+  fake = tmp_path / "python"
+  fake.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+  fake.chmod(0o755)
+  environment = {"PATH": os.environ["PATH"], "PYTHON": str(fake), "PEER_PYTHON": sys.executable,
+                 "TUNIX_PYTHON": sys.executable, "MODEL": "some.gguf", "REPEATS": "7"}
+  results = tmp_path / "results.jsonl"
+  script = ROOT / "benchmarks" / "run_all.sh"
+  subprocess.run([script, results], env=environment, check=True, capture_output=True, cwd=tmp_path)
+  called = [json.loads(line) for line in results.read_text().splitlines()]
+  names = [words[1].removeprefix("benchmarks.") for words in called]
+  assert set(names) == {"sft_step", "score", "rollout", "dpr_step", "memory", "scaling"}
+  for name, words in zip(names, called, strict=True):
+    module = importlib.import_module(f"benchmarks.{name}")
+    args = common.parse(module.flags(), words[2:])
+    gemma = "gemma" in args.config
+    assert args.model == ("" if gemma else "some.gguf")
+    assert args.repeats == (1 if name == "memory" else 7)
+    if name == "sft_step":
+      assert set(args.peers) == {"torch", "trl", "tunix"}
+    if name == "memory":
+      assert [module.command(args, case) for case in module.cases(args)]
