@@ -22,7 +22,7 @@ import sys
 import jax
 import numpy as np
 
-from benchmarks import common, counts
+from benchmarks import common, counts, rounds
 from benchmarks.rollout import skewed_stops
 from dpr_jax import cli, sharding
 from dpr_jax.config import OptimizerConfig
@@ -264,7 +264,7 @@ def report(ours, floors):
 def main(argv):
   args = common.parse(flags(), argv)
   check(args)
-  return common.run("benchmarks.dpr_step", argv, args, Workload, report)
+  return rounds.run("benchmarks.dpr_step", argv, args, Workload, report)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import json
 import os
 import sys
 
-from benchmarks import common
+from benchmarks import common, rounds
 from dpr_jax import cli
 from dpr_jax.errors import UserError
 
@@ -83,8 +83,8 @@ def command(args: argparse.Namespace, case: dict) -> list[str]:
 
 def measure(args: argparse.Namespace, case: dict) -> dict:
   module = f"benchmarks.{MODULES[case['what']]}"
-  opener = lambda: common.open_side(module, command(args, case), args.in_process)
-  side = common.alternate({"ours": opener}, args.repeats, args.sequential)["ours"]
+  opener = lambda: rounds.open_side(module, command(args, case), args.in_process)
+  side = rounds.alternate({"ours": opener}, args.repeats, args.sequential)["ours"]
   logits = side.setup["logits_bytes"]
   programs = side.facts["programs"]
   largest = max(p["largest_logits_bytes"] for p in programs.values())
@@ -121,7 +121,7 @@ def main(argv):
       "peak_of": "all sides in one process" if args.in_process else "own process or device",
       "cases": [{k: v for k, v in case.items() if k not in ("model", "devices", "dtype")}
                 for case in done],
-      "load_average": load, "versions": common.versions(),
+      "load_average": load, "versions": rounds.versions(),
   }
   print(json.dumps(record), flush=True)
   return record

@@ -21,7 +21,7 @@ import sys
 import jax
 import numpy as np
 
-from benchmarks import common, counts
+from benchmarks import common, counts, rounds
 from dpr_jax import cli, sharding
 from dpr_jax.data.batches import PromptBatch
 from dpr_jax.errors import UserError
@@ -208,7 +208,7 @@ def main(argv):
   args = common.parse(flags(), argv)
   check(args)
   task = {"name": "rollout", "batch": args.batch, "prompt": args.prompt, "new": args.new}
-  return common.run("benchmarks.rollout", argv, args, Workload, report, task)
+  return rounds.run("benchmarks.rollout", argv, args, Workload, report, task)
 
 
 if __name__ == "__main__":

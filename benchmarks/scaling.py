@@ -12,7 +12,7 @@ import json
 import os
 import sys
 
-from benchmarks import common
+from benchmarks import common, rounds
 from dpr_jax import cli
 from dpr_jax.errors import UserError
 
@@ -51,16 +51,16 @@ def main(argv):
   for count in numbers:
     mesh = ",".join(str(count if axis == args.axis else 1) for axis in ("data", "fsdp", "tensor"))
     argv_ = [*(f"--{n}={getattr(args, n)}" for n in passed), f"--mesh={mesh}", "--programs"]
-    sides = common.alternate(
+    sides = rounds.alternate(
         {
-            "floors": lambda: common.open_floors(args),
-            "ours": lambda: common.open_side(
+            "floors": lambda: rounds.open_floors(args),
+            "ours": lambda: rounds.open_side(
                 "benchmarks.sft_step", argv_, False, environment(count, args.gpus)  # noqa: B023
             ),
         },
         args.repeats, args.sequential,
     )
-    ours, floors = sides["ours"], common.floors_lib.best(sides["floors"].rounds)
+    ours, floors = sides["ours"], rounds.floors_lib.best(sides["floors"].rounds)
     program = ours.facts["programs"]["step"]
     seconds = ours.median("main")
     # Host devices share what the floors measured; each GPU has it to itself.
@@ -82,7 +82,7 @@ def main(argv):
       "axis": args.axis, "forced_host_devices": not args.gpus, "dtype": ours.setup["dtype"],
       "repeats": args.repeats, "floors": floors, "runs": runs,
       "peak_of": "process of all devices" if not args.gpus else "one device",
-      "load_average": load, "versions": common.versions(),
+      "load_average": load, "versions": rounds.versions(),
   }
   print(json.dumps(record), flush=True)
   return record

@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 
-from benchmarks import common, counts
+from benchmarks import common, counts, rounds
 from dpr_jax import cli, sharding
 from dpr_jax.models.logprobs import token_logprobs
 
@@ -59,7 +59,7 @@ def report(ours, floors):
 def main(argv):
   args = common.parse(flags(), argv)
   task = {"name": "score", "batch": args.batch, "length": args.length}
-  return common.run("benchmarks.score", argv, args, Workload, report, task)
+  return rounds.run("benchmarks.score", argv, args, Workload, report, task)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 import jax
 import numpy as np
 
-from benchmarks import common, counts
+from benchmarks import common, counts, rounds
 from dpr_jax import cli, sharding
 from dpr_jax.config import OptimizerConfig
 from dpr_jax.data.batches import SFTBatch
@@ -78,7 +78,7 @@ def report(ours, floors):
 def main(argv):
   args = common.parse(flags(), argv)
   task = {"name": "sft", "batch": args.batch, "length": args.length}
-  return common.run("benchmarks.sft_step", argv, args, Workload, report, task)
+  return rounds.run("benchmarks.sft_step", argv, args, Workload, report, task)
 
 
 if __name__ == "__main__":

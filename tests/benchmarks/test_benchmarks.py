@@ -112,7 +112,7 @@ def test_bad_flags_are_named(run_benchmark, name, flags, message):
 
 
 def test_driver_flags_are_not_passed_on():
-  from benchmarks.common import strip_peers
+  from benchmarks.rounds import strip_peers
 
   argv = ["--batch=2", "--peer", "torch", "--peer=trl", "--peer_python", "a=b", "--sequential",
           "--length", "3"]

@@ -160,7 +160,7 @@ def test_compilation_is_what_the_first_calls_took_longer():
 
 
 def test_sides_alternate_or_follow_each_other():
-  from benchmarks import common, protocol
+  from benchmarks import protocol, rounds
 
   log = []
 
@@ -185,15 +185,15 @@ def test_sides_alternate_or_follow_each_other():
       log.append(f"close {self.name}")
 
   openers = {name: lambda name=name: Fake(name) for name in ("ours", "absent", "peer")}
-  sides = common.alternate(openers, 2, sequential=False)
+  sides = rounds.alternate(openers, 2, sequential=False)
   assert log == ["open ours", "open absent", "open peer", "ours", "peer", "ours", "peer",
                  "close ours", "close absent", "close peer"]
-  peer = common.compare(sides["peer"], sides["ours"], tokens=6)
+  peer = rounds.compare(sides["peer"], sides["ours"], tokens=6)
   assert (peer["ratio"], peer["memory_ratio"], peer["tokens_per_s"]) == (4.0, 3.0, 3.0)
-  absent = common.compare(sides["absent"], sides["ours"], tokens=6)
+  absent = rounds.compare(sides["absent"], sides["ours"], tokens=6)
   assert absent == {"unavailable": "no such package"}
   log.clear()
-  common.alternate(openers, 2, sequential=True)
+  rounds.alternate(openers, 2, sequential=True)
   assert log == ["open ours", "ours", "ours", "close ours", "open absent", "close absent",
                  "open peer", "peer", "peer", "close peer"]
 
@@ -201,13 +201,13 @@ def test_sides_alternate_or_follow_each_other():
 def test_peers_take_llama_shapes_only():
   import dataclasses
 
-  from benchmarks import common
+  from benchmarks import rounds
   from dpr_jax.errors import UserError
 
   cfg = ModelConfig(vocab_size=29, tied_head=True)
-  shape = common.llama_shape(cfg)
+  shape = rounds.llama_shape(cfg)
   assert shape["vocab_size"] == 29 and shape["intermediate_size"] == cfg.mlp_size
   for change in ({"qk_norm": True}, {"embed_scale": 2.0}, {"activation": "gelu_tanh"},
                  {"layer_pattern": ("local",), "window": 4}):
     with pytest.raises(UserError, match="Llama shapes only"):
-      common.llama_shape(dataclasses.replace(cfg, **change))
+      rounds.llama_shape(dataclasses.replace(cfg, **change))
