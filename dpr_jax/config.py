@@ -112,6 +112,7 @@ class DPRSection:
   batch_size: int = 64  # rollouts a step.
   samples_per_prompt: int = 1  # adjacent rollouts that share a prompt and its prefill.
   slots: int = 0  # rollouts decoded at a time, refilled as they end; 0 decodes all at once.
+  refill: float = 0.125  # share of the slots that must have ended before others take them.
   accumulation: int = 1  # micro-batches a step.
   max_new_tokens: int = 24
   temperature: float = 1.0  # of the behaviour; anything but 1 biases the gradient.
@@ -217,7 +218,10 @@ class RunConfig:
 
 
 # What may differ between a run and its resumption: it changes results by rounding alone.
-RESUMABLE = ("mesh", "log", "checkpoint", "model.attention")
+RESUMABLE = (
+    "mesh", "log", "checkpoint", "model.attention", "model.remat", "model.chunk_size",
+    "model.logits_budget", "dpr.slots", "dpr.refill",
+)
 
 BASELINES = (
     "continued_sft", "dft", "iq_lm", "spin", "gsil", "sentence_level", "endogenous",
@@ -266,6 +270,7 @@ _BOUNDS = {
     "dpr.batch_size": (1, None),
     "dpr.samples_per_prompt": (1, None),
     "dpr.slots": (0, None),
+    "dpr.refill": (0, 1),
     "dpr.accumulation": (1, None),
     "dpr.max_new_tokens": (1, None),
     "dpr.temperature": (0, None),

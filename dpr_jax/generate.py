@@ -63,12 +63,11 @@ def main(argv: Sequence[str]) -> None:
           f"{where[at]}: {longest} tokens and --max_new_tokens={args.max_new_tokens} exceed the "
           f"{loaded.model.cfg.max_length} that the model was made for"
       )
-    repeated = [p for p in prompts for _ in range(args.samples)]
-    with cli.bar("generate", len(repeated), "response") as progress:
+    with cli.bar("generate", len(prompts) * args.samples, "response") as progress:
       responses = respond(
           loaded.model,
           (loaded.variables,),
-          repeated,
+          prompts,
           jax.random.key(args.seed),
           mesh=mesh,
           batch_size=args.batch_size,
@@ -76,6 +75,7 @@ def main(argv: Sequence[str]) -> None:
           max_new_tokens=args.max_new_tokens,
           stop_ids=loaded.stop_ids,
           sampling=sampling,
+          samples_per_prompt=args.samples,
           on_batch=progress.update,
       )
   records = []

@@ -171,6 +171,22 @@ def check_batch(mesh: jax.sharding.Mesh, **sizes: int) -> None:
       )
 
 
+def check_rollouts(mesh: jax.sharding.Mesh, batch_size: int, samples: int, slots: int) -> None:
+  """Raises UserError where the prompts or the slots of a rollout do not split over the mesh."""
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  if batch_size // samples % ways:
+    raise UserError(
+        f"config.dpr.batch_size={batch_size} with config.dpr.samples_per_prompt={samples} are "
+        f"{batch_size // samples} prompts, not divisible by mesh.data * mesh.fsdp = {ways}; use a "
+        f"batch of a multiple of {ways * samples}"
+    )
+  if 0 < slots < batch_size and slots % ways:
+    raise UserError(
+        f"config.dpr.slots={slots} is not divisible by mesh.data * mesh.fsdp = {ways}; use a "
+        f"multiple of {ways}, or 0"
+    )
+
+
 def place(batch: Any, mesh: jax.sharding.Mesh) -> Any:
   """Puts a host batch onto the mesh as global arrays.
 

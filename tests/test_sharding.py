@@ -63,3 +63,15 @@ def test_place_and_back(rng):
   back = sharding.to_host(placed)
   assert all(isinstance(x, np.ndarray) for x in back.values())
   jax.tree.map(np.testing.assert_array_equal, back, batch)
+
+
+@pytest.mark.parametrize("batch, samples, slots, match", [
+  (16, 4, 0, "batch_size=16 with config.dpr.samples_per_prompt=4 are 4 prompts"),
+  (64, 1, 12, "config.dpr.slots=12 is not divisible"),
+])
+def test_rollouts_that_do_not_split_are_refused(batch, samples, slots, match):
+  mesh = _mesh(data=1, fsdp=8, tensor=1)
+  with pytest.raises(UserError, match=match):
+    sharding.check_rollouts(mesh, batch, samples, slots)
+  sharding.check_rollouts(mesh, 32, 4, 8)
+  sharding.check_rollouts(mesh, 16, 1, 30)  # More slots than rows: all are decoded at once.

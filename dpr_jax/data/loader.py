@@ -125,6 +125,25 @@ def pad_prompts(prompts: Sequence[np.ndarray], prompt_length: int) -> PromptBatc
   return PromptBatch(tokens=tokens, lengths=lengths)
 
 
+_WIDTHS, _LEAST_WIDTH = 4, 64
+
+
+def prompt_width(longest: int, limit: int) -> int:
+  """Columns for prompts of at most `longest` tokens, up to `limit`: one of few widths.
+
+  A program is compiled for each width, and its KV cache is as wide: at most 4 of them, in steps
+  of 64 columns at least.
+
+  Raises:
+    UserError: a prompt is longer than `limit`.
+  """
+  if longest > limit:
+    raise UserError(f"a prompt has {longest} tokens; data.prompt_length={limit} must be at least "
+                    "that")
+  step = max(-(-limit // _WIDTHS), _LEAST_WIDTH)
+  return min(limit, max(1, -(-longest // step)) * step)
+
+
 def prompt_batches(
   prompts: Sequence[np.ndarray],
   batch_size: int,
@@ -134,7 +153,8 @@ def prompt_batches(
 ) -> Batches[PromptBatch]:
   """Endless batches of prompts, each once: the rollout step repeats what it has prefilled.
 
-  `batch_size` counts prompts of the global batch. `Batches.item_indices(step)` tells which prompt
+  `batch_size` counts prompts of the global batch. A batch has one of few widths, that of its
+  longest prompt (see `prompt_width`). `Batches.item_indices(step)` tells which prompt
   a row holds, for verifiers.
 
   Raises:
@@ -143,7 +163,9 @@ def prompt_batches(
   padded = pad_prompts(prompts, prompt_length)
 
   def gather(index_B: np.ndarray) -> PromptBatch:
-    return PromptBatch(tokens=padded.tokens[index_B], lengths=padded.lengths[index_B])
+    lengths_B = padded.lengths[index_B]
+    width = prompt_width(int(lengths_B.max()), prompt_length)
+    return PromptBatch(tokens=padded.tokens[index_B, :width], lengths=lengths_B)
 
   return Batches(gather, len(prompts), batch_size, seed, start_step)
 

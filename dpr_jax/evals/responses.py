@@ -9,17 +9,17 @@ import numpy as np
 
 from dpr_jax import sharding
 from dpr_jax.data.batches import PromptBatch
-from dpr_jax.data.loader import pad_prompts
-from dpr_jax.errors import UserError
+from dpr_jax.data.loader import pad_prompts, prompt_width
 from dpr_jax.rollout.sampler import Sampling, generate
 
 _generate = jax.jit(
     generate,
     static_argnums=0,
-    static_argnames=("max_new_tokens", "stop_ids", "sampling", "weights", "slots"),
+    static_argnames=(
+        "max_new_tokens", "stop_ids", "sampling", "weights", "samples_per_prompt", "slots"
+    ),
 )
 _WAVE = 4  # batches of prompts that one program answers, refilling its slots.
-_WIDTHS = 4  # prompt widths that programs are compiled for.
 _POLICY_ITSELF = Sampling()
 
 
@@ -45,25 +45,29 @@ def respond(
     stop_ids: tuple[int, ...],
     sampling: Sampling = _POLICY_ITSELF,
     weights: Sequence[float] = (1.0,),
+    samples_per_prompt: int = 1,
     on_batch: Callable[[int], None] = lambda n: None,
 ) -> list[Response]:
-  """One response a prompt, in the order of `prompts`; the same in every process.
+  """Responses in the order of `prompts`, those of one prompt adjacent; the same in every process.
 
   Args:
     members, weights, sampling, max_new_tokens, stop_ids: see `rollout.sampler.generate`.
     prompts: token ids, int32 [P_i] each, at most `prompt_length`.
     batch_size: rows decoded at a time. A row whose response has ended makes place for the next
-      prompt; prompts of similar length are answered together.
-    on_batch: called with the number of prompts just answered.
+      one; prompts of similar length are answered together.
+    samples_per_prompt: responses a prompt, which share its prefill.
+    on_batch: called with the number of responses just given.
   """
   sharding.check_batch(mesh, eval__batch_size=batch_size)
-  out: list[Response | None] = [None] * len(prompts)
+  n, ways = samples_per_prompt, mesh.shape["data"] * mesh.shape["fsdp"]
+  out: list[Response | None] = [None] * (len(prompts) * n)
   order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # A memory error comes first.
-  wave = _WAVE * batch_size
+  unit = -(-batch_size // (n * ways)) * ways  # prompts that fill the slots once.
+  wave = _WAVE * unit
   for start in range(0, len(prompts), wave):
     chosen = order[start : start + wave]
     width = prompt_width(len(prompts[chosen[0]]), prompt_length)
-    filler = [np.zeros((0,), np.int32)] * (-len(chosen) % batch_size)
+    filler = [np.zeros((0,), np.int32)] * (-len(chosen) % unit)
     batch: PromptBatch = pad_prompts([prompts[i] for i in chosen] + filler, width)
     sample = sharding.to_host(
         _generate(
@@ -75,28 +79,21 @@ def respond(
             stop_ids=tuple(stop_ids),
             sampling=sampling,
             weights=tuple(weights),
+            samples_per_prompt=n,
             slots=batch_size,
         )
     )
-    for row, i in enumerate(chosen):
+    for row, i in enumerate(i * n + j for i in chosen for j in range(n)):
       length = int(sample.lengths[row])
       tokens = sample.tokens[row, width : width + length]
       out[i] = Response(tokens, bool(sample.hit_eos[row]), float(sample.logp[row].sum()))
-    on_batch(len(chosen))
+    on_batch(len(chosen) * n)
   return out
 
 
-def prompt_width(longest: int, limit: int) -> int:
-  """Columns for prompts of at most `longest` tokens: one of few widths up to `limit`.
-
-  Raises:
-    UserError: a prompt is longer than `limit`.
-  """
-  if longest > limit:
-    raise UserError(f"a prompt has {longest} tokens; data.prompt_length={limit} must be at least "
-                    "that")
-  step = -(-limit // _WIDTHS)
-  return min(limit, max(1, -(-longest // step)) * step)
+def compilations() -> int:
+  """How many programs `respond` has compiled in this process."""
+  return _generate._cache_size()
 
 
 def response_text(tokenizer: Any, response: Response, stop_ids: Sequence[int]) -> str:

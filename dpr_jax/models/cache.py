@@ -190,9 +190,9 @@ def advance(
   """Room for T more tokens a row; a token of segment 0 is not stored.
 
   Returns:
-    (cache without the new keys and values, the slots they go to by kind, int32 [T], and which
-    slots each query sees by kind, bool [B, 1, T, S] for T = 1, else [B, 1, T, S + T]: the new
-    tokens stand behind the old, see `store`).
+    (cache without the new keys and values; the slots that the last of them go to by kind, int32
+    [at most T]; which slots each query sees by kind, bool [B, 1, T, S] for T = 1, else
+    [B, 1, T, S + T]: the new tokens stand behind the old, see `store`).
   """
   tokens = segment_ids_BxT.shape[1]
   alive = segment_ids_BxT != 0
@@ -201,10 +201,10 @@ def advance(
   column_T = cache.index + jnp.arange(tokens, dtype=jnp.int32)
   new_slots, targets, masks = {}, {}, {}
   for kind, slots in cache.slots.items():
-    targets[kind] = slots.at(column_T)
-    # A view of a ring cannot hold more columns than it has: the last ones stay.
+    # A ring cannot hold more columns than it has: the last ones stay.
     kept = min(tokens, slots.ranks.shape[1] - slots.fixed)
-    ranks = _write(slots.ranks, rank_BxT[:, -kept:], targets[kind][-kept:], axis=1)
+    targets[kind] = slots.at(column_T[-kept:])
+    ranks = _write(slots.ranks, rank_BxT[:, -kept:], targets[kind], axis=1)
     new_slots[kind] = slots.replace(ranks=ranks)
     seen_BxS = ranks if tokens == 1 else jnp.concatenate([slots.ranks, rank_BxT], axis=1)
     mask = (seen_BxS >= 0)[:, None, :] & (seen_BxS[:, None, :] <= rank_BxT[:, :, None])
@@ -234,14 +234,14 @@ def store(kv: Any, new: Any, layer: jax.Array, slot_T: jax.Array) -> tuple[Any, 
     kv: (keys, values), [R, B, S, K, H].
     new: (keys, values), [B, T, K, H].
     layer: int32 [], which of the R.
-    slot_T: int32 [T], from `advance`.
+    slot_T: int32 [at most T], from `advance`: of the last of the new ones.
 
   Returns:
     (kv, (keys, values) to attend to). One token is written first and reads the slots. Several
     read the slots as they were, and each other behind them: in a ring, the last of them may
     overwrite what the first still sees.
   """
-  one = slot_T.shape[0] == 1
+  one = new[0].shape[1] == 1
   read = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
   out, seen = [], []
   for x, y in zip(kv, new, strict=True):
@@ -252,8 +252,7 @@ def store(kv: Any, new: Any, layer: jax.Array, slot_T: jax.Array) -> tuple[Any, 
     else:
       before = read(x)
       seen.append(jnp.concatenate([before, y.astype(x.dtype)], axis=1))
-      kept = min(y.shape[1], x.shape[2])
-      after = _write(before, y[:, -kept:], slot_T[-kept:], axis=1)
+      after = _write(before, y[:, -slot_T.shape[0] :], slot_T, axis=1)
       x = jax.lax.dynamic_update_index_in_dim(x, after, layer, 0)
     out.append(x)
   return tuple(out), tuple(seen)

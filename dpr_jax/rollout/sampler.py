@@ -85,12 +85,41 @@ def filter_logits(logits_BxV: jax.Array, sampling: Sampling) -> jax.Array:
   return logits_BxV
 
 
+_BLOCK = 256  # tokens whose probabilities are summed before one of them is chosen.
+
+
 def draw(logits_BxV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
-  """One token a row, int32 [B], each with a key of its own."""
+  """One token a row, int32 [B], each with a key of its own.
+
+  By inverting the distribution function in two levels: one uniform number a row picks a block of
+  the vocabulary, and what is left of it a token. Gumbel noise would need a random number and two
+  logarithms for every token of the vocabulary. Probabilities below 1e-7 are at the resolution of
+  float32, there as here; a token of probability 0 is never drawn.
+  """
   if sampling.temperature == 0:
     return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-  choose = jax.vmap(lambda key, logits_V: jax.random.categorical(key, logits_V))
-  return choose(keys_B, filter_logits(logits_BxV, sampling)).astype(jnp.int32)
+  logits_BxV = filter_logits(logits_BxV, sampling)
+  p_BxV = jnp.exp(logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True))
+  rows, vocab = p_BxV.shape
+  blocks = -(-vocab // _BLOCK)
+  p_BxMxC = jnp.pad(p_BxV, ((0, 0), (0, blocks * _BLOCK - vocab))).reshape(rows, blocks, _BLOCK)
+  mass_BxM = jnp.sum(p_BxMxC, axis=-1)
+  upto_BxM = jnp.cumsum(mass_BxM, axis=-1)
+  target_Bx1 = jax.vmap(jax.random.uniform)(keys_B)[:, None] * upto_BxM[:, -1:]
+  block_Bx1 = jnp.sum(upto_BxM <= target_Bx1, axis=-1, keepdims=True, dtype=jnp.int32)
+  index_1xM = jnp.arange(blocks, dtype=jnp.int32)[None, :]
+  # Rounding may put the target at the very end, behind all that has a probability.
+  last_Bx1 = jnp.max(jnp.where(mass_BxM > 0, index_1xM, 0), axis=-1, keepdims=True)
+  block_Bx1 = jnp.minimum(block_Bx1, last_Bx1)
+  # Sums over a mask, not gathers: they stay local where the vocabulary is split.
+  before_Bx1 = jnp.max(jnp.where(index_1xM < block_Bx1, upto_BxM, 0.0), axis=-1, keepdims=True)
+  inside_BxC = jnp.sum(jnp.where((index_1xM == block_Bx1)[:, :, None], p_BxMxC, 0.0), axis=1)
+  found_B = jnp.sum(
+      jnp.cumsum(inside_BxC, axis=-1) <= target_Bx1 - before_Bx1, axis=-1, dtype=jnp.int32
+  )
+  index_1xC = jnp.arange(_BLOCK, dtype=jnp.int32)[None, :]
+  last_B = jnp.max(jnp.where(inside_BxC > 0, index_1xC, 0), axis=-1)
+  return block_Bx1[:, 0] * _BLOCK + jnp.minimum(found_B, last_B)
 
 
 def right_align(prompts: PromptBatch) -> tuple[jax.Array, jax.Array]:
@@ -201,18 +230,39 @@ def generate(
     s = {**s, "caches": tuple(caches), "steps": s["steps"] + 1}
     return record(s, s["alive"], *choose(hidden, s["row"], s["age"]))
 
-  prefilled = [
-      model.apply(
-          variables, prompt_GxP, segments_GxP, slots=0 if queued else max_new_tokens,
-          method="prefill",
+  def prefill(variables):
+    """(last hidden state [G, D], cache) of the prompts, `slots` of them at a time."""
+
+    def some(tokens, segments):
+      hidden, cache = model.apply(
+          variables, tokens, segments, slots=0 if queued else max_new_tokens, method="prefill"
       )
-      for variables in members
-  ]
+      return hidden[:, -1], cache
+
+    parts = groups // slots if groups % slots == 0 else 1
+    if parts == 1:
+      return some(prompt_GxP, segments_GxP)
+    # Part i takes prompts i, i + parts, ... of every lane: those stay on their devices.
+    strided = lambda x: jnp.moveaxis(x.reshape(groups // parts, parts, -1), 1, 0)
+    hidden, cache = jax.lax.map(lambda xs: some(*xs), (strided(prompt_GxP), strided(segments_GxP)))
+
+    def join(x, axis):  # [parts, ..., G / parts, ...] -> [..., G, ...]
+      x = jnp.moveaxis(x, 0, axis + 1)
+      return x.reshape(*x.shape[:axis], groups, *x.shape[axis + 2 :])
+
+    return join(hidden, 0), cache.replace(
+        kv=jax.tree.map(lambda x: join(x, 1), cache.kv),
+        slots=jax.tree.map(lambda x: join(x, 0), cache.slots),
+        lengths=join(cache.lengths, 0),
+        index=cache.index[0],
+    )
+
+  prefilled = [prefill(variables) for variables in members]
   decoder = unrolled.decoder_of(model)
   if decoder is not model:
     members = tuple(unrolled.split_variables(model.cfg, variables) for variables in members)
     prefilled = [(hidden, unrolled.split_cache(model.cfg, cache)) for hidden, cache in prefilled]
-  last = [hidden_GxPxD[:, -1] for hidden_GxPxD, _ in prefilled]
+  last = [hidden_GxD for hidden_GxD, _ in prefilled]
   present_B = jnp.repeat(prompts.lengths > 0, samples_per_prompt)
   state = {
       "steps": jnp.zeros((), jnp.int32),

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -169,14 +170,17 @@ class Run:
     """Token columns whose logits live at a time in a batch of `rows`."""
     return chunk_size(self.config.model, self.model.cfg, rows, self.mesh)
 
+  def say(self, text: str) -> None:
+    """A line beside the progress bars, from process 0."""
+    if self.config.log.progress and jax.process_index() == 0:
+      print(text, file=sys.stderr)
+
   def bar(self, name: str, total: int, unit: str):
     """A progress bar, from process 0."""
     hidden = not self.config.log.progress or jax.process_index() != 0
     return tqdm.tqdm(
         total=total, desc=name, unit=unit, disable=hidden, dynamic_ncols=True, mininterval=0.5
     )
-
-
 
 
 def build_model(
@@ -242,6 +246,8 @@ def set_up(
       dpr__batch_size=config.dpr.batch_size // config.dpr.accumulation,
       eval__batch_size=config.eval.batch_size,
   )
+  dpr = config.dpr
+  sharding.check_rollouts(mesh, dpr.batch_size, dpr.samples_per_prompt, dpr.slots)
   if {"spin", "gsil"} & set(config.baseline.names):  # Half as many pairs as DPR has rollouts.
     half = config.dpr.batch_size // config.dpr.accumulation // 2
     sharding.check_batch(mesh, dpr__batch_size=half)

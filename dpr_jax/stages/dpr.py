@@ -94,6 +94,7 @@ def _reinforce(run: Run, name: str, **changes) -> None:
       beta=section.beta, target_kl=section.target_kl, kl_budget=section.kl_budget
   )
   train(run, name, section, dpr_step, optimizer, batches, run.sft_float32, control=control)
+  run.say(f"{name}: {dpr_step.compilations()} programs of rollout and update were compiled")
 
 
 def dpr_stage(run: Run) -> None:

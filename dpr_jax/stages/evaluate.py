@@ -9,6 +9,7 @@ from dpr_jax.data.loader import Prompts
 from dpr_jax.data.templates import encode_response
 from dpr_jax.evals import systems as systems_lib
 from dpr_jax.evals.corruption import CORRUPTION_FILE, corrupt_responses, corruption_records
+from dpr_jax.evals.responses import compilations
 from dpr_jax.evals.results import NLL_FILE
 from dpr_jax.evals.scoring import reference_response_logps, score_record, score_responses
 from dpr_jax.evals.systems import System, evaluate_system, system_file
@@ -97,6 +98,8 @@ def evaluate_stage(run: Run, only: Sequence[str] | None = None) -> None:
       )
     # Last, and whole: a system whose file exists is done.
     write_lines(system_file(run.workdir.samples, system.name), records)
+  if todo:
+    run.say(f"evaluate: {compilations()} programs of decoding were compiled")
   barrier("evaluate")
   if only is None or "corruption" in only:
     _write_corruption(run, prompts, demonstrated, fits, verifier, scoring)

@@ -55,15 +55,18 @@ def make_rollout(
 
   `scoring`: what is scored beside the log-probs of one reference, see `make_rollout_step`.
   """
+  # For an expectation, the logits of policy, sft and ref live at once.
+  rows = section.batch_size * (3 if scoring.get("expected") else 1)
   return make_rollout_step(
       model,
       max_new_tokens=section.max_new_tokens,
       stop_ids=stop_ids,
       sampling=Sampling(section.temperature, section.top_k, section.top_p),
       reward=section.reward,
-      chunk_size=chunk_size(how, model.cfg, section.batch_size, mesh),
+      chunk_size=chunk_size(how, model.cfg, rows, mesh),
       samples_per_prompt=section.samples_per_prompt,
       slots=section.slots,
+      refill=section.refill,
       **scoring,
   )
 

@@ -85,4 +85,6 @@ def make_dpr_step(
     state, trained = train_step(state.replace(control={}), batch)
     return state.replace(control=control), {**metrics, **trained}
 
+  # A width of prompts is a program; there are few (see data.loader.prompt_width).
+  dpr_step.compilations = lambda: rollout_step._cache_size() + train_step.compilations()
   return dpr_step

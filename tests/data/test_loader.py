@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from dpr_jax.data.formats import Demo
-from dpr_jax.data.loader import Batches, make_prompts, pad_prompts, prompt_batches, sft_batches
+from dpr_jax.data.loader import (
+  Batches,
+  make_prompts,
+  pad_prompts,
+  prompt_batches,
+  prompt_width,
+  sft_batches,
+)
 from dpr_jax.data.packing import pack
 from dpr_jax.data.templates import Example, encode_demo, render_prompt
 from dpr_jax.errors import UserError
@@ -132,6 +139,27 @@ def test_prompts_are_handed_over_whole():
       assert n == len(prompts[i])
       np.testing.assert_array_equal(batch.tokens[row, :n], prompts[i])
       assert not batch.tokens[row, n:].any()
+
+
+def test_prompts_get_one_of_few_widths():
+  assert {prompt_width(n, 400) for n in range(401)} == {100, 200, 300, 400}
+  assert {prompt_width(n, 100) for n in range(101)} == {64, 100}
+  assert {prompt_width(n, 7) for n in range(8)} == {7}
+  assert all(n <= prompt_width(n, 333) <= 333 for n in range(334))
+  with pytest.raises(UserError, match="101 tokens; data.prompt_length=100"):
+    prompt_width(101, 100)
+
+
+def test_a_batch_is_as_wide_as_its_longest_prompt_needs():
+  prompts = make_token_prompts(9) + [np.arange(70, dtype=np.int32)]
+  batches = prompt_batches(prompts, 2, 200, seed=3)
+  seen = set()
+  for step in range(10):
+    index, batch = batches.item_indices(step), next(batches)
+    longest = max(len(prompts[i]) for i in index)
+    assert batch.tokens.shape == (2, 128 if longest == 70 else 64)
+    seen.add(batch.tokens.shape[1])
+  assert seen == {64, 128}
 
 
 def test_pad_prompts():

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from dpr_jax import sharding
-from dpr_jax.errors import UserError
-from dpr_jax.evals.responses import prompt_width, respond, response_text
+from dpr_jax.evals.responses import respond, response_text
 from dpr_jax.evals.scoring import response_logps, score_record, score_responses
 from dpr_jax.rollout.sampler import Sampling
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
@@ -93,8 +92,16 @@ def test_a_record_sums_to_the_log_ratio(mesh, make_model, rng):
   assert len(record["tokens"]) == len(record["token_rewards"]) == 6
 
 
-def test_prompts_get_one_of_few_widths():
-  assert {prompt_width(n, 100) for n in range(101)} == {25, 50, 75, 100}
-  assert all(n <= prompt_width(n, 7) <= 7 for n in range(8))
-  with pytest.raises(UserError, match="101 tokens; data.prompt_length=100"):
-    prompt_width(101, 100)
+def test_samples_of_a_prompt_are_adjacent_and_differ(mesh, make_model, rng):
+  model, variables = make_model(3)
+  prompts = ragged(rng, 3, 1, 9)
+  out = respond(
+      model, (variables,), prompts, jax.random.key(0), mesh=mesh, batch_size=4, prompt_length=10,
+      max_new_tokens=6, stop_ids=STOP, samples_per_prompt=3,
+  )
+  assert len(out) == 9 and len({tuple(r.tokens) for r in out}) > 3
+  for i, response in enumerate(out):
+    (logp,) = response_logps(
+        model, variables, [prompts[i // 3]], [response.tokens], mesh=mesh, batch_size=4
+    )
+    assert response.logp == pytest.approx(logp.sum(), abs=1e-3)

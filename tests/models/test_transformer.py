@@ -208,3 +208,16 @@ def test_a_prefilled_cache_keeps_no_more_than_the_window_of_local_layers(make_mo
   )
   slots = [[kv[0].shape[2] for kv in group] for group in cache.kv]
   assert slots == [[4, 4, 14]]
+
+
+def test_more_tokens_than_a_ring_holds_leave_the_last_ones(make_model, rng):
+  """Two slots behind a prompt, four tokens at once: each slot is written once, by the newest."""
+  model, variables = make_model(int(rng.integers(1 << 30)))
+  tokens = rng.integers(0, model.cfg.vocab_size, (2, 6)).astype(np.int32)
+  prompt, more = tokens[:, :2], tokens[:, 2:]
+  ones = np.ones_like
+  _, cache = model.apply(variables, prompt, ones(prompt), slots=2, method="prefill")
+  hidden, cache = forward(model, variables, more, ones(more), cache)
+  full = np.asarray(forward(model, variables, tokens, ones(tokens), None)[0])
+  np.testing.assert_allclose(hidden, full[:, 2:], atol=2e-5)  # They saw all that was there.
+  np.testing.assert_array_equal(cache.slots["global"].ranks, [[0, 1, 4, 5]] * 2)

@@ -224,6 +224,24 @@ def test_frequencies_follow_the_softmax(sampling):
   assert np.sum((count[seen] - draws * p[seen]) ** 2 / (draws * p[seen])) < 20.5
 
 
+def test_every_token_of_a_large_vocabulary_is_drawn_as_often_as_it_should(rng):
+  """Chi-square over 700 tokens in 3 blocks, the last one not full; some have no probability."""
+  logits = rng.normal(size=700).astype(np.float32)
+  logits[rng.choice(700, 40, replace=False)] = -np.inf
+  draws, p = 200_000, np.exp(logits.astype(np.float64))
+  p /= p.sum()
+  rows = jnp.broadcast_to(logits, (draws // 10, 700))
+  draw_all = jax.jit(lambda keys: draw(rows, keys, Sampling()))
+  count = np.zeros(700)
+  for part in range(10):
+    keys = jax.random.split(jax.random.key(part), draws // 10)
+    count += np.bincount(np.asarray(draw_all(keys)), minlength=700)
+  assert count[p == 0].sum() == 0 and (p == 0).sum() == 40
+  seen = p > 0
+  chi = np.sum((count[seen] - draws * p[seen]) ** 2 / (draws * p[seen]))
+  assert chi < 659 + 5 * np.sqrt(2 * 659)  # 659 degrees of freedom, five standard deviations.
+
+
 def test_sampled_sequences_follow_the_exact_distribution(make_model):
   """All 7 sequences of at most 2 tokens over 3 ids, at a fixed seed (6 degrees: 0.999 at 22.5)."""
   model, variables = make_model(4, vocab_size=3)
