@@ -13,7 +13,7 @@ import jax
 from dpr_jax.data.loader import Prompts
 from dpr_jax.evals.responses import respond, response_text
 from dpr_jax.evals.verifiers import get_verifier
-from dpr_jax.rollout.sampler import Sampling
+from dpr_jax.rollout.drawing import Sampling
 
 MODES = ("sampled", "greedy")
 
