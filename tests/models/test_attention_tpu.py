@@ -47,7 +47,7 @@ print("\\nRESULT " + json.dumps([
 """
 
 # What the partitioner must complain of: a table split over its rows and columns, looked up with
-# tokens that are split as the columns are.
+# tokens that are split as the columns are, and over one axis more.
 _CONTROL = """
 import jax
 import jax.numpy as jnp
@@ -55,15 +55,16 @@ from jax.experimental import topologies
 
 from dpr_jax import sharding
 
-topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-mesh = sharding.make_mesh(1, 2, 2, devices=topology.devices)
+topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4")
+mesh = sharding.make_mesh(2, 4, 2, devices=topology.devices)
+rows = ("data", "fsdp")
 placed = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(
     shape, dtype, sharding=jax.NamedSharding(mesh, jax.P(*spec)))
 look_up = jax.jit(lambda table, tokens: jax.lax.with_sharding_constraint(
-    table[tokens], jax.P("fsdp", None, None)))
+    table[tokens], jax.P(rows, None, None)))
 with jax.set_mesh(mesh):
   look_up.lower(placed((512, 256), jnp.bfloat16, "tensor", "fsdp"),
-                placed((8, 64), jnp.int32, "fsdp")).compile()
+                placed((16, 64), jnp.int32, rows)).compile()
 """
 
 _REMATERIALIZATION = "Involuntary full rematerialization"

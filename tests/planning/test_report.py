@@ -87,8 +87,8 @@ def test_a_compiler_that_refuses_is_one_line(error, monkeypatch):
   assert "\n" not in text and ("first" if str(error).strip() else "RuntimeError") in text
 
 
-# A table split over vocabulary and fsdp, looked up with rows that fsdp splits: the partitioner
-# finds no way from the one layout to the other. Beside it, the same table split over columns.
+# A table split over vocabulary and fsdp, looked up with rows that data and fsdp split: the
+# partitioner finds no way from the one layout to the other. Beside it, a table that is not split.
 _CONTROL = """
 import json
 from dpr_jax.planning.topologies import describe, parse_topology, prepare_environment
@@ -100,17 +100,19 @@ from dpr_jax import sharding
 from dpr_jax.planning.programs import Program
 from dpr_jax.planning.report import compile_program
 
-topology = parse_topology("v5e:2x2")
-mesh = sharding.make_mesh(1, 2, 2, devices=describe(topology))
+topology = parse_topology("v5e:4x4")
+mesh = sharding.make_mesh(2, 4, 2, devices=describe(topology))
+
+ROWS = ("data", "fsdp")
 
 def program(*spec):
   placed = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(
       shape, dtype, sharding=jax.NamedSharding(mesh, jax.P(*spec)))
-  arguments = (placed((512, 256), jnp.bfloat16, *spec), placed((8, 64), jnp.int32, "fsdp"))
+  arguments = (placed((512, 256), jnp.bfloat16, *spec), placed((16, 64), jnp.int32, ROWS))
 
   @jax.jit
   def look_up(table, tokens):
-    return jax.lax.with_sharding_constraint(table[tokens], jax.P("fsdp", None, None))
+    return jax.lax.with_sharding_constraint(table[tokens], jax.P(ROWS, None, None))
 
   return Program(lambda: look_up.lower(*arguments), 0.0)
 
