@@ -77,13 +77,34 @@ def adapter_params(cfg: ModelConfig) -> int:
   return layer_params(cfg) - layer_params(plain)
 
 
-def rollout(cfg: ModelConfig, rows: int, prompt: int, new: int, samples: int = 1) -> int:
-  """Prefill of each prompt, decode of all `new` tokens, and scoring under sft and ref.
+def decode_steps(rows: int, new: int, slots: int = 0) -> int:
+  """Passes of the decoding batch where no response ends before its `new` tokens.
+
+  Args:
+    slots: rows decoded at a time; 0 decodes all at once.
+  """
+  # The last token is sampled and never fed.
+  return -(-rows // min(slots or rows, rows)) * (new - 1)
+
+
+def rollout(
+    cfg: ModelConfig,
+    rows: int,
+    prompt: int,
+    new: int,
+    samples: int = 1,
+    slots: int = 0,
+    scored: int = 2,
+) -> int:
+  """Prefill of each prompt, decode of all `new` tokens, and scoring.
 
   Args:
     samples: rows that share a prompt and its prefill.
+    slots: rows decoded at a time, 0 all at once. What is left idle by the last rows computes too.
+    scored: models that score the responses: sft, and the members of ref.
   """
-  prefill = forward(cfg, rows // samples, prompt) + head(cfg, rows)
-  # The last token is sampled and never fed.
-  decode = forward(cfg, rows, new - 1, past=prompt, logits=new - 1)
-  return prefill + decode + 2 * forward(cfg, rows, prompt + new, logits=new)
+  prefill = forward(cfg, rows // samples, prompt)
+  slots = min(slots or rows, rows)
+  decoded = -(-rows // slots) * slots
+  decode = forward(cfg, decoded, new - 1, past=prompt, logits=new - 1) + head(cfg, decoded)
+  return prefill + decode + scored * forward(cfg, rows, prompt + new, logits=new)

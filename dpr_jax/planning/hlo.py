@@ -2,7 +2,9 @@
 
 XLA's own cost analysis counts the body of a loop once. Here every instruction counts as often
 as it runs: the trip counts of the loops around it are read from the text and multiplied.
-Loops whose count is not in the text (a decode loop that may stop early) take `unknown_trips`.
+Loops whose count is not in the text (a decode loop that may stop early) take `unknown_trips`. Where
+two of them nest (slots that are refilled: the outer loop admits rows, the inner one decodes),
+that is how often the inner one runs in all, and the outer one counts once.
 """
 
 import collections
@@ -178,10 +180,34 @@ def _top_level(shape: str) -> list[str]:
   return [*out, part]
 
 
+def _callees(i: Instruction) -> list[str]:
+  """Computations that an instruction runs: of a loop its body."""
+  if i.op == "while":
+    return [re.search(r"body=%?([\w.\-]+)", i.line).group(1)]
+  if i.op not in ("fusion", "call", "async-start", "conditional", "custom-call"):
+    return []
+  found = _CALLED.findall(i.line)
+  for group in re.findall(r"branch_computations=\{([^}]*)\}", i.line):
+    found += [x.strip().lstrip("%") for x in group.split(",")]
+  return found
+
+
 def _executed(
     comps: dict[str, list[Instruction]], entry: str, unknown_trips: int
 ) -> Iterator[tuple[Instruction, int, str, bool]]:
   """(instruction, times it runs, the computation it stands in, whether it is an unknown loop)."""
+  holding: dict[str, bool] = {}
+
+  def holds_unknown(name):
+    """Whether a computation, or one that it calls, has a loop of unknown count."""
+    if name not in holding:
+      holding[name] = False  # While it is looked at.
+      holding[name] = any(
+          (i.op == "while" and trip_count(i.line, comps) is None)
+          or any(holds_unknown(x) for x in _callees(i))
+          for i in comps.get(name, ())
+      )
+    return holding[name]
 
   def walk(name, times, path):
     if name in path:
@@ -190,14 +216,13 @@ def _executed(
       unknown = False
       if i.op == "while":
         trips = trip_count(i.line, comps)
-        unknown, trips = trips is None, unknown_trips if trips is None else trips
-        body = re.search(r"body=%?([\w.\-]+)", i.line).group(1)
+        (body,) = _callees(i)
+        unknown = trips is None
+        if unknown:
+          trips = 1 if holds_unknown(body) else unknown_trips
         yield from walk(body, times * trips, (*path, name))
-      elif i.op in ("fusion", "call", "async-start", "conditional", "custom-call"):
-        inner = _CALLED.findall(i.line)
-        for group in re.findall(r"branch_computations=\{([^}]*)\}", i.line):
-          inner += [x.strip().lstrip("%") for x in group.split(",")]
-        for x in inner:
+      else:
+        for x in _callees(i):
           yield from walk(x, times, (*path, name))
       yield i, times, name, unknown
 
@@ -208,7 +233,8 @@ def collectives(text: str, unknown_trips: int = 1) -> Collectives:
   """Counts the collectives of `compiled.as_text()`.
 
   Args:
-    unknown_trips: what a loop counts for whose trip count is not in the text.
+    unknown_trips: what a loop counts for whose trip count is not in the text; of two that nest
+      the inner one, in all runs of the outer.
   """
   comps, entry = computations(text)
   unknown_loops, found = 0, {}

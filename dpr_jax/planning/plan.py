@@ -8,7 +8,8 @@ import jax
 
 from dpr_jax.config import RunConfig
 from dpr_jax.errors import UserError
-from dpr_jax.planning import report, search
+from dpr_jax.models import ModelConfig
+from dpr_jax.planning import report, search, traffic
 from dpr_jax.planning.programs import check_rows, planned_model
 from dpr_jax.planning.topologies import Topology, describe
 from dpr_jax.sharding import MESH_AXES
@@ -24,6 +25,26 @@ def _accumulating(config: RunConfig) -> Iterator[RunConfig]:
         return
       more[name] = dataclasses.replace(section, accumulation=section.accumulation * factor)
     yield dataclasses.replace(config, **more)
+
+
+@dataclasses.dataclass
+class _Round:
+  """The meshes of one number of micro-batches."""
+
+  config: RunConfig
+  guesses: list[search.Estimate]  # the best first.
+  compiled: dict[search.Shape, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+  def compile(self, guesses, cfg, topology, devices, most, say) -> bool:
+    """Compiles at most `most` of `guesses`, until one fits; whether one does."""
+    for guess in guesses[:most]:
+      mesh = ",".join(map(str, guess.shape))
+      on_program = lambda name, mesh=mesh: say(f"{topology.name} mesh {mesh}: compiling {name}")
+      planned = report.plan_mesh(self.config, cfg, topology, devices, guess.shape, on_program)
+      self.compiled[guess.shape] = planned
+      if planned["fits"]:
+        return True
+    return False
 
 
 def make_plan(
@@ -47,41 +68,36 @@ def make_plan(
     UserError: no compiler for the topology, no mesh that divides the batches, or a config without
       a shape; names the field or flag.
   """
-  cfg = planned_model(config, topology.chip.platform)
-  tried, compiled, devices = [], [], None
+  cfg = planned_model(config)
+  rounds: list[_Round] = []
+  devices = None
   for how in [config] if shape else _accumulating(config):
-    config = how
     if shape:
-      check_rows(config, jax.sharding.AbstractMesh(shape, MESH_AXES))
-      now = [search.estimate(config, cfg, topology, shape)]
+      check_rows(how, jax.sharding.AbstractMesh(shape, MESH_AXES))
+      guesses = [search.estimate(how, cfg, topology, shape)]
     else:
-      now = search.ranked(config, cfg, topology)
-    if not now:
+      guesses = search.ranked(how, cfg, topology)
+    if not guesses:
       break
-    tried = now
-    # Nothing is compiled that is far beyond memory, if more micro-batches may help.
-    hopeful = [e for e in now if e.peak_bytes <= 1.1 * topology.chip.hbm_bytes]
+    rounds.append(_Round(how, guesses))
     devices = devices or describe(topology)
-    compiled = []
-    for guess in (now if shape else hopeful)[:most]:
-      mesh = ",".join(map(str, guess.shape))
-      on_program = lambda name, mesh=mesh: say(f"{topology.name} mesh {mesh}: compiling {name}")
-      compiled.append(report.plan_mesh(config, cfg, topology, devices, guess.shape, on_program))
-      if compiled[-1]["fits"]:
-        break
-    if compiled and compiled[-1]["fits"]:
+    # Nothing is compiled that is far beyond memory, if more micro-batches may help.
+    hopeful = [e for e in guesses if e.peak_bytes <= 1.1 * topology.chip.hbm_bytes]
+    if rounds[-1].compile(guesses if shape else hopeful, cfg, topology, devices, most, say):
       break
-  if not tried:
+  if not rounds:
     raise UserError(
         f"no mesh over the {topology.size} devices of {topology.name} divides "
         f"config.sft.batch_size={config.sft.batch_size} and config.dpr.batch_size="
         f"{config.dpr.batch_size} (a micro-batch needs a multiple of data * fsdp rows) "
         "with tensor a divisor of the heads; take more rows"
     )
-  if not compiled:  # All hopeless: what the smallest of them lacks is worth knowing.
-    compiled = [report.plan_mesh(config, cfg, topology, devices, tried[0].shape, say)]
-  best = compiled[-1] if compiled[-1]["fits"] else max(compiled, key=lambda c: len(c["programs"]))
-  by_mesh = {tuple(c["mesh"].values()): c for c in compiled}
+  if not any(r.compiled for r in rounds):  # What the smallest of the last lacks is worth knowing.
+    rounds[-1].compile(rounds[-1].guesses, cfg, topology, devices, 1, say)
+  # The mesh that fits, else the one that got farthest, of the latest round that has one.
+  latest = [(r, planned) for r in reversed(rounds) for planned in r.compiled.values()]
+  chosen, best = max(latest, key=lambda pair: (pair[1]["fits"], _got_to(pair[1])))
+  config = chosen.config
   return {
       "topology": topology.name,
       "devices": topology.size,
@@ -89,7 +105,6 @@ def make_plan(
       "mesh": best["mesh"],
       "fits": best["fits"],
       "programs": best["programs"],
-      "tokens_per_second_bound": 0.0,
       **report.bounds(config, best),
       "config": config_name,
       "batch": {
@@ -98,16 +113,36 @@ def make_plan(
                   config.dpr.accumulation],
       },
       "lora_rank": cfg.lora.rank,
-      "attention": getattr(cfg, "attention", "xla"),
+      "attention": best["attention"],
       "parameters": cfg.num_params,
+      "searched": shape is None,
+      "sft_minimum_bytes": _minimum(config, cfg, best["mesh"]),
       "chip": dataclasses.asdict(topology.chip),
       "candidates": [
           {
               "mesh": dict(zip(MESH_AXES, guess.shape)),
+              "accumulation": [r.config.sft.accumulation, r.config.dpr.accumulation],
               "estimated_peak_bytes": int(guess.peak_bytes),
               "estimated_seconds": guess.seconds,
-              "fits": by_mesh[guess.shape]["fits"] if guess.shape in by_mesh else None,
+              "fits": r.compiled[guess.shape]["fits"] if guess.shape in r.compiled else None,
           }
-          for guess in tried
+          for r in rounds
+          for guess in r.guesses
+          if r is chosen or guess.shape in r.compiled
       ],
   }
+
+
+def _got_to(planned: dict[str, Any]) -> int:
+  """Programs of a mesh that the compiler finished."""
+  return sum(p["peak_bytes"] is not None for p in planned["programs"].values())
+
+
+def _minimum(
+    config: RunConfig, cfg: ModelConfig, mesh: dict[str, int]
+) -> dict[str, int] | None:
+  """`traffic.minimum_received` of the SFT step, where the formula holds."""
+  if cfg.lora.rank or mesh["data"] > 1 or mesh["tensor"] > 1:
+    return None
+  received = traffic.minimum_received(cfg, mesh["fsdp"], config.sft.accumulation)
+  return {name: int(n) for name, n in received.items()}

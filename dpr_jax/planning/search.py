@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from dpr_jax.config import RunConfig
 from dpr_jax.models import ModelConfig
 from dpr_jax.planning import flops, traffic
+from dpr_jax.planning.programs import scored_models
 from dpr_jax.planning.topologies import Topology
+from dpr_jax.rewards.references import reference_members
+from dpr_jax.stages.steps import ema_decay
 
 Shape = tuple[int, int, int]  # data, fsdp, tensor.
 
@@ -53,8 +56,8 @@ def estimate(config: RunConfig, cfg: ModelConfig, topology: Topology, shape: Sha
   trained = flops.adapter_params(cfg) if lora else params
   base = 2 * params / split if lora else 0
   state, moments = 4 * trained / split, 8 * trained / split
-  # Beside the base that three adapters share under LoRA.
-  pair = 2 * 2 * trained / split
+  # sft and ref, beside the base that all adapters share under LoRA.
+  held = 2 * (1 + len(reference_members(config))) * trained / split
   gathered = 2 * params / tensor
 
   def logits_bytes(rows: float, columns: int) -> float:
@@ -83,24 +86,31 @@ def estimate(config: RunConfig, cfg: ModelConfig, topology: Topology, shape: Sha
   sft_memory, sft_seconds = training(
       sft.batch_size, sft.accumulation, config.data.row_length, config.data.row_length
   )
+  sft_memory += state if ema_decay(config) else 0
   update_memory, update_seconds = training(dpr.batch_size, dpr.accumulation, length, new)
-  rows = dpr.batch_size / (data * fsdp)
-  cache = traffic.cache_bytes(cfg, tensor, rows, length)
-  memory = base + state + moments + pair + gathered + cache
+  rows, scored = dpr.batch_size / (data * fsdp), scored_models(config)
+  decoded = min(dpr.slots or dpr.batch_size, dpr.batch_size) / (data * fsdp)
+  steps = flops.decode_steps(dpr.batch_size, new, dpr.slots)
+  prompts = rows / dpr.samples_per_prompt
+  cache = traffic.cache_bytes(cfg, tensor, decoded, length)
+  if decoded < rows:  # The prompts that wait have a cache of their own.
+    cache += traffic.cache_bytes(cfg, tensor, prompts, prompt)
+  memory = base + state + moments + held + gathered + cache
   memory += logits_bytes(rows, new)
-  moved = (4 * (fsdp - 1) / fsdp) * gathered
-  moved += (3 * cfg.num_layers * 2 * (tensor - 1) / tensor) * (
-      2 * rows * cfg.hidden_size * (3 * length + new)
-  )
+  # Weights once for decoding, and once for each model that scores.
+  moved = ((1 + scored) * (fsdp - 1) / fsdp) * gathered
+  tokens = prompts * prompt + decoded * steps + scored * rows * length
+  moved += (3 * cfg.num_layers * 2 * (tensor - 1) / tensor) * (2 * cfg.hidden_size * tokens)
   seconds = max(
-      flops.rollout(cfg, dpr.batch_size, prompt, new, dpr.samples_per_prompt)
-      / topology.size / chip.flops,
-      traffic.rollout(cfg, tensor, rows, prompt, new) / chip.hbm_bandwidth
+      flops.rollout(
+          cfg, dpr.batch_size, prompt, new, dpr.samples_per_prompt, dpr.slots, scored
+      ) / topology.size / chip.flops,
+      traffic.rollout(cfg, tensor, decoded, prompt, new, steps, scored) / chip.hbm_bandwidth
       + moved / chip.ici_bandwidth,
   )
   return Estimate(
       shape,
-      max(sft_memory, update_memory + pair, memory),
+      max(sft_memory, update_memory + held, memory),
       sft_seconds + update_seconds + seconds,
   )
 

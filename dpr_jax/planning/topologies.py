@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from dpr_jax.errors import UserError
+from dpr_jax.planning.compiler_log import captured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +95,17 @@ def prepare_environment() -> None:
   """Before JAX starts: the host computes on its CPU, and libtpu looks for no TPU around it."""
   for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("JAX_PLATFORMS", "cpu"),
                       ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"),
-                      ("TPU_ACCELERATOR_TYPE", "v5litepod-1"), ("TF_CPP_MIN_LOG_LEVEL", "2")):
+                      ("TPU_ACCELERATOR_TYPE", "v5litepod-1")):
     os.environ.setdefault(name, value)
+  # Compilers log to stderr, where `compiler_log` reads it; libtpu would write to files alone.
+  for name, value in (("TPU_STDERR_LOG_LEVEL", "0"), ("TPU_MIN_LOG_LEVEL", "0"),
+                      ("TF_CPP_MIN_LOG_LEVEL", "1")):
+    os.environ[name] = value
+
+
+def _first_line(e: Exception, most: int) -> str:
+  """What an exception says first, its name if nothing."""
+  return (str(e).strip() or type(e).__name__).splitlines()[0][:most]
 
 
 def describe(topology: Topology) -> list[Any]:
@@ -116,12 +126,13 @@ def describe(topology: Topology) -> list[Any]:
   if math.prod(topology.shape) == 1:
     options = {"chips_per_host_bounds": [1, 1, 1]}
   try:
-    found = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology.name, **options
-    )
+    with captured():
+      found = topologies.get_topology_desc(
+          platform="tpu", topology_name=topology.name, **options
+      )
   except Exception as e:
     raise UserError(f"--topology={topology.name}: the TPU compiler refuses it "
-                    f"({str(e).splitlines()[0][:160]}); shapes that exist are 4x4, 8x8 or 16x16 of "
+                    f"({_first_line(e, 160)}); shapes that exist are 4x4, 8x8 or 16x16 of "
                     "v5e and v6e, 2x2x1, 2x2x2 or 4x4x4 of v4 and v5p") from None
   return list(found.devices)
 
@@ -136,5 +147,5 @@ def _describe_gpu(topology: Topology) -> list[Any]:
   except Exception as e:
     raise UserError(f"--topology={topology.name}: compiling for a GPU needs jax's CUDA plugin: pip "
                     "install 'dpr_jax[cuda12]' (from a checkout: pip install -e '.[cuda12]'); it "
-                    f"says: {str(e).splitlines()[0][:120]}") from None
+                    f"says: {_first_line(e, 120)}") from None
   return list(found.devices)

@@ -29,15 +29,48 @@ def train(
 
 
 def cache_bytes(cfg: ModelConfig, tensor: int, rows: float, tokens: int) -> float:
-  """Keys and values of `tokens` tokens a row that a step of decoding reads."""
+  """Keys and values of `tokens` columns a row, or of a window: what a step of decoding reads."""
   kinds = [cfg.layer_pattern[i % len(cfg.layer_pattern)] for i in range(cfg.num_layers)]
   ways = tensor if cfg.num_kv_heads % tensor == 0 else 1
   slots = sum(min(tokens, cfg.window) if kind == LOCAL else tokens for kind in kinds)
   return 2 * WORD * rows * slots * cfg.num_kv_heads * cfg.head_dim / ways
 
 
-def rollout(cfg: ModelConfig, tensor: int, rows: float, prompt: int, new: int) -> float:
-  """Weights for the prefill, each token and two scorings; the cache so far for each token."""
-  middle = prompt + new // 2
-  decode = (new - 1) * (weights(cfg, tensor) + cache_bytes(cfg, tensor, rows, middle))
-  return decode + 3 * weights(cfg, tensor)
+def rollout(
+    cfg: ModelConfig,
+    tensor: int,
+    rows: float,
+    prompt: int,
+    new: int,
+    steps: int,
+    scored: int = 2,
+) -> float:
+  """Weights for the prefill, each step of decoding and each scoring; the cache for each step.
+
+  A step reads the whole cache, with room for `new` tokens, and masks what is not filled yet.
+
+  Args:
+    rows: that one device decodes at a time.
+    steps: from `flops.decode_steps`.
+    scored: models that score the responses.
+  """
+  step = weights(cfg, tensor) + cache_bytes(cfg, tensor, rows, prompt + new)
+  return steps * step + (1 + scored) * weights(cfg, tensor)
+
+
+def minimum_received(cfg: ModelConfig, fsdp: int, accumulation: int) -> dict[str, float]:
+  """Bytes that one of `fsdp` devices must receive in a full train step on mesh (1, fsdp, 1).
+
+  It holds 1/n of every weight, n = fsdp, and receives the other (n - 1)/n in the compute dtype:
+  forward and backward for each micro-batch, but the input embedding, whose values the backward
+  pass does not need, forward alone. Its gradients it receives once: its part from n - 1 others,
+  added up on the way. What remat computes again needs no gather of its own: it uses the weights
+  that the backward pass of that layer uses next.
+  """
+  share = WORD * (fsdp - 1) / fsdp
+  embedding = 0 if cfg.tied_head else cfg.vocab_size * cfg.hidden_size
+  return {
+      "gathered_forward": accumulation * share * cfg.num_params,
+      "gathered_backward": accumulation * share * (cfg.num_params - embedding),
+      "gradients_reduced": share * cfg.num_params,
+  }

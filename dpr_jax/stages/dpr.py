@@ -6,13 +6,11 @@ An ablation differs from DPR in one field: its return (`sentence_level`), or its
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 
 from dpr_jax import sharding
-from dpr_jax.config import DPRSection
 from dpr_jax.data.loader import Batches
 from dpr_jax.evals.responses import Response, response_text
 from dpr_jax.evals.verifiers import get_verifier
@@ -20,19 +18,8 @@ from dpr_jax.rewards import transforms
 from dpr_jax.rewards.control import initial_control
 from dpr_jax.rollout import Rollout
 from dpr_jax.stages.context import Run, train
-from dpr_jax.stages.steps import make_reinforce_step, make_rollout, rollout_prompts
+from dpr_jax.stages.steps import make_reinforce_step, make_rollout, rollout_prompts, scoring_of
 from dpr_jax.training.dpr_step import make_dpr_step
-
-
-def _scoring(run: Run, section: DPRSection) -> dict[str, Any]:
-  """What the rollout step must score beside the log-probs of one reference; nothing by default."""
-  needed = transforms.needs(section.transforms)
-  out: dict[str, Any] = {"combine": run.ensemble} if run.ensemble else {}
-  if "expected_rewards" in needed:
-    out["expected"] = True
-  if "entropies" in needed:
-    out["entropies"] = True
-  return out
 
 
 def _make_verify(run: Run, batches: Batches) -> Callable[[int, Rollout], jax.Array]:
@@ -65,8 +52,9 @@ def _reinforce(run: Run, name: str, **changes) -> None:
   section = dataclasses.replace(run.config.dpr, **changes)
   if not section.steps or run.finished(name, section.steps):
     return
+  scoring = scoring_of(run.config, section)
   rollout_step = make_rollout(
-      run.model, run.config.model, section, run.mesh, run.stop_ids, **_scoring(run, section)
+      run.model, run.config.model, section, run.mesh, run.stop_ids, **scoring
   )
   reinforce_step, optimizer = make_reinforce_step(run.model, run.config.model, section, run.mesh)
   batches = rollout_prompts(run.config, section, run.data.prompts.tokens)

@@ -17,6 +17,8 @@ from dpr_jax.data.loader import Batches, prompt_batches
 from dpr_jax.losses import make_reinforce_loss, make_sft_loss
 from dpr_jax.models import ModelConfig, Transformer
 from dpr_jax.models.logprobs import chunk_size_for
+from dpr_jax.rewards import transforms
+from dpr_jax.rewards.references import ENSEMBLES
 from dpr_jax.rollout import Sampling, make_rollout_step
 from dpr_jax.training import make_train_step
 from dpr_jax.training.optimizer import make_optimizer
@@ -43,6 +45,33 @@ def make_sft_step(
   return step, optimizer
 
 
+def scoring_of(config: RunConfig, section: DPRSection) -> dict[str, Any]:
+  """Keywords of `make_rollout_step` that say what a rollout of `section` is scored for.
+
+  How the members of an ensemble are combined, and what the reward's transforms look at beside the
+  log-probs; {} where the reference is one model and no transform asks for more.
+
+  Args:
+    section: config.dpr, or that of an ablation.
+
+  Raises:
+    UserError: an unknown transform.
+  """
+  needed = transforms.needs(section.transforms)
+  kind = config.reference.kind
+  out: dict[str, Any] = {"combine": ENSEMBLES[kind]} if kind in ENSEMBLES else {}
+  if "expected_rewards" in needed:
+    out["expected"] = True
+  if "entropies" in needed:
+    out["entropies"] = True
+  return out
+
+
+def ema_decay(config: RunConfig) -> float:
+  """Of the moving average that stage `sft` keeps; 0 where the reference needs none."""
+  return config.reference.ema_decay if config.reference.kind == "ema" else 0.0
+
+
 def make_rollout(
     model: Transformer,
     how: ModelSection,
@@ -53,7 +82,7 @@ def make_rollout(
 ) -> Callable:
   """rollout_step(policy, sft, ref, prompts, rng) -> Rollout, of stage `dpr`.
 
-  `scoring`: what is scored beside the log-probs of one reference, see `make_rollout_step`.
+  `scoring`: what is scored beside the log-probs of one reference, see `scoring_of`.
   """
   # For an expectation, the logits of policy, sft and ref live at once.
   rows = section.batch_size * (3 if scoring.get("expected") else 1)

@@ -109,3 +109,24 @@ def test_a_rollout_is_the_sum_of_its_forward_passes(rng):
   assert flops.rollout(cfg, rows, prompt, new) == want
   shared = 2 * rows * flops.forward(cfg, 1, prompt)  # of 3 samples a prompt, two prefills less.
   assert flops.rollout(cfg, 3 * rows, prompt, new, samples=3) == 3 * want - shared
+  again = flops.forward(cfg, rows, prompt + new, logits=new)
+  assert flops.rollout(cfg, rows, prompt, new, scored=5) == want + 3 * again
+
+
+def test_slots_decode_in_waves(rng):
+  """A loop over waves of slots and their steps; every slot computes in each."""
+  rows, slots, prompt, new = (int(n) for n in rng.integers([5, 2, 2, 2], [20, 5, 9, 9]))
+  decode, steps, left = 0, 0, rows
+  while left > 0:
+    decode += slots * flops.head(CFG, 1)
+    for t in range(new - 1):
+      decode += slots * flops.forward(CFG, 1, 1, past=prompt + t, logits=1)
+      steps += 1
+    left -= slots
+  assert flops.decode_steps(rows, new, slots) == steps
+  prefill = rows * flops.forward(CFG, 1, prompt)
+  assert flops.rollout(CFG, rows, prompt, new, slots=slots, scored=0) == prefill + decode
+  for all_at_once in (0, rows, rows + 3):
+    assert flops.decode_steps(rows, new, all_at_once) == new - 1
+    assert flops.rollout(CFG, rows, prompt, new, slots=all_at_once) == (
+        flops.rollout(CFG, rows, prompt, new))

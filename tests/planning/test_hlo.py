@@ -55,6 +55,56 @@ replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, to_apply=%add
 """
 
 
+# A decoder whose slots are refilled: two loops that end when their rows do, one in the other.
+_REFILLED = """
+HloModule jit_rollout_step
+
+%goes_on.1 (p.1: (pred[], bf16[4])) -> pred[] {
+  %p.1 = (pred[], bf16[4]{0}) parameter(0)
+  ROOT %alive.1 = pred[] get-tuple-element(%p.1), index=0
+}
+
+%step.1 (p.2: (pred[], bf16[4])) -> (pred[], bf16[4]) {
+  %p.2 = (pred[], bf16[4]{0}) parameter(0)
+  %x.2 = bf16[4]{0} get-tuple-element(%p.2), index=1
+  %ar.2 = bf16[4]{0} all-reduce(%x.2), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %t.2 = (pred[], bf16[4]{0}) tuple(%a.2, %ar.2)
+}
+
+%waiting.1 (p.3: (pred[], bf16[4])) -> pred[] {
+  %p.3 = (pred[], bf16[4]{0}) parameter(0)
+  ROOT %alive.3 = pred[] get-tuple-element(%p.3), index=0
+}
+
+%decode.1 (p.5: (pred[], bf16[4])) -> (pred[], bf16[4]) {
+  %p.5 = (pred[], bf16[4]{0}) parameter(0)
+  ROOT %w.5 = (pred[], bf16[4]{0}) while(%p.5), condition=%goes_on.1, body=%step.1
+}
+
+%refill.1 (p.4: (pred[], bf16[4])) -> (pred[], bf16[4]) {
+  %p.4 = (pred[], bf16[4]{0}) parameter(0)
+  %x.4 = bf16[4]{0} get-tuple-element(%p.4), index=1
+  %ag.4 = bf16[16]{0} all-gather(%x.4), channel_id=2, replica_groups=[1,4]<=[4]
+  ROOT %d.4 = (pred[], bf16[4]{0}) call(%t.4), to_apply=%decode.1
+}
+
+ENTRY %main (x: bf16[4]) -> (pred[], bf16[4]) {
+  %x = bf16[4]{0} parameter(0)
+  %t.9 = (pred[], bf16[4]{0}) tuple(%yes, %x)
+  ROOT %w.9 = (pred[], bf16[4]{0}) while(%t.9), condition=%waiting.1, body=%refill.1
+}
+"""
+
+
+@pytest.mark.parametrize("steps", [1, 7, 93])
+def test_of_two_loops_without_an_end_the_inner_one_takes_all_steps(steps):
+  found = hlo.collectives(_REFILLED, steps)
+  assert found.unknown_loops == 2
+  assert found.count == {"all-reduce": steps, "all-gather": 1}
+  alone = hlo.collectives(_REFILLED.replace("body=%refill.1", "body=%decode.1"), steps)
+  assert alone.count == {"all-reduce": steps}
+
+
 def test_the_text_of_the_tpu_compiler():
   found = hlo.collectives(_TPU)
   assert found.unknown_loops == 0

@@ -1,0 +1,100 @@
+"""Plans as text: what the door prints, and the tables of docs/scaling.md."""
+
+import json
+
+import pytest
+
+from dpr_jax.errors import UserError
+from dpr_jax.planning import report, tables
+
+
+def _made(**changes):
+  """A plan as in docs/plans: one program compiled, one out of memory, one not reached."""
+  program = {"fits": True, "argument_bytes": 1, "temp_bytes": 1, "output_bytes": 1,
+             "alias_bytes": 1, "peak_bytes": 2**30, "resident_bytes": 2**29, "flops": 1e12,
+             "hbm_bytes_moved": 10, "collective_bytes": {"all-gather": 5 * 10**9},
+             "collective_count": {"all-gather": 3}, "involuntary_rematerializations": 0,
+             "floor_seconds": {"compute": 1.5, "hbm": 0.1, "ici": 0.2}, "compile_seconds": 1.0}
+  over = {"fits": False, "compiler_says": "too much", "exhausted_bytes": 2**35,
+          "resident_bytes": 0, "compile_seconds": 1.0}
+  mesh = {"data": 1, "fsdp": 2, "tensor": 2}
+  return {
+      "topology": "v5e:2x2", "devices": 4, "hbm_bytes": 2**34, "config": "configs/x.py",
+      "mesh": mesh, "fits": False, "parameters": 10**9, "attention": "splash",
+      "programs": {"sft_step": report.not_compiled() | program,
+                   "rollout_step": report.not_compiled() | over,
+                   "reinforce_step": report.not_compiled()},
+      "tokens_per_second_bound": 1234.0, "dpr_tokens_per_second_bound": None, "lora_rank": 8,
+      "batch": {"sft": [8, 64, 1], "dpr": [8, 32, 16, 2]}, "searched": True,
+      "sft_minimum_bytes": None,
+      "candidates": [{"mesh": mesh, "accumulation": [1, 2], "fits": False,
+                      "estimated_peak_bytes": 2**30, "estimated_seconds": 1.0}],
+      **changes,
+  }
+
+
+def _updated(tmp_path, *plans) -> str:
+  for i, made in enumerate(plans):
+    (tmp_path / f"{i}.json").write_text(json.dumps(made))
+  document = tmp_path / "scaling.md"
+  marks = [tables.marks(section) for section in tables.SECTIONS]
+  document.write_text("before\n" + "".join(f"{b}\nold\n{e}\nbehind\n" for b, e in marks))
+  for _ in range(2):  # The second time changes nothing.
+    tables.update(str(tmp_path), str(document))
+  text = document.read_text()
+  assert text.startswith("before\n") and "old" not in text and text.count("behind\n") == 3
+  assert text.endswith(f"{marks[-1][1]}\nbehind\n")
+  return text
+
+
+def test_the_tables_of_a_folder_go_between_the_marks(tmp_path):
+  made = _made()
+  text = _updated(tmp_path, made)
+  assert text.count("| x, LoRA 8 | v5e:2x2 | 1,2,2 |") == 2
+  assert "| 1.5 | over, 32.0 |  |" in text and "1.50 compute" in text and "1,234" in text
+  assert "warning" not in text
+  said = tables.plan_text(made)
+  assert "does not fit" in said and "out of memory: too much" in said and "not compiled" in said
+  assert "warning" not in said
+  (tmp_path / "bare.md").write_text("no marks")
+  with pytest.raises(UserError, match="plans: begin"):
+    tables.update(str(tmp_path), str(tmp_path / "bare.md"))
+
+
+def test_no_plans_give_no_tables(tmp_path):
+  assert _updated(tmp_path).count("No plans here yet") == 3
+
+
+@pytest.mark.parametrize("times, wanted", [(3, "3 times"), (None, "not known")])
+def test_rematerializations_are_warned_of(times, wanted, tmp_path):
+  made = _made()
+  made["programs"]["sft_step"]["involuntary_rematerializations"] = times
+  (warning,) = [s for s in tables.plan_text(made).splitlines() if s.startswith("warning")]
+  assert "sft_step" in warning and wanted in warning
+  assert warning in _updated(tmp_path, made)
+
+
+def test_lora_stands_beside_the_full_plan_of_the_same_batch(tmp_path):
+  full = _made(lora_rank=0, mesh={"data": 1, "fsdp": 4, "tensor": 1},
+               batch={"sft": [8, 64, 4], "dpr": [8, 32, 16, 4]})
+  full["programs"]["sft_step"]["peak_bytes"] = 3 * 2**30
+  forced = _made(lora_rank=0, searched=False)
+  other = _made(lora_rank=0, batch={"sft": [16, 64, 1], "dpr": [8, 32, 16, 2]})
+  text = _updated(tmp_path, full, forced, other, _made())
+  begin, end = tables.marks("lora")
+  rows = text.partition(begin)[2].partition(end)[0].strip().splitlines()[2:]
+  assert rows == ["| x, LoRA 8 | v5e:2x2 | 4, 4 / 1, 2 | 1,4,1 / 1,2,2 | 3.5 / 1.5 | "
+                  "over, 32.0 / over, 32.0 |  /  |"]
+
+
+def test_the_minimum_stands_beside_what_was_compiled(tmp_path):
+  least = {"gathered_forward": 4 * 10**9, "gathered_backward": 3 * 10**9,
+           "gradients_reduced": 2 * 10**9}
+  made = _made(lora_rank=0, searched=False, sft_minimum_bytes=least,
+               mesh={"data": 1, "fsdp": 4, "tensor": 1})
+  made["programs"]["sft_step"]["collective_bytes"] = {"all-gather": 10**10, "all-reduce": 10**9}
+  text = _updated(tmp_path, made, _made())
+  begin, end = tables.marks("minimum")
+  rows = text.partition(begin)[2].partition(end)[0].strip().splitlines()[2:]
+  assert rows == ["| x | v5e:2x2 | 1,4,1 | 8 / 1 | 4.00 | 3.00 | 2.00 | 9.00 | 11.00 | 10.00 | "
+                  "1.00 |"]
