@@ -90,6 +90,8 @@ def check_rows(config: RunConfig, mesh: jax.sharding.Mesh | jax.sharding.Abstrac
       sft__batch_size=config.sft.batch_size // config.sft.accumulation,
       dpr__batch_size=config.dpr.batch_size // config.dpr.accumulation,
   )
+  dpr = config.dpr
+  sharding.check_rollouts(mesh, dpr.batch_size, dpr.samples_per_prompt, dpr.slots)
 
 
 def scored_models(config: RunConfig) -> int:
@@ -137,7 +139,7 @@ def make_programs(
   rollout_step = make_rollout(model, config.model, section, mesh, stop_ids=(0,), **scoring)
   reinforce_step, optimizer = make_reinforce_step(model, config.model, section, mesh)
   dpr_state = state(optimizer)
-  one = np.zeros((1,), np.int32)
+  one = np.zeros((config.data.prompt_length,), np.int32)  # The widest that a run compiles for.
   prompts = _rows(next(iter(rollout_prompts(config, section, [one]))), mesh)
   rng = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
   arguments = (dpr_state.variables, held, ref, prompts, rng)

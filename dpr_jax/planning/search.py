@@ -34,8 +34,14 @@ def candidates(config: RunConfig, cfg: ModelConfig, devices: int) -> Iterator[Sh
   More than one replica (data > 1) is tried only where fsdp is at least 8: below, splitting
   parameters further costs less than copying them.
   """
-  rows = math.gcd(config.sft.batch_size // config.sft.accumulation,
-                  config.dpr.batch_size // config.dpr.accumulation)
+  dpr = config.dpr
+  slots = dpr.slots if 0 < dpr.slots < dpr.batch_size else 0  # gcd(n, 0) is n.
+  rows = math.gcd(
+      config.sft.batch_size // config.sft.accumulation,
+      dpr.batch_size // dpr.accumulation,
+      dpr.batch_size // dpr.samples_per_prompt,
+      slots,
+  )
   for tensor in range(1, devices + 1):
     if devices % tensor or cfg.num_heads % tensor or cfg.mlp_size % tensor:
       continue
