@@ -103,6 +103,13 @@ def batch_ways() -> int:
   return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def vocab_ways(vocab_size: int) -> int:
+  """Into how many parts the mesh that is set splits logits over the vocabulary."""
+  mesh = jax.sharding.get_abstract_mesh()
+  ways = 1 if mesh.empty else mesh.shape["tensor"]
+  return ways if vocab_size % ways == 0 else 1
+
+
 def without_fsdp(names: Sequence[str | None]) -> tuple[str | None, ...]:
   """The axes of a parameter where it is used: gathered over fsdp, still split over tensor."""
   return tuple(None if RULES[name] == "fsdp" else name for name in names)

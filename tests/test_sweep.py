@@ -148,6 +148,7 @@ def calls(monkeypatch):
   monkeypatch.setattr(pipeline, "ref_stage", lambda run: None)
   monkeypatch.setattr(pipeline, "dpr_stage", trains("dpr"))
   monkeypatch.setattr(pipeline, "evaluate_stage", evaluates)
+  monkeypatch.setattr(pipeline, "plausibility_stage", lambda run: None)
   monkeypatch.setattr(pipeline, "report_stage", lambda *a: made.append("report") or {})
   monkeypatch.setattr(pipeline, "sweep_report", lambda *a: made.append("sweep report") or {})
   monkeypatch.setattr(pipeline, "cache_compilations", lambda workdir: None)

@@ -1,12 +1,14 @@
 """Drawing a token from logits: temperature, top-k, top-p, and one number of noise a row.
 
-Dims: B rows, V vocabulary, M blocks of C tokens.
+Dims: B rows, V vocabulary in P parts of S tokens, M blocks of C tokens.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+
+from dpr_jax.sharding import vocab_ways
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +61,14 @@ def draw(logits_BxV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Ar
   logits_BxV = filter_logits(logits_BxV, sampling)
   p_BxV = jnp.exp(logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True))
   rows, vocab = p_BxV.shape
-  blocks = -(-vocab // _BLOCK)
-  p_BxMxC = jnp.pad(p_BxV, ((0, 0), (0, blocks * _BLOCK - vocab))).reshape(rows, blocks, _BLOCK)
+  # Blocks lie within the parts of a vocabulary that is split over devices: only their sums move.
+  parts = vocab_ways(vocab)
+  size = vocab // parts
+  per_part = -(-size // _BLOCK)
+  p_BxPxS = p_BxV.reshape(rows, parts, size)
+  p_BxPxS = jnp.pad(p_BxPxS, ((0, 0), (0, 0), (0, per_part * _BLOCK - size)))
+  blocks = parts * per_part
+  p_BxMxC = p_BxPxS.reshape(rows, blocks, _BLOCK)
   mass_BxM = jnp.sum(p_BxMxC, axis=-1)
   upto_BxM = jnp.cumsum(mass_BxM, axis=-1)
   target_Bx1 = jax.vmap(jax.random.uniform)(keys_B)[:, None] * upto_BxM[:, -1:]
@@ -77,4 +85,5 @@ def draw(logits_BxV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Ar
   )
   index_1xC = jnp.arange(_BLOCK, dtype=jnp.int32)[None, :]
   last_B = jnp.max(jnp.where(inside_BxC > 0, index_1xC, 0), axis=-1)
-  return block_Bx1[:, 0] * _BLOCK + jnp.minimum(found_B, last_B)
+  part_B, within_B = jnp.divmod(block_Bx1[:, 0], per_part)
+  return part_B * size + within_B * _BLOCK + jnp.minimum(found_B, last_B)

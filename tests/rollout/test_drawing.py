@@ -62,7 +62,7 @@ def test_every_token_of_a_large_vocabulary_is_drawn_as_often_as_it_should(rng):
   """Chi-square over 700 tokens in 3 blocks, the last one not full; some have no probability."""
   logits = rng.normal(size=700).astype(np.float32)
   logits[rng.choice(700, 40, replace=False)] = -np.inf
-  draws, p = 200_000, np.exp(logits.astype(np.float64))
+  draws, p = 60_000, np.exp(logits.astype(np.float64))
   p /= p.sum()
   rows = jnp.broadcast_to(logits, (draws // 10, 700))
   draw_all = jax.jit(lambda keys: draw(rows, keys, Sampling()))
