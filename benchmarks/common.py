@@ -172,7 +172,8 @@ def program_bytes(compiled: Any) -> dict[str, int]:
 
 def model_facts(args: argparse.Namespace, cfg: ModelConfig) -> dict[str, Any]:
   return {
-      "source": args.model or f"random, {args.config}", "params": cfg.num_params,
+      "source": os.path.basename(args.model) or f"random, {args.config}",
+      "params": cfg.num_params,
       "vocab_size": cfg.vocab_size, "layers": cfg.num_layers, "lora_rank": cfg.lora.rank,
   }
 
