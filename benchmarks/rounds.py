@@ -118,6 +118,12 @@ def llama_shape(cfg: ModelConfig) -> dict[str, Any]:
   }
 
 
+def arithmetic(ours, floors) -> dict[str, Any]:
+  """What a program that is bound by arithmetic reports: its least time, and the share of it."""
+  floor = ours.setup["flops"] / floors["flops_per_s"] / ours.setup["devices"]["count"]
+  return {"flops": ours.setup["flops"], "floor_seconds": floor, "mfu": floor / ours.median("main")}
+
+
 def run(
     module: str,
     argv: Sequence[str],

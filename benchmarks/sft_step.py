@@ -70,15 +70,10 @@ def flags():
   return parser
 
 
-def report(ours, floors):
-  floor = ours.setup["flops"] / floors["flops_per_s"] / ours.setup["devices"]["count"]
-  return {"flops": ours.setup["flops"], "floor_seconds": floor, "mfu": floor / ours.median("main")}
-
-
 def main(argv):
   args = common.parse(flags(), argv)
   task = {"name": "sft", "batch": args.batch, "length": args.length}
-  return rounds.run("benchmarks.sft_step", argv, args, Workload, report, task)
+  return rounds.run("benchmarks.sft_step", argv, args, Workload, rounds.arithmetic, task)
 
 
 if __name__ == "__main__":
