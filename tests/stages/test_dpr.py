@@ -3,37 +3,25 @@
 import dataclasses
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
-from dpr_jax import sharding
-from dpr_jax.config import default_config, resolve, shrink
-from dpr_jax.stages.context import set_up
 from dpr_jax.stages.dpr import dpr_stage
-from dpr_jax.stages.sft import sft_stage
 from dpr_jax.training.metrics import read_metrics
 from dpr_jax.training.stopping import read_stopped
-from dpr_jax.workdir import Workdir
 
 pytestmark = pytest.mark.usefixtures("light_compilation")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(train_sft):
   """A run whose SFT stage is done."""
-  config = shrink(default_config())
-  config.model.remat = "none"
-  config.sft.steps, config.sft.optimizer.learning_rate = 10, 0.02
-  config.dpr.steps, config.dpr.max_new_tokens = 3, 6
-  config.dpr.optimizer.learning_rate, config.dpr.optimizer.warmup_steps = 0.02, 0
-  config.data.tasks = ("add", "sort")
-  config.log.progress = config.log.tensorboard = False
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  with jax.set_mesh(mesh):
-    run = set_up(resolve(config), Workdir(tmp_path_factory.mktemp("run") / "w"), mesh)
-    sft_stage(run)
-    yield run
+
+  def change(config):
+    config.dpr.steps = 3
+    config.dpr.optimizer.learning_rate, config.dpr.optimizer.warmup_steps = 0.02, 0
+
+  return train_sft(change)
 
 
 @pytest.fixture

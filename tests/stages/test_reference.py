@@ -8,35 +8,22 @@ import jax
 import numpy as np
 import pytest
 
-from dpr_jax import sharding
-from dpr_jax.config import default_config, resolve, shrink
 from dpr_jax.stages import reference as reference_lib
-from dpr_jax.stages.context import set_up
 from dpr_jax.stages.evaluate import trained_systems
 from dpr_jax.stages.reference import ref_stage
-from dpr_jax.stages.sft import sft_stage
 from dpr_jax.training.stopping import write_stopped
-from dpr_jax.workdir import Workdir
 
 DECAY = 0.8
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(train_sft):
   """A run whose SFT stage is done, with milestones and a moving average."""
-  config = shrink(default_config())
-  config.model.remat = "none"
-  config.sft.steps = 10
-  config.reference.kind, config.reference.ema_decay = "ema", DECAY
-  config.sft.optimizer.learning_rate = 0.02
-  config.dpr.max_new_tokens = config.eval.max_new_tokens = 6
-  config.data.tasks = ("add", "sort")
-  config.log.progress = config.log.tensorboard = False
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  with jax.set_mesh(mesh):
-    run = set_up(resolve(config), Workdir(tmp_path_factory.mktemp("run") / "w"), mesh)
-    sft_stage(run)
-    yield run
+
+  def change(config):
+    config.reference.kind, config.reference.ema_decay = "ema", DECAY
+
+  return train_sft(change)
 
 
 def _with(run, **fields):
