@@ -155,6 +155,7 @@ class EvalSection:
   """Stage `evaluate`: every system on the held-out prompts, sampled at temperature 1 and greedy."""
 
   num_prompts: int = 256  # held-out prompts; 0 takes all.
+  skip_prompts: int = 0  # held-out prompts passed over first: choose settings on others than those.
   batch_size: int = 64  # prompts decoded at a time.
   max_new_tokens: int = 24
   verifier: str = "auto"  # auto | tasks | exact | gsm8k.
@@ -289,6 +290,7 @@ _BOUNDS = {
     "reference.ema_decay": (0, 0.999999),
     "reference.num_prompts": (0, None),
     "eval.num_prompts": (0, None),
+    "eval.skip_prompts": (0, None),
     "eval.batch_size": (1, None),
     "eval.max_new_tokens": (1, None),
     "eval.contrastive_alpha": (0, None),
@@ -465,10 +467,11 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
     if run.eval.verifier == "tasks":
       raise UserError("config.eval.verifier=tasks is of the built-in tasks; use exact or gsm8k "
                       f"with config.data.demos={run.data.demos}")
-  if run.eval.num_prompts > run.data.holdout:
+  if run.eval.skip_prompts + max(run.eval.num_prompts, 1) > run.data.holdout:
+    skipped = f" beyond config.eval.skip_prompts={run.eval.skip_prompts}"
     raise UserError(
-        f"config.eval.num_prompts={run.eval.num_prompts} exceeds "
-        f"config.data.holdout={run.data.holdout}"
+        f"config.eval.num_prompts={run.eval.num_prompts}{skipped if run.eval.skip_prompts else ''} "
+        f"exceeds config.data.holdout={run.data.holdout}"
     )
   if run.dpr.top_p == 0:
     raise UserError("config.dpr.top_p=0 keeps no token; use 1.0, which keeps all")

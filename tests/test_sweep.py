@@ -227,10 +227,17 @@ def test_the_sweeps_of_configs_are_valid(name, field, count, arg, monkeypatch, t
   config, _ = parse([f"--config={path}", "--workdir=unused"])
   found = sweep.points(config)
   assert config.sweep.field == field and len(found) == count
+  for point in found:  # Settings are chosen on other prompts than those reported.
+    assert point.config.eval.skip_prompts >= read_smoke(arg).eval.num_prompts > 0
   if name == "gamma":
     assert [p.config.dpr.gamma for p in found] == [0, 0.9, 0.99, 1]
   if name == "reference_fraction":
     assert [p.config.reference.fraction for p in found] == [i / 10 for i in range(1, 10)]
+
+
+def read_smoke(arg):
+  config, _ = parse([f"--config={ROOT}/configs/smoke.py{arg}", "--workdir=unused"])
+  return config
 
 
 def test_every_sweep_of_configs_is_covered():

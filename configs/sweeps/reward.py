@@ -9,6 +9,9 @@ from dpr_jax.config_args import other_config
 def get_config(arg: str = ""):
   """arg: "" or "debug", as of configs/smoke.py, on which the sweep is."""
   config = other_config(__file__, "../smoke.py", arg)
+  # Settings are not chosen on the prompts that are reported.
+  config.eval.skip_prompts = config.data.holdout
+  config.data.holdout *= 2
   config.baseline.names = ()  # Each would be trained at every point.
   config.sweep.field = "dpr.reward"
   config.sweep.values = ("baseline_relative", "log_likelihood", "endogenous")

@@ -26,10 +26,11 @@ def trained_systems(run: Run) -> list[System]:
 
 
 def heldout_prompts(run: Run) -> Prompts:
-  """The held-out prompts that are evaluated: the first `eval.num_prompts` of them."""
-  n = run.config.eval.num_prompts or len(run.data.heldout.tokens)
-  held = run.data.heldout
-  return held._replace(tokens=held.tokens[:n], demos=held.demos[:n])
+  """The held-out prompts that are evaluated: `eval.num_prompts` after `eval.skip_prompts`."""
+  section, held = run.config.eval, run.data.heldout
+  end = section.skip_prompts + section.num_prompts if section.num_prompts else None
+  chosen = slice(section.skip_prompts, end)
+  return held._replace(tokens=held.tokens[chosen], demos=held.demos[chosen])
 
 
 def evaluate_stage(run: Run, only: Sequence[str] | None = None) -> None:
