@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from dpr_jax import compilations
 from dpr_jax.errors import Diverged, Preempted, UserError
 
 
@@ -53,6 +54,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
                       help="compute dtype; auto: bfloat16 on TPU and GPU, float32 on CPU")
   parser.add_argument("--template", default="",
                       help="a .jinja chat template; '' is the tokenizer's own")
+  parser.add_argument(compilations.FLAG, default="", help=f"{compilations.HELP} none")
   parser.add_argument("--mesh", default="1,-1,1", help="data,fsdp,tensor; one may be -1, the rest")
 
 
@@ -83,6 +85,7 @@ def model_mesh(args: argparse.Namespace) -> Iterator[tuple[Any, str]]:
   from dpr_jax.loading import compute_dtype
 
   distributed.initialize()
+  compilations.keep_compilations(args.compilation_cache)
   try:
     data, fsdp, tensor = (int(x) for x in args.mesh.split(","))
   except ValueError:

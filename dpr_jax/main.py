@@ -3,7 +3,8 @@
     python -m dpr_jax.main --config=configs/smoke.py --workdir=DIR [--config.sft.steps=200 ...]
 
 The same command after an interruption goes on where it stopped. --profile_steps=3:5 writes a
-profiler trace of these steps of every trained stage to DIR/profile.
+profiler trace of these steps of every trained stage to DIR/profile. --compilation_cache=FOLDER
+keeps compiled programs where other runs find them; otherwise they are in the workdir.
 """
 
 import dataclasses
@@ -12,11 +13,11 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from dpr_jax import cli
+from dpr_jax import cli, compilations
 
 
 def parse(argv: Sequence[str]):
-  """Command line -> (RunConfig, workdir).
+  """Command line -> (RunConfig, workdir, folder of compiled programs or None).
 
   Raises:
     UserError: naming the flag or the field, and what would be right.
@@ -30,6 +31,9 @@ def parse(argv: Sequence[str]):
     flags.DEFINE_string(
         "profile_steps", None, "FIRST:LAST, steps of each trained stage to trace, counted from 1.",
         flag_values=values,
+    )
+    flags.DEFINE_string(
+        "compilation_cache", None, f"{compilations.HELP} in the workdir.", flag_values=values
     )
 
   config, values = parse_config(
@@ -47,11 +51,13 @@ def parse(argv: Sequence[str]):
   if values.profile_steps is not None:
     log = dataclasses.replace(run_config.log, profile_steps=values.profile_steps)
     run_config = dataclasses.replace(run_config, log=log)
-  return run_config, values.workdir
+  if values.compilation_cache:
+    compilations.check_folder(values.compilation_cache)
+  return run_config, values.workdir, values.compilation_cache
 
 
 def main(argv: Sequence[str]) -> None:
-  run_config, workdir = parse(argv)
+  run_config, workdir, compilation_cache = parse(argv)
   from dpr_jax import distributed
 
   distributed.initialize()
@@ -59,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
 
   from dpr_jax import pipeline
 
-  results = pipeline.run(run_config, workdir)
+  results = pipeline.run(run_config, workdir, compilation_cache)
   if jax.process_index() == 0:
     print(summary(results, workdir))
 

@@ -13,6 +13,7 @@ import jax
 from dpr_jax import config as config_lib
 from dpr_jax import sharding
 from dpr_jax import sweep as sweep_lib
+from dpr_jax.compilations import keep_compilations
 from dpr_jax.evals.results import build_results, build_sweep_results
 from dpr_jax.report import gaming, write_report
 from dpr_jax.stages.context import Run, set_up
@@ -117,21 +118,15 @@ def sweep_report(
   return results
 
 
-def cache_compilations(workdir: Workdir) -> None:
-  """Keeps compiled programs in the workdir, for its seeds and for a run that goes on.
-
-  JAX_COMPILATION_CACHE_DIR names another place, to be shared by several runs.
-  """
-  if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update("jax_compilation_cache_dir", str(workdir.compilations))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def run(config: config_lib.RunConfig, workdir: str) -> dict[str, Any]:
+def run(
+    config: config_lib.RunConfig, workdir: str, compilation_cache: str | None = None
+) -> dict[str, Any]:
   """Runs a config from wherever it stopped to its report.
 
   Args:
     workdir: a folder that does not exist, is empty, or holds an earlier part of the same run.
+    compilation_cache: folder of compiled programs; None takes JAX_COMPILATION_CACHE_DIR, else one
+      in the workdir, for its seeds and for a run that goes on.
 
   Returns:
     The content of report/results.json.
@@ -145,7 +140,7 @@ def run(config: config_lib.RunConfig, workdir: str) -> dict[str, Any]:
   mesh = sharding.make_mesh(section.data, section.fsdp, section.tensor)
   root = Workdir(workdir)
   root.check(config)
-  cache_compilations(root)
+  keep_compilations(compilation_cache, default=root.compilations)
   with jax.set_mesh(mesh):
     if config.seeds == 1:
       return run_seed(config, root, mesh)

@@ -153,7 +153,7 @@ def test_lists_are_set_on_the_command_line(given, expected, monkeypatch):
   from dpr_jax.main import parse
 
   monkeypatch.chdir(pathlib.Path(__file__).parents[1])
-  run, _ = parse([
+  run, *_ = parse([
       "--config=configs/smoke.py", "--workdir=unused", f"--config.dpr.transforms={given}",
       "--config.reference.kind=ensemble_mean_logp", "--config.reference.fractions=0.1,0.75",
   ])

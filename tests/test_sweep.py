@@ -151,7 +151,7 @@ def calls(monkeypatch):
   monkeypatch.setattr(pipeline, "plausibility_stage", lambda run: None)
   monkeypatch.setattr(pipeline, "report_stage", lambda *a: made.append("report") or {})
   monkeypatch.setattr(pipeline, "sweep_report", lambda *a: made.append("sweep report") or {})
-  monkeypatch.setattr(pipeline, "cache_compilations", lambda workdir: None)
+  monkeypatch.setattr(pipeline, "keep_compilations", lambda path, default: None)
   return types.SimpleNamespace(made=made, fail=fail)
 
 
@@ -224,7 +224,7 @@ def test_another_sweep_is_refused(calls, tmp_path):
 def test_the_sweeps_of_configs_are_valid(name, field, count, arg, monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)  # They find the config that they are based on from anywhere.
   path = ROOT / "configs" / "sweeps" / f"{name}.py{arg}"
-  config, _ = parse([f"--config={path}", "--workdir=unused"])
+  config, *_ = parse([f"--config={path}", "--workdir=unused"])
   found = sweep.points(config)
   assert config.sweep.field == field and len(found) == count
   for point in found:  # Settings are chosen on other prompts than those reported.
@@ -236,7 +236,7 @@ def test_the_sweeps_of_configs_are_valid(name, field, count, arg, monkeypatch, t
 
 
 def read_smoke(arg):
-  config, _ = parse([f"--config={ROOT}/configs/smoke.py{arg}", "--workdir=unused"])
+  config, *_ = parse([f"--config={ROOT}/configs/smoke.py{arg}", "--workdir=unused"])
   return config
 
 
@@ -247,7 +247,7 @@ def test_every_sweep_of_configs_is_covered():
 
 
 def test_a_sweep_from_the_command_line():
-  config, _ = parse([
+  config, *_ = parse([
       f"--config={ROOT}/configs/smoke.py:debug", "--workdir=unused",
       "--config.sweep.field=dpr.beta", "--config.sweep.values=0.5,2",
   ])
