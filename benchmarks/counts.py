@@ -1,17 +1,12 @@
-"""Arithmetic and traffic of a decoder, counted by hand: the floors that times are held against.
+"""Arithmetic and traffic of a task, counted by hand: the floors that times are held against.
 
-A multiply-add is two operations. Only matrix products count: a model's norms, rope and softmax
-are a few per cent. Recomputation (remat, chunked logits) does not count: it is our choice, not
+The operations are those of `dpr_jax.planning.flops`, where a multiply-add is two and only matrix
+products count, but for what is computed again (remat, chunked logits): that is our choice, not
 the task's.
 """
 
 from dpr_jax.models import ModelConfig
-
-
-def layer_weights(cfg: ModelConfig) -> int:
-  """Weights of the matrix products of all layers."""
-  q, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-  return cfg.num_layers * cfg.hidden_size * (2 * q + 2 * kv + 3 * cfg.mlp_size)
+from dpr_jax.planning import flops
 
 
 def head_weights(cfg: ModelConfig) -> int:
@@ -20,11 +15,7 @@ def head_weights(cfg: ModelConfig) -> int:
 
 def seen(cfg: ModelConfig, first: int, last: int) -> int:
   """Keys that the tokens at positions first..last - 1 look at, summed over layers."""
-  total = 0
-  for i in range(cfg.num_layers):
-    window = cfg.window_of(cfg.layer_pattern[i % len(cfg.layer_pattern)]) or last
-    total += sum(min(t + 1, window) for t in range(first, last))
-  return total
+  return flops.attention(cfg, last - first, past=first) // (4 * cfg.num_heads * cfg.head_dim)
 
 
 def forward_flops(cfg: ModelConfig, rows: int, length: int, scored: int, first: int = 0) -> int:
@@ -33,9 +24,7 @@ def forward_flops(cfg: ModelConfig, rows: int, length: int, scored: int, first: 
   Args:
     scored: columns of a row that go through the head.
   """
-  attention = 4 * cfg.num_heads * cfg.head_dim * seen(cfg, first, first + length)
-  row = 2 * layer_weights(cfg) * length + 2 * head_weights(cfg) * scored + attention
-  return rows * row
+  return flops.forward(cfg, rows, length, past=first, logits=scored)
 
 
 def train_flops(cfg: ModelConfig, rows: int, length: int, scored: int) -> int:
@@ -45,6 +34,6 @@ def train_flops(cfg: ModelConfig, rows: int, length: int, scored: int) -> int:
 
 def decode_bytes(cfg: ModelConfig, rows: int, prompt: int, new: int, itemsize: int) -> float:
   """Read from memory in one decoding step, on average: all weights once, each row's cache."""
-  weights = (layer_weights(cfg) + head_weights(cfg)) * itemsize
+  weights = (flops.layer_params(cfg) + head_weights(cfg)) * itemsize
   keys = seen(cfg, prompt, prompt + new) / max(new, 1)
   return weights + rows * 2 * keys * cfg.num_kv_heads * cfg.head_dim * itemsize

@@ -12,6 +12,7 @@ from dpr_jax.models import ModelConfig
 
 def test_counts_of_operations(rng):
   from benchmarks import counts
+  from dpr_jax.planning.flops import layer_params
 
   window, length, first = int(rng.integers(2, 5)), int(rng.integers(5, 9)), int(rng.integers(0, 4))
   cfg = ModelConfig(
@@ -20,7 +21,7 @@ def test_counts_of_operations(rng):
   )
   # Every weight that is not a norm's takes part in one matrix product; the tied head's in one.
   norms = 5 * 2 * 12 + 12
-  assert counts.layer_weights(cfg) + counts.head_weights(cfg) == cfg.num_params - norms
+  assert layer_params(cfg) + counts.head_weights(cfg) == cfg.num_params - norms
   keys = 0
   for layer in range(5):
     for query in range(first, first + length):
@@ -29,7 +30,7 @@ def test_counts_of_operations(rng):
   assert counts.seen(cfg, first, first + length) == keys
   rows, scored = 3, 2
   products = rows * (
-      length * counts.layer_weights(cfg) + scored * counts.head_weights(cfg) + 2 * keys * 4 * 6
+      length * layer_params(cfg) + scored * counts.head_weights(cfg) + 2 * keys * 4 * 6
   )
   assert counts.forward_flops(cfg, rows, length, scored, first) == 2 * products
   assert counts.train_flops(cfg, rows, length, scored) == 3 * counts.forward_flops(
@@ -39,7 +40,7 @@ def test_counts_of_operations(rng):
   for query in range(first, first + length):
     for layer in range(5):
       cache += 2 * 2 * 6 * (query + 1 if layer % 3 == 2 else min(query + 1, window))
-  weights = counts.layer_weights(cfg) + counts.head_weights(cfg)
+  weights = layer_params(cfg) + counts.head_weights(cfg)
   expected = 4 * (weights + rows * cache / length)
   np.testing.assert_allclose(counts.decode_bytes(cfg, rows, first, length, 4), expected)
 
