@@ -7,7 +7,7 @@ Everything is compared with everything on the same prompts: DPR, trained baselin
 and controls that need no training.
 """
 
-from dpr_jax.config import default_config, shrink
+from dpr_jax.config import CONTROLS, default_config, shrink
 from dpr_jax.config_args import parse_arg
 from dpr_jax.errors import UserError
 
@@ -42,5 +42,6 @@ def get_config(arg: str = ""):
   config.dpr.beta = 1.0
   config.dpr.optimizer.learning_rate = 1e-4
   config.baseline.names = ("continued_sft", "spin", "gsil", "sentence_level")
+  config.eval.controls = CONTROLS
   config.eval.batch_size = 128
   return shrink(config) if args.debug else config

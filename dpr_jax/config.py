@@ -159,10 +159,11 @@ class EvalSection:
   batch_size: int = 64  # prompts decoded at a time.
   max_new_tokens: int = 24
   verifier: str = "auto"  # auto | tasks | exact | gsm8k.
-  # Decode-time controls: contrastive | weight_extrapolation | low_temperature.
+  # Controls without training: contrastive | weight_extrapolation | low_temperature | resampled.
   controls: tuple[str, ...] = ("contrastive", "weight_extrapolation", "low_temperature")
-  contrastive_alpha: float = 0.0  # strength of the first two; 0 takes 1 / dpr.beta.
+  contrastive_alpha: float = 0.0  # strength of all but low_temperature; 0 takes 1 / dpr.beta.
   low_temperature: float = 0.5  # of the control that samples from SFT with it.
+  candidates: int = 16  # responses of SFT that resampled draws each of its answers from.
   heatmaps: int = 8  # demonstrations and rollouts shown token by token in the report.
   # Held-out demonstrations of which one token is made wrong: do rewards find it? 0: off.
   corrupted_tokens: int = 256
@@ -228,7 +229,7 @@ BASELINES = (
     "continued_sft", "dft", "iq_lm", "spin", "gsil", "sentence_level", "endogenous",
     "log_likelihood",
 )
-CONTROLS = ("contrastive", "weight_extrapolation", "low_temperature")
+CONTROLS = ("contrastive", "weight_extrapolation", "low_temperature", "resampled")
 
 _CHOICES = {
     "model.remat": ("none", "dots", "full"),
@@ -295,6 +296,7 @@ _BOUNDS = {
     "eval.max_new_tokens": (1, None),
     "eval.contrastive_alpha": (0, None),
     "eval.low_temperature": (0, None),
+    "eval.candidates": (2, None),
     "eval.heatmaps": (0, None),
     "eval.corrupted_tokens": (0, None),
     "checkpoint.every": (1, None),

@@ -128,7 +128,7 @@ def shared(config: RunConfig) -> Shared:
   everywhere = ("base", "sft", "low_temperature")
   if path.startswith("dpr."):
     same_strength = config.eval.contrastive_alpha or path != "dpr.beta"
-    free = ("contrastive", "weight_extrapolation") if same_strength else ()
+    free = ("contrastive", "weight_extrapolation", "resampled") if same_strength else ()
     return Shared(("sft", *own_ref), (*everywhere, "ref", *free, "corruption"))
   if path == "reference.fraction":
     return Shared(("sft",), everywhere)

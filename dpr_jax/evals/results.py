@@ -21,7 +21,7 @@ from dpr_jax.training.stopping import read_stopped
 # The order of systems in tables, and what is compared with what; those a run lacks are skipped.
 ORDER = (
     "base", "ref", "sft", "low_temperature", "contrastive", "weight_extrapolation",
-    "continued_sft", "dft", "iq_lm", "spin", "gsil", "log_likelihood", "endogenous",
+    "resampled", "continued_sft", "dft", "iq_lm", "spin", "gsil", "log_likelihood", "endogenous",
     "sentence_level", "dpr",
 )
 PAIRS = (
@@ -75,6 +75,8 @@ def _metrics(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
       if chosen:
         out[f"accuracy_{mode}/{kind}"] = np.asarray(chosen, np.float64)
     out[f"length_{mode}"] = np.asarray([r["length"] for r in rows], np.float64)
+    if "effective_samples" in rows[0]:
+      out["effective_samples"] = np.asarray([r["effective_samples"] for r in rows], np.float64)
     out[f"eos_rate_{mode}"] = np.asarray([r["hit_eos"] for r in rows], np.float64)
   return out
 

@@ -1,6 +1,6 @@
 """The systems that a run compares, and their evaluation on the held-out prompts.
 
-A system is a way to answer: one trained model, or a decode-time control made of two.
+A system is a way to answer: one trained model, or a control made of two without training.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from dpr_jax.data.loader import Prompts
+from dpr_jax.evals.resampling import resample
 from dpr_jax.evals.responses import respond, response_text
 from dpr_jax.evals.verifiers import get_verifier
 from dpr_jax.rollout.drawing import Sampling
@@ -20,25 +21,36 @@ MODES = ("sampled", "greedy")
 
 @dataclasses.dataclass(frozen=True)
 class System:
-  """How a system answers: logits = sum_i weights[i] * logits of members[i]."""
+  """How a system answers: logits = sum_i weights[i] * logits of members[i].
+
+  With several candidates: one of so many of the first member's, by `evals.resampling` against the
+  other members.
+  """
 
   name: str
   members: tuple[str, ...]  # names of parameter sets: base, ref, sft, dpr, ...
   weights: tuple[float, ...] = (1.0,)
   temperature: float = 1.0  # of the sampled mode.
   modes: tuple[str, ...] = MODES
+  candidates: int = 1
+  alpha: float = 0.0  # of resampling the candidates.
 
 
 def controls(
-    names: Sequence[str], alpha: float, temperature: float, refs: Sequence[str] = ("ref",)
+    names: Sequence[str],
+    alpha: float,
+    temperature: float,
+    refs: Sequence[str] = ("ref",),
+    candidates: int = 16,
 ) -> list[System]:
   """Decode-time controls, which need no training.
 
   Args:
-    names: of contrastive, weight_extrapolation and low_temperature.
+    names: of contrastive, weight_extrapolation, low_temperature and resampled.
     alpha: extrapolation strength; contrastive decoding at 1 / beta is DPR's per-token optimum.
     temperature: of low_temperature; its greedy mode would be that of sft.
     refs: parameter sets of the reference; of several, decoding takes the geometric mean.
+    candidates: responses that resampled chooses from.
   """
   known = {
       "contrastive": System(
@@ -47,6 +59,9 @@ def controls(
       "weight_extrapolation": System("weight_extrapolation", ("extrapolated",)),
       "low_temperature": System(
           "low_temperature", ("sft",), temperature=temperature, modes=("sampled",)
+      ),
+      "resampled": System(
+          "resampled", ("sft", *refs), modes=("sampled",), candidates=candidates, alpha=alpha
       ),
   }
   return [known[name] for name in names]
@@ -63,6 +78,10 @@ def evaluate_system(
     rng: jax.Array,
     seed: int,
     stop_ids: tuple[int, ...],
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+    chunk_size: int = 128,
+    ensemble: str = "",
     **decoding: Any,
 ) -> list[dict[str, Any]]:
   """One record a prompt and mode, for samples/SYSTEM.jsonl.
@@ -71,24 +90,43 @@ def evaluate_system(
     load: name of a parameter set -> its variables.
     prompts: held-out prompts with their demonstrations.
     rng: key of the sampled mode; the same for all systems, so that they share their noise.
-    decoding: keywords of `respond`.
+    mesh, batch_size, decoding: keywords of `respond`.
+    chunk_size, ensemble: of scoring, see `evals.scoring`; where candidates are resampled.
   """
   verify = get_verifier(verifier)
   members = tuple(load(name) for name in system.members)
   records = []
   for mode in system.modes:
     sampling = Sampling(temperature=system.temperature if mode == "sampled" else 0.0)
+    extra = [{} for _ in prompts.demos]
     responses = respond(
         model,
-        members,
+        members if system.candidates == 1 else members[:1],
         prompts.tokens,
         rng,
         weights=system.weights,
         sampling=sampling,
+        samples_per_prompt=system.candidates,
         stop_ids=stop_ids,
+        mesh=mesh,
+        batch_size=batch_size,
         **decoding,
     )
-    for demo, response in zip(prompts.demos, responses, strict=True):
+    if system.candidates > 1:
+      responses, effective = resample(
+          model,
+          members[1:] if ensemble else members[1],
+          prompts.tokens,
+          responses,
+          alpha=system.alpha,
+          seed=seed,
+          ensemble=ensemble,
+          mesh=mesh,
+          batch_size=batch_size,
+          chunk_size=chunk_size,
+      )
+      extra = [{"effective_samples": float(x)} for x in effective]
+    for demo, response, more in zip(prompts.demos, responses, extra, strict=True):
       text = response_text(tokenizer, response, stop_ids)
       scores = dict(verify(demo, text))
       records.append({
@@ -103,6 +141,7 @@ def evaluate_system(
           "length": len(response.tokens),
           "hit_eos": response.hit_eos,
           "seed": seed,
+          **more,
       })
   return records
 

@@ -10,7 +10,8 @@ from dpr_jax.report.tables import cell, difference, metric_label, resolved, show
 _PRIMARY = ("accuracy_sampled", "token_f1_sampled")
 _METRICS = (*_PRIMARY, "accuracy_greedy", "token_f1_greedy", "length_sampled", "heldout_nll")
 # Systems that a sweep may leave as they are; their lines tell what DPR is worth.
-_REFERENCES = ("sft", "contrastive", "weight_extrapolation", "low_temperature", "continued_sft")
+_REFERENCES = ("sft", "contrastive", "weight_extrapolation", "resampled",
+               "low_temperature", "continued_sft")
 
 
 def sweep_table(results: Mapping[str, Any], links: bool) -> dict[str, Any] | None:

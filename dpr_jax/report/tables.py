@@ -12,6 +12,7 @@ LABELS = {
   "base": "Base model", "ref": "Reference", "sft": "SFT", "dpr": "DPR",
   "continued_sft": "Continued SFT", "contrastive": "Contrastive decoding",
   "weight_extrapolation": "Weight extrapolation", "low_temperature": "SFT, low temperature",
+  "resampled": "SFT, resampled by weight",
   "dft": "DFT", "iq_lm": "IQ-LM", "spin": "SPIN", "gsil": "GSIL",
   "sentence_level": "Sentence-level REINFORCE", "endogenous": "DPR, endogenous reward",
   "log_likelihood": "DPR, no reference",
@@ -19,6 +20,7 @@ LABELS = {
 _MAIN = (
   "accuracy_sampled", "accuracy_greedy", "accuracy_sampled/unique", "accuracy_sampled/varied",
   "token_f1_sampled", "token_f1_greedy", "length_sampled", "eos_rate_sampled", "heldout_nll",
+  "effective_samples",
 )
 _KINDS = ("unique", "varied")  # groups of the built-in tasks, not tasks.
 _SHARES = ("accuracy", "eos_rate", "token_f1")

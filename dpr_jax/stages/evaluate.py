@@ -56,7 +56,11 @@ def evaluate_stage(run: Run, only: Sequence[str] | None = None) -> None:
   verifier = run.data.verifier if section.verifier == "auto" else section.verifier
   trained = trained_systems(run)
   controls = systems_lib.controls(
-      section.controls, run.contrastive_alpha, section.low_temperature, run.ref_names
+      section.controls,
+      run.contrastive_alpha,
+      section.low_temperature,
+      run.ref_names,
+      section.candidates,
   )
   wanted = [s for s in trained + controls if only is None or s.name in only]
   todo = [s for s in wanted if not system_file(run.workdir.samples, s.name).exists()]
@@ -79,7 +83,7 @@ def evaluate_stage(run: Run, only: Sequence[str] | None = None) -> None:
       )
       nll[system.name] = [-float(x.astype(np.float64).sum()) for x in logps]
       write_json(nll_file, nll)
-    total = len(prompts.tokens) * len(system.modes)
+    total = len(prompts.tokens) * len(system.modes) * system.candidates
     with run.bar(f"evaluate {system.name}", total, "response") as bar:
       records = evaluate_system(
           system,
@@ -91,8 +95,8 @@ def evaluate_stage(run: Run, only: Sequence[str] | None = None) -> None:
           rng=run.rng("evaluate"),
           seed=config.seed,
           stop_ids=run.stop_ids,
-          mesh=run.mesh,
-          batch_size=section.batch_size,
+          ensemble=run.ensemble,
+          **scoring,
           prompt_length=config.data.prompt_length,
           max_new_tokens=section.max_new_tokens,
           on_batch=bar.update,
