@@ -142,7 +142,7 @@ class BaselineSection:
   """Trained systems to compare DPR with, each on its steps, optimizer and number of tokens."""
 
   # continued_sft | dft | iq_lm (on demonstrations), spin | gsil (on pairs with own samples),
-  # sentence_level | endogenous | log_likelihood (ablations of DPR).
+  # reward_to_go | sentence_level | endogenous | log_likelihood (ablations of DPR).
   names: tuple[str, ...] = ("continued_sft",)
   iq_lambda: float = 1.0  # nats; the larger, the weaker the regulariser of IQ-LM.
   spin_beta: float = 0.1  # per nat of the summed log-ratio.
@@ -226,8 +226,8 @@ RESUMABLE = (
 )
 
 BASELINES = (
-    "continued_sft", "dft", "iq_lm", "spin", "gsil", "sentence_level", "endogenous",
-    "log_likelihood",
+    "continued_sft", "dft", "iq_lm", "spin", "gsil", "reward_to_go", "sentence_level",
+    "endogenous", "log_likelihood",
 )
 CONTROLS = ("contrastive", "weight_extrapolation", "low_temperature", "resampled")
 
@@ -486,11 +486,9 @@ def _check_rewards(run: RunConfig) -> None:
   """Fields of the reward and of the reference that do not go together."""
   section, reference = run.dpr, run.reference
   transforms.parse(section.transforms)
-  rewards = {section.reward, *({"endogenous"} & set(run.baseline.names))}
-  if "centre" in section.transforms and "endogenous" in rewards:
+  if "centre" in section.transforms and section.reward == "endogenous":
     # It holds V(s_{t+1}), which is known for the sampled token alone.
-    raise UserError("config.dpr.transforms: centre has no meaning for the endogenous reward "
-                    "(config.dpr.reward, config.baseline.names)")
+    raise UserError("config.dpr.transforms: centre has no meaning with config.dpr.reward=endogenous")
   if section.target_kl and not section.beta:
     raise UserError(f"config.dpr.target_kl={section.target_kl} multiplies config.dpr.beta, which "
                     "must be above 0")

@@ -21,6 +21,7 @@ from dpr_jax.stages.dpr import (
     dpr_stage,
     endogenous_stage,
     log_likelihood_stage,
+    reward_to_go_stage,
     sentence_level_stage,
 )
 from dpr_jax.stages.evaluate import evaluate_stage
@@ -50,6 +51,7 @@ BASELINES: dict[str, Callable[[Run], None]] = {
     "iq_lm": iq_lm_stage,
     "spin": spin_stage,
     "gsil": gsil_stage,
+    "reward_to_go": reward_to_go_stage,
     "sentence_level": sentence_level_stage,
     "endogenous": endogenous_stage,
     "log_likelihood": log_likelihood_stage,

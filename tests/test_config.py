@@ -98,8 +98,6 @@ def test_a_model_that_cannot_be_is_refused_by_section_and_field(path, value):
     ({"dpr.baseline": "leave_one_out"}, ["dpr.baseline=leave_one_out", "dpr.samples_per_prompt"]),
     ({"dpr.transforms": ("centre",), "dpr.reward": "endogenous"},
      ["dpr.transforms", "centre", "dpr.reward"]),
-    ({"dpr.transforms": ("centre",), "baseline.names": ("endogenous",)},
-     ["dpr.transforms", "baseline.names"]),
     ({"dpr.target_kl": 1.0, "dpr.beta": 0.0, "eval.contrastive_alpha": 1.0},
      ["dpr.target_kl=1.0", "dpr.beta"]),
     ({"reference.kind": "ema", "reference.ema_decay": 0.0}, ["reference.ema_decay=0"]),

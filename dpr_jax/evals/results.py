@@ -22,7 +22,7 @@ from dpr_jax.training.stopping import read_stopped
 ORDER = (
     "base", "ref", "sft", "low_temperature", "contrastive", "weight_extrapolation",
     "resampled", "continued_sft", "dft", "iq_lm", "spin", "gsil", "log_likelihood", "endogenous",
-    "sentence_level", "dpr",
+    "sentence_level", "reward_to_go", "dpr",
 )
 PAIRS = (
     ("sft", "ref"),

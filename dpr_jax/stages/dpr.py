@@ -1,7 +1,7 @@
 """Stage `dpr`: Dense-Path REINFORCE from the last SFT checkpoint; and its ablations.
 
-An ablation differs from DPR in one field: its return (`sentence_level`), or its reward
-(`endogenous`, `log_likelihood`: no reference).
+An ablation is the same but for its return (`reward_to_go` as the paper has it, `sentence_level`) or
+its reward (`log_likelihood`: no reference; `endogenous`).
 """
 
 import dataclasses
@@ -89,12 +89,17 @@ def dpr_stage(run: Run) -> None:
   _reinforce(run, "dpr")
 
 
+def reward_to_go_stage(run: Run) -> None:
+  _reinforce(run, "reward_to_go", returns="reward_to_go", transforms=())
+
+
 def sentence_level_stage(run: Run) -> None:
-  _reinforce(run, "sentence_level", returns="full_return")
+  _reinforce(run, "sentence_level", returns="full_return", transforms=())
 
 
 def endogenous_stage(run: Run) -> None:
-  _reinforce(run, "endogenous", reward="endogenous")
+  # One token's means nothing: a gauge of the logits changes it. What follows settles it.
+  _reinforce(run, "endogenous", reward="endogenous", returns="reward_to_go", transforms=())
 
 
 def log_likelihood_stage(run: Run) -> None:
