@@ -41,7 +41,7 @@ def evaluate_stage(run: Run, only: Sequence[str] | None = None) -> None:
   config, section = run.config, run.config.eval
   prompts = heldout_prompts(run)
   demonstrated = [
-      encode_response(d.response, d.prompt, run.tokenizer, config.data.template)
+      encode_response(d.response, d.prompt, run.tokenizer, config.data.template, ended=d.ended)
       for d in prompts.demos
   ]
   # Only lengths that the model can take; a cut response has no likelihood as a whole.
