@@ -28,6 +28,9 @@ class ModelSection:
   """What is trained, and how it is computed."""
 
   pretrained: str = ""  # HF folder or .gguf; "" starts from random weights of the shape below.
+  # Of the pretrained weights, so many layers, evenly spaced from the first to the last: a smaller
+  # student that starts from the large model. 0 keeps all.
+  keep_layers: int = 0
   dtype: str = "auto"  # of activations and matmuls; auto: bfloat16 on TPU and GPU, float32 on CPU.
   remat: str = "full"  # none | dots | full: what the backward pass recomputes.
   # auto | xla | cudnn | splash: what computes attention over whole rows; auto: cuDNN on GPU and
@@ -255,6 +258,7 @@ _CHOICES = {
 _BOUNDS = {
     "seed": (0, None),
     "seeds": (1, None),
+    "model.keep_layers": (0, None),
     "model.chunk_size": (0, None),
     "model.logits_budget": (0.001, None),
     "data.corrupt": (0, 1),
@@ -349,7 +353,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   tasks, and few steps. The byte-level tokenizer replaces that of the weights.
   """
   model, shape = config.model, config.model.shape
-  model.pretrained = ""
+  model.pretrained, model.keep_layers = "", 0
   ratio = min(2, shape.num_heads // shape.num_kv_heads)
   # One whole pattern and a rest, so that both scanned groups are there.
   shape.num_layers = len(shape.layer_pattern) + 1
@@ -451,6 +455,9 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
         raise UserError(f"config.{field}: {name!r} is not one of {', '.join(known)}")
   if run.sweep.values and not run.sweep.field:
     raise UserError("config.sweep.values are given without config.sweep.field, such as dpr.beta")
+  if run.model.keep_layers and not run.model.pretrained:
+    raise UserError(f"config.model.keep_layers={run.model.keep_layers} chooses among layers of "
+                    "config.model.pretrained; set config.model.shape.num_layers of a random model")
   _check_rewards(run)
   if run.dpr.beta == 0 and not run.eval.contrastive_alpha:
     raise UserError(

@@ -26,6 +26,7 @@ from dpr_jax.loading import (
 )
 from dpr_jax.models import Transformer
 from dpr_jax.models.attention import resolve_backend
+from dpr_jax.models.depth import shallow_config
 from dpr_jax.models.lora import split_trainable
 from dpr_jax.models.variables import abstract_variables, cast, extrapolate, mean
 from dpr_jax.rewards.references import (
@@ -198,7 +199,8 @@ def build_model(
   if section.pretrained:
     tokenizer = weights.load_tokenizer(section.pretrained)
     generation_config = weights.load_generation_config(section.pretrained)
-    cfg = dataclasses.replace(weights.load_config(section.pretrained), **how)
+    cfg = shallow_config(weights.load_config(section.pretrained), section.keep_layers)
+    cfg = dataclasses.replace(cfg, **how)
   else:
     tokenizer = byte_tokenizer()
     cfg = dataclasses.replace(
