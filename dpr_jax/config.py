@@ -161,6 +161,9 @@ class EvalSection:
   batch_size: int = 64  # prompts decoded at a time.
   max_new_tokens: int = 24
   verifier: str = "auto"  # auto | tasks | exact | gsm8k.
+  # HF folder, .gguf, or stage of a workdir: the model that the demonstrations were sampled from at
+  # temperature 1, its vocabulary that of the run. KLs to it are measured; "" measures nothing.
+  expert: str = ""
   # Decode-time controls: contrastive | weight_extrapolation | low_temperature.
   controls: tuple[str, ...] = ("contrastive", "weight_extrapolation", "low_temperature")
   contrastive_alpha: float = 0.0  # strength of the first two; 0 takes 1 / dpr.beta.
@@ -373,7 +376,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config.dpr.steps, config.dpr.batch_size, config.dpr.accumulation = 4, 16, 1
   config.dpr.max_new_tokens = config.eval.max_new_tokens = 20
   config.eval.num_prompts, config.eval.batch_size, config.eval.heatmaps = 32, 16, 2
-  config.eval.corrupted_tokens = 32
+  config.eval.corrupted_tokens, config.eval.expert = 32, ""
   config.checkpoint.every = 10
   return config
 

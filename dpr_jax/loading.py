@@ -129,6 +129,33 @@ def stage_step(path: pathlib.Path, fraction: str, record: Mapping[str, Any]) -> 
   return step
 
 
+def _check_pretrained(spec: str, path: pathlib.Path, fraction: str) -> None:
+  if fraction or not path.exists():
+    raise UserError(
+        f"{spec}: no such checkpoint; expected a Hugging Face folder, a .gguf file, or a stage of "
+        "a workdir (DIR/sft, DIR/sft@0.5, DIR/dpr)"
+    )
+
+
+def describe_checkpoint(spec: str) -> tuple[ModelConfig, Any]:
+  """(ModelConfig, tokenizer) of what a CKPT argument names, without reading weights.
+
+  Raises:
+    UserError: as `load_checkpoint`, as far as it shows without the weights.
+  """
+  from dpr_jax import weights
+
+  path, fraction = split_checkpoint(spec)
+  if is_stage(path):
+    workdir = Workdir(path.parent)
+    record = workdir.read_config()
+    stage_step(path, fraction, record)
+    cfg = ModelConfig.from_dict(record["model"]["config"])
+    return cfg, weights.load_tokenizer(workdir.tokenizer)
+  _check_pretrained(spec, path, fraction)
+  return weights.load_config(path), weights.load_tokenizer(path)
+
+
 def load_checkpoint(
     spec: str,
     mesh: jax.sharding.Mesh,
@@ -179,11 +206,7 @@ def load_checkpoint(
         keep_layers=section.keep_layers,
         workdir=workdir.path,
     )
-  if fraction or not path.exists():
-    raise UserError(
-        f"{spec}: no such checkpoint; expected a Hugging Face folder, a .gguf file, or a stage of "
-        "a workdir (DIR/sft, DIR/sft@0.5, DIR/dpr)"
-    )
+  _check_pretrained(spec, path, fraction)
   cfg, params = weights.load_pretrained(path, dtype=dtype, mesh=mesh)
   tokenizer = weights.load_tokenizer(path)
   generation_config = weights.load_generation_config(path)

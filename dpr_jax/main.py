@@ -77,7 +77,8 @@ def summary(results, workdir: str) -> str:
 def _table(results) -> str:
   metrics = [
       m
-      for m in ("accuracy_sampled", "accuracy_greedy", "token_f1_sampled", "length_sampled")
+      for m in ("accuracy_sampled", "accuracy_greedy", "token_f1_sampled", "length_sampled",
+                "reverse_kl", "forward_kl")
       if any(m in s for s in results["systems"].values())
   ]
   lines = [f"{'system':<22}" + "".join(f"{m:>26}" for m in metrics)]
