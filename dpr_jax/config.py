@@ -28,6 +28,9 @@ class ModelSection:
   """What is trained, and how it is computed."""
 
   pretrained: str = ""  # HF folder or .gguf; "" starts from random weights of the shape below.
+  # Of the pretrained weights, so many layers, evenly spaced from the first to the last: a smaller
+  # student that starts from the large model. 0 keeps all.
+  keep_layers: int = 0
   dtype: str = "auto"  # of activations and matmuls; auto: bfloat16 on TPU and GPU, float32 on CPU.
   remat: str = "full"  # none | dots | full: what the backward pass recomputes.
   # auto | xla | cudnn | splash: what computes attention over whole rows; auto: cuDNN on GPU and
@@ -159,6 +162,9 @@ class EvalSection:
   batch_size: int = 64  # prompts decoded at a time.
   max_new_tokens: int = 24
   verifier: str = "auto"  # auto | tasks | exact | gsm8k.
+  # HF folder, .gguf, or stage of a workdir: the model that the demonstrations were sampled from at
+  # temperature 1, its vocabulary that of the run. KLs to it are measured; "" measures nothing.
+  expert: str = ""
   # Controls without training: contrastive | weight_extrapolation | low_temperature | resampled.
   controls: tuple[str, ...] = ("contrastive", "weight_extrapolation", "low_temperature")
   contrastive_alpha: float = 0.0  # strength of all but low_temperature; 0 takes 1 / dpr.beta.
@@ -257,6 +263,7 @@ _CHOICES = {
 _BOUNDS = {
     "seed": (0, None),
     "seeds": (1, None),
+    "model.keep_layers": (0, None),
     "model.chunk_size": (0, None),
     "model.logits_budget": (0.001, None),
     "data.corrupt": (0, 1),
@@ -353,7 +360,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   tasks, and few steps. The byte-level tokenizer replaces that of the weights.
   """
   model, shape = config.model, config.model.shape
-  model.pretrained = ""
+  model.pretrained, model.keep_layers = "", 0
   ratio = min(2, shape.num_heads // shape.num_kv_heads)
   # One whole pattern and a rest, so that both scanned groups are there.
   shape.num_layers = len(shape.layer_pattern) + 1
@@ -373,7 +380,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config.dpr.steps, config.dpr.batch_size, config.dpr.accumulation = 4, 16, 1
   config.dpr.max_new_tokens = config.eval.max_new_tokens = 20
   config.eval.num_prompts, config.eval.batch_size, config.eval.heatmaps = 32, 16, 2
-  config.eval.corrupted_tokens = 32
+  config.eval.corrupted_tokens, config.eval.expert = 32, ""
   config.checkpoint.every = 10
   return config
 
@@ -455,6 +462,9 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
         raise UserError(f"config.{field}: {name!r} is not one of {', '.join(known)}")
   if run.sweep.values and not run.sweep.field:
     raise UserError("config.sweep.values are given without config.sweep.field, such as dpr.beta")
+  if run.model.keep_layers and not run.model.pretrained:
+    raise UserError(f"config.model.keep_layers={run.model.keep_layers} chooses among layers of "
+                    "config.model.pretrained; set config.model.shape.num_layers of a random model")
   _check_rewards(run)
   if run.dpr.beta == 0 and not run.eval.contrastive_alpha:
     raise UserError(

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 from dpr_jax import cli
+from dpr_jax.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,6 +39,9 @@ def main(argv: Sequence[str]) -> None:
     # In float32 also where bfloat16 is stored: an adapter is merged before anything is rounded.
     loaded = load_checkpoint(args.model, mesh, "float32")
     cfg = loaded.model.cfg
+    if args.adapter and loaded.keep_layers:
+      raise UserError(f"--adapter: {args.model} adapts {loaded.keep_layers} of the layers of "
+                      f"{loaded.base}, which PEFT would load whole; export without --adapter")
     if args.adapter:
       save_adapter(output, cfg, loaded.variables.get("lora"), base=loaded.base)
       return

@@ -3,8 +3,8 @@
     python -m dpr_jax.generate --model=CKPT --input=PROMPTS.jsonl --output=OUT.jsonl
 
 Reads lines {"prompt": str} or {"messages": [...]} (a closing assistant turn is left out) and
-adds "response", "length" (tokens, EOS included) and "hit_eos". With --samples=N each line
-appears N times, in the order of the prompts.
+adds "response", "length" (tokens, EOS included) and "hit_eos", false where --max_new_tokens cut
+the response off. With --samples=N each line appears N times, in the order of the prompts.
 """
 
 import argparse

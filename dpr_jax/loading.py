@@ -15,6 +15,7 @@ import jax
 from dpr_jax import config as config_lib
 from dpr_jax.errors import UserError
 from dpr_jax.models import ModelConfig, Transformer
+from dpr_jax.models.depth import shallow_params
 from dpr_jax.models.lora import LoRA, split_trainable
 from dpr_jax.models.variables import abstract_variables, cast, random_adapter, random_variables
 from dpr_jax.rewards.references import milestone_steps, reference_step
@@ -45,8 +46,8 @@ def base_variables(
   from dpr_jax import weights
 
   if section.pretrained:
-    _, params = weights.load_pretrained(section.pretrained, dtype=dtype, mesh=mesh)
-    return {"params": params}
+    whole, params = weights.load_pretrained(section.pretrained, dtype=dtype, mesh=mesh)
+    return {"params": shallow_params(params, whole, section.keep_layers)}
   plain = dataclasses.replace(cfg, lora=LoRA())
   variables = random_variables(plain, mesh, root_key(seed, "init"))
   return variables if dtype == "float32" else cast(variables, dtype)
@@ -90,6 +91,7 @@ class LoadedModel:
   template: str  # "" or the path of a .jinja chat template.
   generation_config: Mapping[str, Any]  # that of the pretrained weights, {} without.
   base: str = ""  # path of the pretrained weights it started from, "" for none.
+  keep_layers: int = 0  # how many layers of the base it has; 0 for all.
   workdir: pathlib.Path | None = None  # of the run it is a stage of.
 
 
@@ -125,6 +127,33 @@ def stage_step(path: pathlib.Path, fraction: str, record: Mapping[str, Any]) -> 
     there = [f for f, s in kept.items() if s in steps]
     raise UserError(f"{path}@{fraction}: no checkpoint there yet; finished fractions: {there}")
   return step
+
+
+def _check_pretrained(spec: str, path: pathlib.Path, fraction: str) -> None:
+  if fraction or not path.exists():
+    raise UserError(
+        f"{spec}: no such checkpoint; expected a Hugging Face folder, a .gguf file, or a stage of "
+        "a workdir (DIR/sft, DIR/sft@0.5, DIR/dpr)"
+    )
+
+
+def describe_checkpoint(spec: str) -> tuple[ModelConfig, Any]:
+  """(ModelConfig, tokenizer) of what a CKPT argument names, without reading weights.
+
+  Raises:
+    UserError: as `load_checkpoint`, as far as it shows without the weights.
+  """
+  from dpr_jax import weights
+
+  path, fraction = split_checkpoint(spec)
+  if is_stage(path):
+    workdir = Workdir(path.parent)
+    record = workdir.read_config()
+    stage_step(path, fraction, record)
+    cfg = ModelConfig.from_dict(record["model"]["config"])
+    return cfg, weights.load_tokenizer(workdir.tokenizer)
+  _check_pretrained(spec, path, fraction)
+  return weights.load_config(path), weights.load_tokenizer(path)
 
 
 def load_checkpoint(
@@ -174,13 +203,10 @@ def load_checkpoint(
         template=record["data"]["template"],
         generation_config=record["model"]["generation_config"],
         base=section.pretrained,
+        keep_layers=section.keep_layers,
         workdir=workdir.path,
     )
-  if fraction or not path.exists():
-    raise UserError(
-        f"{spec}: no such checkpoint; expected a Hugging Face folder, a .gguf file, or a stage of "
-        "a workdir (DIR/sft, DIR/sft@0.5, DIR/dpr)"
-    )
+  _check_pretrained(spec, path, fraction)
   cfg, params = weights.load_pretrained(path, dtype=dtype, mesh=mesh)
   tokenizer = weights.load_tokenizer(path)
   generation_config = weights.load_generation_config(path)

@@ -83,16 +83,17 @@ def summary(results, workdir: str) -> str:
 def _table(results) -> str:
   metrics = [
       m
-      for m in ("accuracy_sampled", "accuracy_greedy", "token_f1_sampled", "length_sampled")
+      for m in ("accuracy_sampled", "accuracy_greedy", "token_f1_sampled", "length_sampled",
+                "reverse_kl", "forward_kl")
       if any(m in s for s in results["systems"].values())
   ]
-  lines = [f"{'system':<22}" + "".join(f"{m:>26}" for m in metrics)]
+  lines = [f"{'system':<22}" + "".join(f"{m:>28}" for m in metrics)]
   for name, values in results["systems"].items():
     cells = []
     for metric in metrics:
       x = values.get(metric)
       cells.append("" if x is None else f"{x['mean']:.3f} [{x['ci95'][0]:.3f}, {x['ci95'][1]:.3f}]")
-    lines.append(f"{name:<22}" + "".join(f"{c:>26}" for c in cells))
+    lines.append(f"{name:<22}" + "".join(f"{c:>28}" for c in cells))
   if results.get("gaming"):
     lines.append(results["gaming"]["text"])
   return "\n".join(lines)

@@ -25,6 +25,7 @@ from dpr_jax.stages.dpr import (
     sentence_level_stage,
 )
 from dpr_jax.stages.evaluate import evaluate_stage
+from dpr_jax.stages.expert import expert_stage
 from dpr_jax.stages.on_demos import continued_sft_stage, dft_stage, iq_lm_stage
 from dpr_jax.stages.on_pairs import gsil_stage, spin_stage
 from dpr_jax.stages.plausibility import plausibility_stage
@@ -62,7 +63,10 @@ def stages(config: config_lib.RunConfig) -> list[tuple[str, Callable[[Run], None
   """(name, stage) in the order in which they run."""
   trained = [("sft", sft_stage), ("ref", ref_stage), ("dpr", dpr_stage)]
   baselines = [(name, BASELINES[name]) for name in config.baseline.names]
-  return [*trained, *baselines, ("evaluate", evaluate_stage), ("plausibility", plausibility_stage)]
+  judged = [
+      ("evaluate", evaluate_stage), ("plausibility", plausibility_stage), ("expert", expert_stage)
+  ]
+  return [*trained, *baselines, *judged]
 
 
 def run_seed(
@@ -94,6 +98,8 @@ def sweep_seed(
   if what.evaluated:
     evaluate_stage(run, what.evaluated)
     sharding.barrier("evaluate shared")
+    expert_stage(run, what.evaluated)
+    sharding.barrier("expert shared")
   for point in sweep_lib.points(config):
     print(f"{config.sweep.field} = {point.value}", file=sys.stderr)
     part = set_up(point.config, Workdir(workdir.path / point.name), mesh, like=run)

@@ -4,7 +4,8 @@
 
 Reads lines {"prompt": str, "response": str} or {"messages": [...]} that end with the
 assistant, and adds to each "tokens", "token_rewards", "logp_sft", "logp_ref" (over the
-response tokens, EOS included) and "reward", their sum. The order of lines is kept.
+response tokens, EOS included) and "reward", their sum. The order of lines is kept. A line with
+"hit_eos": false (see dpr_jax.generate) was cut off: its response has no EOS.
 """
 
 import argparse
@@ -50,7 +51,9 @@ def main(argv: Sequence[str]) -> None:
     for demo in demos:
       prompts.append(render_prompt(demo.prompt, tokenizer, template, demo.source))
       responses.append(
-          encode_response(demo.response, demo.prompt, tokenizer, template, demo.source)
+          encode_response(
+              demo.response, demo.prompt, tokenizer, template, demo.source, demo.ended
+          )
       )
       length = len(prompts[-1]) + len(responses[-1])
       if length > limit:

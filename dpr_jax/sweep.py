@@ -21,7 +21,7 @@ from dpr_jax import config as config_lib
 from dpr_jax.config import RunConfig, SweepSection
 from dpr_jax.errors import UserError
 from dpr_jax.evals.corruption import CORRUPTION_FILE
-from dpr_jax.evals.results import NLL_FILE
+from dpr_jax.evals.results import EXPERT_FILE, NLL_FILE
 from dpr_jax.evals.systems import system_file
 from dpr_jax.rewards.references import milestone_steps, reference_members
 from dpr_jax.workdir import Workdir
@@ -148,7 +148,7 @@ def adopt(what: Shared, source: Workdir, point: Workdir) -> None:
       link.symlink_to(os.path.relpath(source.stage(name), point.path), target_is_directory=True)
   files = [system_file(source.samples, name) for name in what.evaluated]
   files.append(source.samples / CORRUPTION_FILE)  # Also the name of its entry.
-  files.append(source.samples / NLL_FILE)
+  files += [source.samples / NLL_FILE, source.samples / EXPERT_FILE]
   for file in dict.fromkeys(files):
     target = point.samples / file.name
     if file.exists() and not target.exists():

@@ -5,7 +5,8 @@
     sft/ dpr/ BASELINE/    one folder a trained stage: checkpoints/ and metrics.jsonl
     reference.json         what was measured of the reference
     samples/               responses of every system on the held-out prompts; scored tokens;
-                           corruption.jsonl, rewards of demonstrations with one wrong token
+                           corruption.jsonl, rewards of demonstrations with one wrong token;
+                           expert.json, KLs to the known expert, where there is one
     tensorboard/
     report/                report.html, results.json, PNG plots
     profile/               one folder a stage: traces of --profile_steps, if asked for

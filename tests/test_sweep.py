@@ -93,7 +93,7 @@ def test_what_is_shared():
 def test_adopting_again_changes_nothing(tmp_path):
   whole, point = Workdir(tmp_path), Workdir(tmp_path / "beta=1")
   for file in ("sft/checkpoints/3", "samples/sft.jsonl", "samples/heldout_nll.json",
-               "samples/ref.jsonl"):
+               "samples/ref.jsonl", "samples/expert.json"):
     path = tmp_path / file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(file)
@@ -103,7 +103,7 @@ def test_adopting_again_changes_nothing(tmp_path):
   assert (point.stage("sft") / "checkpoints" / "3").read_text() == "sft/checkpoints/3"
   assert not point.stage("ref").exists()  # There is none to share.
   names = {p.name for p in point.samples.iterdir()}
-  assert names == {"sft.jsonl", "heldout_nll.json"}
+  assert names == {"sft.jsonl", "heldout_nll.json", "expert.json"}
   (point.samples / "heldout_nll.json").write_text("more")
   sweep.adopt(what, whole, point)
   assert (point.samples / "heldout_nll.json").read_text() == "more"
@@ -166,6 +166,22 @@ def test_shared_stages_run_once_and_first(calls, tmp_path):
       ("beta=1", "dpr"), ("beta=1", "evaluate dpr"), "report",
       ("beta=2", "dpr"), ("beta=2", "evaluate dpr"), "report",
       "sweep report",
+  ]
+
+
+def test_shared_systems_are_held_against_the_expert_once(calls, tmp_path, monkeypatch):
+  """After their evaluation, and before the points take over what is known of them."""
+
+  def fake(run, only=None):
+    calls.made.append((run.workdir.path.name, "all" if only is None else only))
+
+  monkeypatch.setattr(pipeline, "expert_stage", fake)
+  config = swept("dpr.beta", "1", baseline=NO_BASELINES)
+  pipeline.run(config, str(tmp_path / "s"))
+  shared = sweep.shared(config).evaluated
+  assert calls.made == [
+      ("s", "sft"), ("s", "evaluate sft"), ("s", shared),
+      ("beta=1", "dpr"), ("beta=1", "evaluate dpr"), ("beta=1", "all"), "report", "sweep report",
   ]
 
 

@@ -51,6 +51,7 @@ def _demos(section: DataSection, seed: int) -> tuple[list[Demo], list[Demo], str
       "blake2b": fingerprint(section.demos),
       "format": found.format,
       "dropped_empty": found.dropped_empty,
+      "cut_off": sum(not demo.ended for demo in found.demos),
   }
   return train, heldout, verifier, summary
 

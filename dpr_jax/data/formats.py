@@ -30,6 +30,7 @@ class Demo:
   task: str = ""  # name of the built-in task, "" for files that do not say.
   meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what a built-in task adds.
   source: str = ""  # "file:line" or "file[index]"; for messages, never parsed.
+  ended: bool = True  # False: whoever wrote the last message was cut off; it gets no EOS.
 
   @property
   def prompt(self) -> tuple[Message, ...]:
@@ -183,6 +184,14 @@ def _turns(record, field: str, role_keys: Sequence[str], content_keys: Sequence[
   return messages
 
 
+def _ended(record: Mapping[str, Any], where: str) -> bool:
+  """Whether the response came to its end: "hit_eos", which `dpr_jax.generate` writes."""
+  value = record.get("hit_eos")
+  if value is not None and not isinstance(value, bool):
+    raise UserError(f"{where}: field 'hit_eos' must be true or false, got {_kind(value)}")
+  return value is not False
+
+
 def _from_messages(record, where):
   messages = _turns(record, "messages", ("role",), ("content",), where)
   return messages, _text(record, "answer", where, default="") or None
@@ -293,6 +302,8 @@ def read_demos(
     auto: decided by the first record; every later one must fit.
   An "answer" beside the response (messages, sharegpt, prompt_response) becomes `Demo.answer`, and
   a "task" becomes `Demo.task`. Without a reference, `Demo.answer` is the last assistant content.
+  "hit_eos": false, as `dpr_jax.generate` writes it, says that the last assistant turn was cut off
+  by a budget of tokens: `Demo.ended` is False then, and no EOS follows it.
 
   Args:
     limit: stop after this many demonstrations; 0 reads all.
@@ -323,7 +334,8 @@ def read_demos(
     if answer is None:
       answer = messages[-1]["content"]
     task = _text(record, "task", where, default="")
-    demos.append(Demo(messages=tuple(messages), answer=answer, task=task, source=where))
+    ended = _ended(record, where)
+    demos.append(Demo(tuple(messages), answer=answer, task=task, source=where, ended=ended))
     if limit and len(demos) == limit:
       break
   if not demos:

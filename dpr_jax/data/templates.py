@@ -205,14 +205,25 @@ def stop_ids(
 # --- Conversations -------------------------------------------------------------------------------
 
 
+def _without_closing(response: str, before: Sequence[Message], render) -> str:
+  """What a template rendered of an answer to `before`, less what it writes after the content."""
+  probe = "PROBE-REPLY"
+  closed = render([*before, {"role": "assistant", "content": probe}])
+  return response.removesuffix(closed.rpartition(probe)[2])
+
+
 def _encode_turns(
-  messages: Sequence[Message], tokenizer, template: str, where: str
+  messages: Sequence[Message], tokenizer, template: str, where: str, ended: bool = True
 ) -> tuple[list[tuple[list[int], list[int]]], list[int]]:
   """Splits a conversation where generation would start and stop.
 
+  Args:
+    ended: False if the last message, the assistant's, was cut off.
+
   Returns:
-    One (prompt ids, response ids) per assistant turn, the response ending in a stop id, and the
-    ids that follow: the open prompt if the last message is the user's, else none.
+    One (prompt ids, response ids) per assistant turn, the response ending in a stop id unless it
+    was cut off, and the ids that follow: the open prompt if the last message is the user's, else
+    none.
   """
   jinja = _template_text(tokenizer, template)
   ends = stop_ids(tokenizer, template=template)
@@ -243,6 +254,15 @@ def _encode_turns(
         f"answered turn (message {i + 1}); pass a template whose assistant turn begins with it"
       )
     response = done[len(prompt) :]
+    if not ended and i == len(messages) - 1:
+      # Without anything that the template writes to close the turn.
+      render = lambda turns: _render(turns, tokenizer, jinja, False, where)
+      response = _without_closing(response, messages[:i], render)
+      turns.append((prompt_ids, _encode_after(piece, response, tokenizer)))
+      if not turns[-1][1]:
+        raise UserError(f"{where or 'conversation'}: a response that was cut off (hit_eos is "
+                        "false) must have a token; leave it out")
+      break
     response_ids = _encode_after(piece, response, tokenizer)
     end = next((j for j, token in enumerate(response_ids) if token in ends), None)
     if end is not None:
@@ -298,16 +318,20 @@ def encode_response(
   tokenizer: "PreTrainedTokenizerFast",
   template: str = "",
   source: str = "",
+  ended: bool = True,
 ) -> np.ndarray:
   """Ids of `text` as the answer to `messages`, EOS included; int32 [T].
 
   `render_prompt(messages)` followed by these ids is what `encode_demo` trains on. A template that
   trims its messages (Gemma, Llama 3) trims `text` as well.
+
+  Args:
+    ended: False if `text` was cut off (`Demo.ended`): no EOS then.
   """
   if not messages or messages[-1]["role"] == "assistant":
     raise UserError(f"{source or 'prompt'}: a prompt must end with a user message")
   answered = [*messages, {"role": "assistant", "content": text}]
-  turns, _ = _encode_turns(answered, tokenizer, template, source)
+  turns, _ = _encode_turns(answered, tokenizer, template, source, ended)
   return np.asarray(turns[-1][1], np.int32)
 
 
@@ -320,8 +344,8 @@ def encode_demo(
   """Tokenises a demonstration and marks what is trained.
 
   Trained are the tokens of assistant turns from the first response token to the EOS that ends the
-  turn. Not trained: prompts, generation prompts, and what a template writes after an EOS; after the
-  last EOS nothing is kept.
+  turn; a last turn that was cut off (`Demo.ended`) ends without one. Not trained: prompts,
+  generation prompts, and what a template writes after an EOS; after the last EOS nothing is kept.
 
   Args:
     train_on: "all" assistant turns, or the "last" one only.
@@ -334,7 +358,7 @@ def encode_demo(
     raise UserError(f"train_on={train_on!r} is unknown; known: all, last")
   if not demo.messages or demo.messages[-1]["role"] != "assistant":
     raise UserError(f"{demo.source or 'demo'}: a demonstration must end with an assistant message")
-  turns, _ = _encode_turns(demo.messages, tokenizer, template, demo.source)
+  turns, _ = _encode_turns(demo.messages, tokenizer, template, demo.source, demo.ended)
   tokens, mask = [], []
   for i, (prompt, response) in enumerate(turns):
     trained = float(train_on == "all" or i == len(turns) - 1)

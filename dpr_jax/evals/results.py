@@ -12,6 +12,7 @@ import numpy as np
 
 from dpr_jax.data.tasks import TASKS
 from dpr_jax.evals.corruption import CORRUPTION_FILE, summarise
+from dpr_jax.evals.expert import equal_length_logp
 from dpr_jax.evals.statistics import compare, interval
 from dpr_jax.evals.systems import MODES
 from dpr_jax.training.metrics import read_metrics
@@ -32,10 +33,13 @@ PAIRS = (
 )
 NLL_FILE = "heldout_nll.json"
 SAMPLE_NLL_FILE = "sample_nll.json"
+EXPERT_FILE = "expert.json"
 
 
 # Prefixes of what is compared between systems.
-_COMPARED = ("accuracy", "token_f1", "length", "sample_nll")
+_COMPARED = (
+    "accuracy", "token_f1", "length", "sample_nll", "reverse_kl", "forward_kl", "expert_logp",
+)
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -81,11 +85,27 @@ def _metrics(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
   return out
 
 
+def _expert_metrics(record: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+  """expert.json of one seed -> system -> metric -> values per prompt (or per demonstration)."""
+  if not record:
+    return {}
+  logp = equal_length_logp({name: found["expert_logp"] for name, found in record.items()})
+  out = {name: {"expert_logp": values} for name, values in logp.items()}
+  for name, found in record.items():
+    for metric in ("reverse_kl", "forward_kl"):
+      if found[metric]:  # No demonstration may fit the models.
+        out[name][metric] = np.asarray(found[metric], np.float64)
+  return out
+
+
 def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dict[str, Any]:
   """results.json of runs that differ in their seed only.
 
   `heldout_nll` is in nats a demonstrated response, EOS included; `sample_nll_base` and
   `sample_nll_ref` in nats a token of the system's own sampled responses, under base and ref.
+  Where an expert is known, `reverse_kl` and `forward_kl` are in nats a response, of KL(system ||
+  expert) and KL(expert || system), and `expert_logp` is its log p of the system's samples in nats a
+  token, over as many tokens as the shortest response of any system to that prompt has.
 
   Returns:
     seeds; systems: name -> metric -> {mean, ci95, n}; comparisons: pair, metric, difference,
@@ -102,6 +122,9 @@ def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dic
     for name, judges in _read_json(workdir / "samples" / SAMPLE_NLL_FILE).items():
       for judge, nats in judges.items() if name in values else ():
         values[name][i][f"sample_nll_{judge}"] = np.asarray(nats, np.float64)
+    for name, metrics in _expert_metrics(_read_json(workdir / "samples" / EXPERT_FILE)).items():
+      if name in values:
+        values[name][i].update(metrics)
   systems = {}
   for name in names:
     shared = [m for m in values[name][0] if all(m in v for v in values[name])]

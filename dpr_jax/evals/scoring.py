@@ -62,6 +62,34 @@ def response_values(
     chunk_size: columns whose logits live at a time.
     on_batch: called with the number of responses just scored.
   """
+
+  def score(tokens_BxT, segment_ids_BxT):
+    return _score(model, variables, tokens_BxT, segment_ids_BxT, chunk_size=chunk_size)
+
+  scores = per_response(
+      score, prompts, responses, mesh=mesh, batch_size=batch_size, on_batch=on_batch
+  )
+  return [(s.logp, s.logsumexp) for s in scores]
+
+
+def per_response(
+    score: Callable[[jax.Array, jax.Array], Any],
+    prompts: Sequence[np.ndarray],
+    responses: Sequence[np.ndarray],
+    *,
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> list[Any]:
+  """What `score` says of each token of each response after its prompt, batch by batch.
+
+  Args:
+    score: (tokens [B, T], segment ids [B, T]) -> a tree of [B, T], aligned with the tokens.
+    prompts, responses, batch_size, on_batch: as in `response_values`.
+
+  Returns:
+    The tree of each response, numpy [T_i].
+  """
   rows = [np.concatenate([p, r]).astype(np.int32) for p, r in zip(prompts, responses, strict=True)]
   out: list[Any] = [None] * len(rows)
   order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # A memory error comes first.
@@ -73,10 +101,10 @@ def response_values(
     for b, i in enumerate(chosen):
       tokens[b, : len(rows[i])], segments[b, : len(rows[i])] = rows[i], 1
     tokens, segments = sharding.place((tokens, segments), mesh)
-    scores = sharding.to_host(_score(model, variables, tokens, segments, chunk_size=chunk_size))
+    scores = sharding.to_host(score(tokens, segments))
     for b, i in enumerate(chosen):
       span = slice(len(prompts[i]), len(rows[i]))
-      out[i] = scores.logp[b, span], scores.logsumexp[b, span]
+      out[i] = jax.tree.map(lambda x, b=b, span=span: x[b, span], scores)
     on_batch(len(chosen))
   return out
 

@@ -89,6 +89,30 @@ def in_chunks(body: Callable[..., Any], chunk_size: int, *arrays_BxT: jax.Array)
   return jax.tree.map(join, out)
 
 
+def per_token(
+    score: Callable[[slice, slice], Any], segment_ids_BxT: jax.Array, start: int = 0
+) -> Any:
+  """What `score` says of the state in which each token is chosen, aligned with that token.
+
+  Args:
+    score: (columns of the states, columns of the tokens chosen in them) -> a tree of [B, columns].
+    segment_ids_BxT: 0 padding, 1, 2, ... packed rows.
+    start: first column of a token that is wanted.
+
+  Returns:
+    The tree, [B, T - start]; 0 where a token opens its segment or is padding.
+  """
+  first = max(start, 1)
+  out = score(slice(first - 1, -1), slice(first, None))
+  has_past = (segment_ids_BxT[:, first:] == segment_ids_BxT[:, first - 1 : -1]) & (
+      segment_ids_BxT[:, first:] != 0
+  )
+  out = jax.tree.map(lambda x: jnp.where(has_past, x, 0.0), out)
+  if start == 0:
+    out = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (1, 0))), out)
+  return out
+
+
 def chunk_size_for(rows: int, vocab_size: int, budget: int, mesh: jax.sharding.Mesh) -> int:
   """Token columns whose logits fit a budget on every device; at least 1.
 
@@ -135,19 +159,15 @@ def token_logprobs(
   if segment_ids_BxT is None:
     segment_ids_BxT = jnp.ones_like(tokens_BxT)
   hidden_BxTxD, _ = model.apply(variables, tokens_BxT, positions_BxT, segment_ids_BxT, rngs=rngs)
-  first = max(start, 1)
   unembed = lambda h: model.apply(variables, h, method="unembed")
-  out = hidden_logprobs(
-      unembed,
-      hidden_BxTxD[:, first - 1 : -1],
-      tokens_BxT[:, first:],
-      chunk_size=chunk_size,
-      with_entropy=with_entropy,
-  )
-  has_past = (segment_ids_BxT[:, first:] == segment_ids_BxT[:, first - 1 : -1]) & (
-      segment_ids_BxT[:, first:] != 0
-  )
-  out = [jnp.where(has_past, x, 0.0) for x in out]
-  if start == 0:
-    out = [jnp.pad(x, ((0, 0), (1, 0))) for x in out]
-  return TokenLogProbs(*out)
+
+  def score(states, chosen):
+    return hidden_logprobs(
+        unembed,
+        hidden_BxTxD[:, states],
+        tokens_BxT[:, chosen],
+        chunk_size=chunk_size,
+        with_entropy=with_entropy,
+    )
+
+  return TokenLogProbs(*per_token(score, segment_ids_BxT, start))

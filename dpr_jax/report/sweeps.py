@@ -8,7 +8,10 @@ from dpr_jax.report.render import finite, number, visible
 from dpr_jax.report.tables import cell, difference, metric_label, resolved, show, system_label
 
 _PRIMARY = ("accuracy_sampled", "token_f1_sampled")
-_METRICS = (*_PRIMARY, "accuracy_greedy", "token_f1_greedy", "length_sampled", "heldout_nll")
+_METRICS = (
+  *_PRIMARY, "accuracy_greedy", "token_f1_greedy", "length_sampled", "heldout_nll", "reverse_kl",
+  "forward_kl",
+)
 # Systems that a sweep may leave as they are; their lines tell what DPR is worth.
 _REFERENCES = ("sft", "contrastive", "weight_extrapolation", "resampled",
                "low_temperature", "continued_sft")

@@ -21,8 +21,12 @@ LABELS = {
 _MAIN = (
   "accuracy_sampled", "accuracy_greedy", "accuracy_sampled/unique", "accuracy_sampled/varied",
   "token_f1_sampled", "token_f1_greedy", "length_sampled", "eos_rate_sampled", "heldout_nll",
-  "effective_samples",
+  "effective_samples", "reverse_kl", "forward_kl", "expert_logp",
 )
+_EXPERT = {  # Metrics against a known expert, and their names.
+  "reverse_kl": "KL(system || expert)", "forward_kl": "KL(expert || system)",
+  "expert_logp": "Log p under the expert, a token",
+}
 _KINDS = ("unique", "varied")  # groups of the built-in tasks, not tasks.
 _SHARES = ("accuracy", "eos_rate", "token_f1")
 
@@ -42,7 +46,7 @@ def metric_label(metric: str) -> tuple[str, str]:
     name, mode = base.replace("_", " "), ""
   name = {"eos rate": "ends with EOS", "heldout nll": "held-out NLL",
             "sample nll base": "NLL of samples under base",
-            "sample nll ref": "NLL of samples under ref"}.get(name, name)
+            "sample nll ref": "NLL of samples under ref"}.get(name, _EXPERT.get(base, name))
   label = name[:1].upper() + name[1:] + (f", {mode}" if mode else "")
   if group:
     label += {"unique": ", one right answer", "varied": ", many right answers"}.get(
@@ -54,7 +58,9 @@ def metric_label(metric: str) -> tuple[str, str]:
 def unit(metric: str) -> str:
   if metric.startswith(_SHARES):
     return "%"
-  return "tokens" if metric.startswith("length") else "nats" if "nll" in metric else ""
+  if metric.startswith("length"):
+    return "tokens"
+  return "nats" if "nll" in metric or metric in _EXPERT else ""
 
 
 def show(x: Any, metric: str, sign: bool = False) -> str:
@@ -70,7 +76,9 @@ def show(x: Any, metric: str, sign: bool = False) -> str:
 
 def results_table(results: Results) -> dict[str, Any] | None:
   """Systems by main metrics; `sign` where the interval of the difference to SFT excludes 0."""
-  return _table(results, [m for m in _MAIN if _used(results, m)])
+  used = [m for m in _MAIN if _used(results, m)]
+  table = _table(results, used)
+  return table and {**table, "expert": any(m in _EXPERT for m in used)}
 
 
 def more_metrics(results: Results) -> dict[str, Any] | None:

@@ -20,12 +20,14 @@ from dpr_jax.errors import UserError
 from dpr_jax.loading import (
     base_variables,
     compute_dtype,
+    describe_checkpoint,
     fresh_adapter,
     root_key,
     stage_variables,
 )
 from dpr_jax.models import Transformer
 from dpr_jax.models.attention import resolve_backend
+from dpr_jax.models.depth import shallow_config
 from dpr_jax.models.lora import split_trainable
 from dpr_jax.models.variables import abstract_variables, cast, extrapolate, mean
 from dpr_jax.rewards.references import (
@@ -198,7 +200,8 @@ def build_model(
   if section.pretrained:
     tokenizer = weights.load_tokenizer(section.pretrained)
     generation_config = weights.load_generation_config(section.pretrained)
-    cfg = dataclasses.replace(weights.load_config(section.pretrained), **how)
+    cfg = shallow_config(weights.load_config(section.pretrained), section.keep_layers)
+    cfg = dataclasses.replace(cfg, **how)
   else:
     tokenizer = byte_tokenizer()
     cfg = dataclasses.replace(
@@ -221,6 +224,38 @@ def build_model(
       )
   ends = stop_ids(tokenizer, generation_config, config.data.template)
   return tokenizer, Transformer(cfg), ends, generation_config
+
+
+def check_expert(config: config_lib.RunConfig, model: Transformer, tokenizer: Any) -> None:
+  """Refuses an expert that cannot be compared with the run's model; reads no weights of it.
+
+  Raises:
+    UserError: no such checkpoint, another vocabulary, or one made for shorter sequences.
+  """
+  spec = config.eval.expert
+  try:
+    cfg, theirs = describe_checkpoint(spec)
+  except UserError as e:
+    raise UserError(f"config.eval.expert: {e}") from None
+  own, other = tokenizer.get_vocab(), theirs.get_vocab()
+  if own != other:
+    token = min(t for t in {*own, *other} if own.get(t) != other.get(t))
+    raise UserError(
+        f"config.eval.expert={spec} has another vocabulary than the run (token {token!r} has the "
+        f"id {other.get(token)} there, {own.get(token)} here); name the model that the "
+        "demonstrations were sampled from, with the run's tokenizer"
+    )
+  if cfg.vocab_size != model.cfg.vocab_size:
+    raise UserError(
+        f"config.eval.expert={spec} has {cfg.vocab_size} logits, the run's model "
+        f"{model.cfg.vocab_size}; distributions over the vocabulary need the same number"
+    )
+  length = config.data.prompt_length + config.eval.max_new_tokens
+  if length > cfg.max_length:
+    raise UserError(
+        f"config.data.prompt_length + config.eval.max_new_tokens={length} exceeds the "
+        f"{cfg.max_length} tokens that config.eval.expert={spec} was made for"
+    )
 
 
 def absolute(path: str) -> str:
@@ -256,6 +291,8 @@ def set_up(
   if config.reference.select != "none":
     candidate_fractions(config)
   tokenizer, model, ends, generation_config = build_model(config)
+  if config.eval.expert:
+    check_expert(config, model, tokenizer)
   same = lambda c: (c.data, c.model, c.seed)
   if like is not None and same(config) == same(like.config):
     data = like.data

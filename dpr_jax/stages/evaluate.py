@@ -33,6 +33,35 @@ def heldout_prompts(run: Run) -> Prompts:
   return held._replace(tokens=held.tokens[chosen], demos=held.demos[chosen])
 
 
+def evaluated_systems(run: Run, only: Sequence[str] | None = None) -> list[System]:
+  """Trained systems and controls, all of them or those named in `only`."""
+  section = run.config.eval
+  controls = systems_lib.controls(
+      section.controls,
+      run.contrastive_alpha,
+      section.low_temperature,
+      run.ref_names,
+      section.candidates,
+  )
+  return [s for s in trained_systems(run) + controls if only is None or s.name in only]
+
+
+def heldout_responses(run: Run, prompts: Prompts) -> list[np.ndarray]:
+  """The demonstrated responses to `prompts`, token ids, int32 [T_i]."""
+  template = run.config.data.template
+  return [
+      encode_response(d.response, d.prompt, run.tokenizer, template, ended=d.ended)
+      for d in prompts.demos
+  ]
+
+
+def fitting(prompts: Prompts, responses: Sequence[np.ndarray], length: int) -> list[int]:
+  """Indices of responses that have a likelihood as a whole: within `length` with their prompts."""
+  return [
+      i for i, (p, r) in enumerate(zip(prompts.tokens, responses)) if len(p) + len(r) <= length
+  ]
+
+
 def evaluate_stage(run: Run, only: Sequence[str] | None = None) -> None:
   """Every system on the held-out prompts, the likelihood and corruption of the demonstrations.
 
@@ -41,28 +70,13 @@ def evaluate_stage(run: Run, only: Sequence[str] | None = None) -> None:
   """
   config, section = run.config, run.config.eval
   prompts = heldout_prompts(run)
-  demonstrated = [
-      encode_response(d.response, d.prompt, run.tokenizer, config.data.template)
-      for d in prompts.demos
-  ]
-  # Only lengths that the model can take; a cut response has no likelihood as a whole.
-  fits = [
-      i
-      for i, (p, r) in enumerate(zip(prompts.tokens, demonstrated))
-      if len(p) + len(r) <= run.model.cfg.max_length
-  ]
+  demonstrated = heldout_responses(run, prompts)
+  fits = fitting(prompts, demonstrated, run.model.cfg.max_length)
   nll_file = run.workdir.samples / NLL_FILE
   nll = json.loads(nll_file.read_text()) if nll_file.exists() else {}
   verifier = run.data.verifier if section.verifier == "auto" else section.verifier
-  trained = trained_systems(run)
-  controls = systems_lib.controls(
-      section.controls,
-      run.contrastive_alpha,
-      section.low_temperature,
-      run.ref_names,
-      section.candidates,
-  )
-  wanted = [s for s in trained + controls if only is None or s.name in only]
+  trained = [system.name for system in trained_systems(run)]
+  wanted = evaluated_systems(run, only)
   todo = [s for s in wanted if not system_file(run.workdir.samples, s.name).exists()]
   scoring = {
       "mesh": run.mesh,
@@ -71,7 +85,7 @@ def evaluate_stage(run: Run, only: Sequence[str] | None = None) -> None:
   }
   for system in todo:
     loaded = {name: run.load(name) for name in system.members}
-    if system in trained:
+    if system.name in trained:
       members = tuple(loaded.values())
       logps = reference_response_logps(
           run.model,

@@ -24,7 +24,7 @@ def _pair_batches(run: Run, batch_size: int) -> Batches:
   """Batches of (demonstrations, prompts), row by row of the same prompt."""
   rows = unpacked_rows(run)
   prompts = pad_prompts(run.data.prompts.tokens, run.config.data.prompt_length)
-  assert len(rows) == len(prompts.lengths)  # Every demonstration trains its EOS: none was left out.
+  assert len(rows) == len(prompts.lengths)  # Every response has a token: none was left out.
 
   def gather(index_B: np.ndarray) -> tuple[SFTBatch, PromptBatch]:
     demos = SFTBatch(

@@ -58,7 +58,7 @@ def _measure(run: Run) -> dict[str, Any]:
   tokens = [prompts.tokens[i] for i in chosen]
   template, room = config.data.template, run.model.cfg.max_length
   demos = [
-      encode_response(d.response, d.prompt, run.tokenizer, template)
+      encode_response(d.response, d.prompt, run.tokenizer, template, ended=d.ended)
       for d in (prompts.demos[i] for i in chosen)
   ]
   fits = [i for i in range(n) if len(tokens[i]) + len(demos[i]) <= room]

@@ -32,7 +32,7 @@ def read(name, *flags):
 
 
 def test_every_config_is_covered():
-  assert set(CONFIGS) == {"smoke", "research", *PUBLISHED}
+  assert set(CONFIGS) == {"smoke", "research", "known_expert", *PUBLISHED}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -66,6 +66,15 @@ def test_the_settings_of_the_study():
   assert read("research.py:corrupt=0.3,debug").data.corrupt == 0.3
   with pytest.raises(UserError, match="sft=soon is not one of early, middle, late"):
     read("research.py:sft=soon")
+
+
+def test_the_student_of_the_known_expert():
+  run, debug = read("known_expert.py"), read("known_expert.py:debug")
+  assert run.eval.expert == run.model.pretrained and run.model.keep_layers == 6
+  assert run.model.shape.num_params == PUBLISHED["smollm2_135m"]
+  assert run.data.prompt_length + run.dpr.max_new_tokens <= run.data.row_length
+  assert (debug.eval.expert, debug.model.keep_layers, debug.data.demos) == ("", 0, "")
+  assert read("known_expert.py:debug", "--config.eval.expert=runs/a/sft").eval.expert
 
 
 def test_shapes_export_as_their_family():

@@ -95,6 +95,17 @@ def test_task_field_is_kept(tmp_path):
   assert read_demos(path).demos[0].task == "add"
 
 
+def test_a_response_that_ran_out_of_tokens_has_not_ended(tmp_path):
+  record = {"prompt": "Who?", "response": "Me, I th"}
+  given = [{}, {"hit_eos": True}, {"hit_eos": False}, {"hit_eos": None}]
+  path = write_jsonl(tmp_path / "d.jsonl", [{**record, **fields} for fields in given])
+  assert [d.ended for d in read_demos(path).demos] == [True, True, False, True]
+  for value, kind in (("false", "text"), (0, "a number"), ([], "a list")):
+    path = write_jsonl(tmp_path / "bad.jsonl", [record, {**record, "hit_eos": value}])
+    with pytest.raises(UserError, match=rf"bad\.jsonl:2: field 'hit_eos' must be .* got {kind}$"):
+      read_demos(path)
+
+
 def test_json_lines_in_a_json_file_and_a_list_in_a_jsonl_file(tmp_path):
   record = {"prompt": "Who?", "response": "Me."}
   lines = write_jsonl(tmp_path / "lines.json", [record, record])

@@ -63,6 +63,43 @@ def test_prompt_then_response_is_the_demonstration(family, turns, system, dice):
   assert spans(last.loss_mask) == found[-1:]
 
 
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_response_that_was_cut_off_has_no_end(family, turns, dice):
+  """The ids of the whole demonstration, without what closes the last turn."""
+  tokenizer, messages = family.tokenizer, conversation(dice, turns)
+  whole = encode_demo(Demo(messages), tokenizer)
+  cut = encode_demo(Demo(messages, ended=False), tokenizer)
+  end = tokenizer.convert_tokens_to_ids(family.end)
+  assert whole.tokens[-1] == end
+  assert cut.tokens.tolist() == whole.tokens[:-1].tolist()
+  assert cut.loss_mask.tolist() == whole.loss_mask[:-1].tolist()
+  assert np.count_nonzero(cut.tokens[cut.loss_mask > 0] == end) == turns - 1  # earlier turns end.
+  whole = encode_response(messages[-1]["content"], messages[:-1], tokenizer)
+  cut = encode_response(messages[-1]["content"], messages[:-1], tokenizer, ended=False)
+  assert cut.tolist() == whole[:-1].tolist() and len(cut)
+
+
+def test_what_a_template_writes_before_the_end_is_cut_off_too(families, tmp_path):
+  """Also where the text occurs in the template's own words."""
+  tokenizer = families["chatml"].tokenizer
+  path = tmp_path / "spaced.jinja"
+  path.write_text(tokenizer.chat_template.replace("+ '<|im_end|>'", "+ ' \\nend<|im_end|>'"))
+  assert "end<|im_end|>" in path.read_text()
+  for content in ("end", "im", "an end", "a"):
+    messages = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": content})
+    got = encode_response(content, messages[:1], tokenizer, str(path), ended=False)
+    assert got.tolist() == tokenizer.encode(content, add_special_tokens=False), content
+    whole = encode_response(content, messages[:1], tokenizer, str(path))
+    assert len(whole) > len(got) + 1
+
+
+def test_a_cut_response_of_no_token_is_refused(families):
+  tokenizer = families["gemma"].tokenizer  # Its template trims.
+  messages = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "  "})
+  with pytest.raises(UserError, match="f:3: a response that was cut off .* must have a token"):
+    encode_demo(Demo(messages, source="f:3", ended=False), tokenizer)
+
+
 def test_beginning_of_sequence_occurs_once(family):
   messages = conversation(random.Random(5), 3)
   tokens = encode_demo(Demo(messages), family.tokenizer).tokens

@@ -45,7 +45,8 @@ def test_generate_then_score(finished_run, prompts, tmp_path):
     assert {k: record[k] for k in given} == given
     n = len(record["tokens"])
     assert n == len(record["token_rewards"]) == len(record["logp_sft"]) == len(record["logp_ref"])
-    assert record["tokens"][-1] == "<|end|>"
+    # What ran out of tokens has no end.
+    assert (record["tokens"][-1] == "<|end|>") == record["hit_eos"]
     np.testing.assert_allclose(
         record["token_rewards"], np.subtract(record["logp_sft"], record["logp_ref"]), atol=2e-6
     )

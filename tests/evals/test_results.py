@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dpr_jax.evals.results import NLL_FILE, SAMPLE_NLL_FILE, build_results
+from dpr_jax.evals.results import EXPERT_FILE, NLL_FILE, SAMPLE_NLL_FILE, build_results
 from dpr_jax.training.stopping import write_stopped
 
 
@@ -90,6 +90,48 @@ def test_what_base_and_ref_make_of_the_samples_is_compared(tmp_path, rng):
     (c,) = [c for c in results["comparisons"] if c["metric"] == metric]
     gap = np.mean(nats["dpr"][judge]) - np.mean(nats["sft"][judge])
     assert c["pair"] == ["dpr", "sft"] and c["difference"] == pytest.approx(gap)
+
+
+def _expert_file(folder, rng, systems, n=40):
+  draw = lambda: {
+      "reverse_kl": rng.random(n).tolist(), "forward_kl": rng.random(n - 3).tolist(),
+      "expert_logp": [(-rng.random(rng.integers(1, 9))).tolist() for _ in range(n)],
+  }
+  scores = {name: draw() for name in systems}
+  (folder / "samples" / EXPERT_FILE).write_text(json.dumps(scores))
+  return scores
+
+
+def test_distances_to_the_expert_are_compared_at_equal_length(tmp_path, rng):
+  """Of each seed, with the shortest response of that seed, also of a system without a pair."""
+  systems, gaps = ["sft", "contrastive", "dpr"], []
+  for seed in "ab":
+    write_run(tmp_path / seed, rng, systems)
+    scores = _expert_file(tmp_path / seed, rng, systems)
+    gap = {m: np.mean(scores["dpr"][m]) - np.mean(scores["sft"][m])
+           for m in ("reverse_kl", "forward_kl")}
+    totals = dict.fromkeys(systems, 0.0)
+    for i in range(40):
+      m = min(len(scores[name]["expert_logp"][i]) for name in systems)
+      for name in systems:
+        totals[name] += sum(scores[name]["expert_logp"][i][:m]) / m / 40
+    gap["expert_logp"] = totals["dpr"] - totals["sft"]
+    gaps.append((gap, totals["contrastive"]))
+  results = build_results([tmp_path / "a", tmp_path / "b"], [0, 1])
+  for metric in gaps[0][0]:
+    (c,) = [c for c in results["comparisons"]
+            if c["metric"] == metric and c["pair"] == ["dpr", "sft"]]
+    assert c["difference"] == pytest.approx(np.mean([gap[metric] for gap, _ in gaps]))
+  found = results["systems"]["contrastive"]
+  assert found["expert_logp"]["mean"] == pytest.approx(np.mean([t for _, t in gaps]))
+  assert found["forward_kl"]["n"] == 2 * 37 and found["reverse_kl"]["n"] == 80
+
+
+def test_without_an_expert_there_is_no_distance_to_it(tmp_path, rng):
+  write_run(tmp_path, rng, ["sft"])
+  assert not {"reverse_kl", "forward_kl", "expert_logp"} & set(
+      build_results([tmp_path], [0])["systems"]["sft"]
+  )
 
 
 def test_a_stage_that_ended_early_is_noted(tmp_path, rng):

@@ -45,6 +45,19 @@ def test_results_in_their_units_and_order():
   assert low["cells"][3]["mean"] == "–"
 
 
+def test_distances_to_an_expert_are_shown_where_they_are_known():
+  assert not tables.results_table(RESULTS)["expert"]
+  known = {"reverse_kl": entry(1.234, 1, 2), "forward_kl": entry(2, 1, 3),
+           "expert_logp": entry(-0.5, -1, 0)}
+  table = tables.results_table({"systems": {"sft": known}})
+  assert table["expert"]
+  assert [(c["label"], c["unit"]) for c in table["columns"]] == [
+    ("KL(system || expert)", "nats"), ("KL(expert || system)", "nats"),
+    ("Log p under the expert, a token", "nats"),
+  ]
+  assert [c["mean"] for c in table["rows"][0]["cells"]] == ["1.23", "2.00", "−0.50"]
+
+
 def test_n_is_said_once_where_it_is_the_same():
   table = tables.results_table(RESULTS)
   assert table["columns"][0]["n"] == "" and table["columns"][2]["n"] == "200"

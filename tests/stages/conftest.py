@@ -8,7 +8,10 @@ import pytest
 
 @pytest.fixture(scope="module")
 def train_sft(tmp_path_factory):
-  """train_sft(change) -> Run on one device, under its mesh; `change(config)` is made first."""
+  """train_sft(change) -> Run on one device, under its mesh; `change(config)` is made first.
+
+  With steps=False nothing is trained.
+  """
   from dpr_jax import sharding
   from dpr_jax.config import default_config, resolve, shrink
   from dpr_jax.stages.context import set_up
@@ -17,7 +20,7 @@ def train_sft(tmp_path_factory):
 
   with contextlib.ExitStack() as meshes:
 
-    def train(change):
+    def train(change, steps=True):
       config = shrink(default_config())
       config.model.remat = "none"
       config.sft.steps, config.sft.optimizer.learning_rate = 10, 0.02
@@ -28,7 +31,8 @@ def train_sft(tmp_path_factory):
       mesh = sharding.make_mesh(devices=jax.devices()[:1])
       meshes.enter_context(jax.set_mesh(mesh))
       run = set_up(resolve(config), Workdir(tmp_path_factory.mktemp("run") / "w"), mesh)
-      sft_stage(run)
+      if steps:
+        sft_stage(run)
       return run
 
     yield train

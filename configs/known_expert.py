@@ -1,0 +1,52 @@
+"""Demonstrations sampled from a model that we have: how close does a smaller student come to it?
+
+The expert is SmolLM2-135M-Instruct, the student six of its thirty layers. No judge is needed: the
+report has KL to the expert in both directions, and the expert's likelihood of every system.
+
+    python -m dpr_jax.generate --model=PATH --input=PROMPTS --output=demos.jsonl \
+        --max_new_tokens=24 --seed=0
+    python -m dpr_jax.main --config=configs/known_expert.py --workdir=runs/known_expert \
+        --config.model.pretrained=PATH --config.eval.expert=PATH --config.data.demos=demos.jsonl \
+        --config.seeds=3
+
+PATH as in configs/smollm2_135m.py; PROMPTS are lines {"prompt": str}. The budgets of tokens here
+and in the first command are the same, so that a demonstration is cut off where a rollout would be.
+"""
+
+from dpr_jax.config import shrink
+from dpr_jax.config_args import other_config
+from dpr_jax.errors import UserError
+
+
+def get_config(arg: str = ""):
+  """arg: "" or "debug", the same way in seconds on a random model and built-in tasks.
+
+  Under debug there is no expert, unless one is given: a stage of another debug run will do.
+  """
+  config = other_config(__file__, "smollm2_135m.py")
+  config.model.keep_layers = 6
+  config.eval.expert = config.model.pretrained
+
+  config.data.demos = "demos.jsonl"
+  config.data.row_length, config.data.prompt_length = 80, 48
+  config.data.overlong = config.data.overlong_prompt = "drop"
+  config.data.on_empty = "drop"  # The expert may end at once.
+  config.data.holdout = config.eval.num_prompts = 64
+
+  config.sft.steps, config.sft.batch_size, config.sft.milestones = 200, 16, (0.1, 0.5)
+  config.sft.optimizer.learning_rate = 3e-4
+  config.reference.fraction = 0.1
+
+  config.dpr.steps, config.dpr.batch_size = 40, 32
+  config.dpr.max_new_tokens = config.eval.max_new_tokens = 24
+  config.dpr.beta = 1.0
+  config.dpr.optimizer.learning_rate = 3e-5
+  config.baseline.names = ("continued_sft", "spin", "gsil", "sentence_level")
+  config.eval.batch_size = 32
+  config.checkpoint.every = 200
+
+  if arg == "debug":
+    return shrink(config)
+  if arg:
+    raise UserError(f"configs/known_expert.py takes '' or 'debug', not {arg!r}")
+  return config
