@@ -37,11 +37,14 @@ def get_config(arg: str = ""):
   config.sft.steps, config.sft.milestones = STEPS[args.sft], (0.1, 0.5)
   config.sft.optimizer.learning_rate = 3e-3  # 5e-3 and more learn less at this size.
   config.reference.fraction = 0.1
-  config.dpr.steps, config.dpr.batch_size = 200, 64
+  config.dpr.steps, config.dpr.batch_size = 100, 64
   config.dpr.max_new_tokens = config.eval.max_new_tokens = 12  # and the longest answer 7.
   config.dpr.beta = 1.0
-  config.dpr.optimizer.learning_rate = 1e-4
-  config.baseline.names = ("continued_sft", "spin", "gsil", "sentence_level")
+  config.dpr.optimizer.learning_rate = 7e-4
+  config.baseline.names = (
+      "continued_sft", "spin", "gsil", "sentence_level", "reward_to_go"
+  )
   config.eval.controls = CONTROLS
   config.eval.batch_size = 128
+  config.checkpoint.every = 1000  # A stage takes a minute.
   return shrink(config) if args.debug else config

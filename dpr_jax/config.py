@@ -131,12 +131,14 @@ class DPRSection:
   kl_budget: float = 0.0  # nats a response; the stage ends where the mean KL exceeds it; 0: never.
   beta_ref: float = 0.0  # weight of a KL to ref as well.
   gamma: float = 1.0  # discount.
-  returns: str = "reward_to_go"  # reward_to_go | full_return | per_token.
+  # per_token (each reward for its own token, as with gamma = 0) | reward_to_go (the paper's) |
+  # full_return.
+  returns: str = "per_token"
   baseline: str = "position_mean"  # none | position_mean | leave_one_out | whiten.
   normaliser: str = "tokens"  # tokens | sequences | constant.
   truncated: str = "keep"  # keep | mask: rollouts that end without EOS.
   optimizer: OptimizerConfig = OptimizerConfig(
-      learning_rate=1e-4, schedule="constant", warmup_steps=5
+      learning_rate=1e-4, warmup_steps=5
   )
 
 
@@ -498,7 +500,8 @@ def _check_rewards(run: RunConfig) -> None:
   transforms.parse(section.transforms)
   if "centre" in section.transforms and section.reward == "endogenous":
     # It holds V(s_{t+1}), which is known for the sampled token alone.
-    raise UserError("config.dpr.transforms: centre has no meaning with config.dpr.reward=endogenous")
+    raise UserError("config.dpr.transforms: centre has no meaning for config.dpr.reward=endogenous; "
+                    "leave it out")
   if section.target_kl and not section.beta:
     raise UserError(f"config.dpr.target_kl={section.target_kl} multiplies config.dpr.beta, which "
                     "must be above 0")

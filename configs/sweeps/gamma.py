@@ -13,6 +13,7 @@ def get_config(arg: str = ""):
   config.eval.skip_prompts = config.data.holdout
   config.data.holdout *= 2
   config.baseline.names = ()  # Each would be trained at every point.
+  config.dpr.returns, config.dpr.transforms = "reward_to_go", ()
   config.sweep.field = "dpr.gamma"
   config.sweep.values = ("0", "0.9", "0.99", "1")
   return config

@@ -13,6 +13,7 @@ def get_config(arg: str = ""):
   config.eval.skip_prompts = config.data.holdout
   config.data.holdout *= 2
   config.baseline.names = ()  # Each would be trained at every point.
+  config.dpr.transforms = ()  # Centred, the three would have one expected gradient.
   config.sweep.field = "dpr.returns"
   config.sweep.values = ("reward_to_go", "full_return", "per_token")
   return config

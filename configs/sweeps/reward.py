@@ -13,6 +13,8 @@ def get_config(arg: str = ""):
   config.eval.skip_prompts = config.data.holdout
   config.data.holdout *= 2
   config.baseline.names = ()  # Each would be trained at every point.
+  # The endogenous reward of one token means nothing, and has no expectation to be centred by.
+  config.dpr.returns, config.dpr.transforms = "reward_to_go", ()
   config.sweep.field = "dpr.reward"
   config.sweep.values = ("baseline_relative", "log_likelihood", "endogenous")
   return config
