@@ -137,9 +137,7 @@ class DPRSection:
   baseline: str = "position_mean"  # none | position_mean | leave_one_out | whiten.
   normaliser: str = "tokens"  # tokens | sequences | constant.
   truncated: str = "keep"  # keep | mask: rollouts that end without EOS.
-  optimizer: OptimizerConfig = OptimizerConfig(
-      learning_rate=1e-4, warmup_steps=5
-  )
+  optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, warmup_steps=5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -500,8 +498,16 @@ def _check_rewards(run: RunConfig) -> None:
   transforms.parse(section.transforms)
   if "centre" in section.transforms and section.reward == "endogenous":
     # It holds V(s_{t+1}), which is known for the sampled token alone.
-    raise UserError("config.dpr.transforms: centre has no meaning for config.dpr.reward=endogenous; "
-                    "leave it out")
+    raise UserError("config.dpr.transforms: centre has no meaning with "
+                    "config.dpr.reward=endogenous; leave it out")
+  if section.returns == "per_token":
+    if section.reward == "endogenous":
+      # A constant added to the logits of a state moves reward from one token to the one before.
+      raise UserError("config.dpr.reward=endogenous says nothing of one token alone; set "
+                      "config.dpr.returns=reward_to_go, not per_token")
+    if section.gamma != 1:
+      raise UserError(f"config.dpr.gamma={section.gamma} discounts what follows a token, of which "
+                      "config.dpr.returns=per_token takes nothing; set reward_to_go")
   if section.target_kl and not section.beta:
     raise UserError(f"config.dpr.target_kl={section.target_kl} multiplies config.dpr.beta, which "
                     "must be above 0")

@@ -59,7 +59,7 @@ def test_values_take_the_type_of_their_field(field, value, parsed):
     ("dpr.beta", ("0.5", "much"), ["config.sweep.values: 'much' must be of type float"]),
     ("dpr.steps", ("1.5",), ["'1.5' must be of type int", "config.dpr.steps"]),
     ("model.shape.tied_head", ("yes",), ["'yes' must be True or False"]),
-    ("dpr.gamma", ("0.5", "2"), ["config.sweep.values: at '2': config.dpr.gamma=2.0", "at most 1"]),
+    ("dpr.gamma", ("1", "2"), ["config.sweep.values: at '2': config.dpr.gamma=2.0", "at most 1"]),
     ("dpr.gamma", ("nan",), ["at 'nan': config.dpr.gamma=nan must be a finite number"]),
     ("dpr.returns", ("sometimes",), ["at 'sometimes': config.dpr.returns='sometimes'"]),
     ("dpr.beta", ("1", "1.0"), ["'1' and '1.0' are the same value"]),
