@@ -4,7 +4,7 @@ The expert is SmolLM2-135M-Instruct, the student six of its thirty layers. No ju
 report has KL to the expert in both directions, and the expert's likelihood of every system.
 
     python -m dpr_jax.generate --model=PATH --input=PROMPTS --output=demos.jsonl \
-        --max_new_tokens=24 --seed=0
+        --max_new_tokens=16 --seed=0 --batch_size=64
     python -m dpr_jax.main --config=configs/known_expert.py --workdir=runs/known_expert \
         --config.model.pretrained=PATH --config.eval.expert=PATH --config.data.demos=demos.jsonl \
         --config.seeds=3
@@ -28,20 +28,22 @@ def get_config(arg: str = ""):
   config.eval.expert = config.model.pretrained
 
   config.data.demos = "demos.jsonl"
-  config.data.row_length, config.data.prompt_length = 80, 48
+  config.data.row_length, config.data.prompt_length = 64, 48
   config.data.overlong = config.data.overlong_prompt = "drop"
   config.data.on_empty = "drop"  # The expert may end at once.
   config.data.holdout = config.eval.num_prompts = 64
 
-  config.sft.steps, config.sft.batch_size, config.sft.milestones = 200, 16, (0.1, 0.5)
+  config.sft.steps, config.sft.batch_size, config.sft.milestones = 100, 16, (0.1, 0.5)
   config.sft.optimizer.learning_rate = 3e-4
   config.reference.fraction = 0.1
 
-  config.dpr.steps, config.dpr.batch_size = 40, 32
-  config.dpr.max_new_tokens = config.eval.max_new_tokens = 24
+  config.dpr.steps, config.dpr.batch_size = 20, 16
+  config.dpr.max_new_tokens = config.eval.max_new_tokens = 16
   config.dpr.beta = 1.0
-  config.dpr.optimizer.learning_rate = 3e-5
-  config.baseline.names = ("continued_sft", "spin", "gsil", "sentence_level")
+  config.dpr.optimizer.learning_rate = 1e-4
+  config.baseline.names = (
+      "continued_sft", "spin", "gsil", "sentence_level", "reward_to_go"
+  )
   config.eval.batch_size = 32
   config.checkpoint.every = 200
 
