@@ -3,18 +3,14 @@
 Prompts arrive left-aligned (`PromptBatch`) and are right-aligned here, once. Padding has
 segment id 0 and is never seen. Each prompt is prefilled once, however many samples it gets.
 
-Plain batch: every row has a slot of the decoding batch, and the loop ends with the longest
-response. With fewer `slots` than rows, a slot whose response has ended is given the next row
-(continuous batching): the loop stops as soon as enough slots are idle, copies the prompts of
-waiting rows from the prefill into the cache, and goes on. All of it is one program of static
-shapes, without a word to the host. A row's tokens depend on its own key only, so both ways
-draw the same responses.
+With fewer `slots` than rows, a slot whose response has ended is given the next row; see
+`rollout.decoding`. All of it is one program of static shapes, without a word to the host. A row's
+tokens depend on its own key only, so both ways draw the same responses.
 
 A "mixture" of models decodes too: logits = sum_i weight_i * logits_i. One member of
 weight 1 is plain sampling; (sft, 1 + a), (ref, -a) is contrastive decoding at strength a.
 
-Dims: G prompts, B = G * samples_per_prompt rows, K slots, P prompt columns, N new tokens at
-most, V vocabulary, L lanes: groups of rows and slots that lie on the same devices.
+Dims: G prompts, B = G * samples_per_prompt rows, P prompt columns, N new tokens at most, D hidden.
 """
 
 from collections.abc import Sequence
@@ -28,8 +24,9 @@ from dpr_jax.data.batches import PromptBatch
 from dpr_jax.models import cache as cache_lib
 from dpr_jax.models import unrolled
 from dpr_jax.models.variables import gathered
-from dpr_jax.rollout.drawing import ON_POLICY, Sampling, draw
-from dpr_jax.sharding import batch_ways, constrain
+from dpr_jax.rollout.decoding import Decoding
+from dpr_jax.rollout.drawing import ON_POLICY, Sampling
+from dpr_jax.sharding import batch_ways
 
 
 @struct.dataclass
@@ -100,163 +97,44 @@ def generate(
   lanes = batch_ways()
   if not queued or slots % lanes or groups % lanes:
     lanes = 1
-  stop_1xE = jnp.asarray(stop_ids, jnp.int32)[None, :]
-  key_of = jax.vmap(lambda row, j: jax.random.fold_in(jax.random.fold_in(rng, row), j))
-
-  def choose(hidden, row_K, age_K):
-    """(token, logp, entropy) of every slot from the last hidden state of each member."""
-    logits_KxV = 0.0
-    for variables, weight, hidden_KxD in zip(members, weights, hidden, strict=True):
-      logits = model.apply(variables, hidden_KxD, method="unembed")
-      logits_KxV = logits_KxV + (logits if weight == 1.0 else weight * logits)
-    logits_KxV = constrain(logits_KxV, "batch", "vocab")
-    token_K = draw(logits_KxV, key_of(row_K, age_K), sampling)
-    hit_KxV = jnp.arange(logits_KxV.shape[-1], dtype=jnp.int32)[None, :] == token_K[:, None]
-    lse_K = jax.nn.logsumexp(logits_KxV, axis=-1)
-    logp_K = jnp.sum(jnp.where(hit_KxV, logits_KxV, 0.0), axis=-1) - lse_K
-    entropy_K = jnp.zeros_like(logp_K)
-    if with_entropy:
-      log_p_KxV = logits_KxV - lse_K[:, None]
-      entropy_K = -jnp.sum(jnp.exp(log_p_KxV) * log_p_KxV, axis=-1)
-    return token_K, logp_K, entropy_K
-
-  by_lane = lambda x: x.reshape(lanes, x.shape[0] // lanes, *x.shape[1:])
-  # The first row of the lane of each slot.
-  base_K = jnp.repeat(jnp.arange(lanes, dtype=jnp.int32) * (rows // lanes), slots // lanes)
-
-  def write(out_BxN, value_K, s, who):
-    """One value a slot of `who`, to the column of its age in its row."""
-    if not queued:  # All slots are at the same age.
-      column_K = jnp.where(who, value_K, -1 if out_BxN.dtype == jnp.int32 else 0.0)
-      return jax.lax.dynamic_update_slice_in_dim(out_BxN, column_K[:, None], s["steps"], 1)
-    put = lambda out, row, age, value: out.at[row, age].set(
-        value, mode="drop", unique_indices=True
-    )
-    age_K = jnp.where(who, s["age"], max_new_tokens)  # Past the last column: dropped.
-    out = jax.vmap(put)(*map(by_lane, (out_BxN, s["row"] - base_K, age_K, value_K)))
-    return constrain(out.reshape(out_BxN.shape), "batch", None)
-
-  def record(s, who, token_K, logp_K, entropy_K):
-    """The state after drawing a token for the slots of `who`."""
-    s = dict(s)
-    for name, value in (("tokens", token_K), ("logp", logp_K), ("entropy", entropy_K)):
-      s[name] = write(s[name], value, s, who)
-    stopped = jnp.any(token_K[:, None] == stop_1xE, axis=1)
-    s["token"] = jnp.where(who, token_K, s["token"])
-    s["age"] = s["age"] + who
-    s["alive"] = jnp.where(who, ~stopped & (s["age"] < max_new_tokens), s["alive"])
-    return s
-
-  def step(s):
-    """Feeds the last token of every slot that goes on, and draws the next."""
-    token_Kx1 = jnp.where(s["alive"], s["token"], 0)[:, None]
-    alive_Kx1 = s["alive"].astype(jnp.int32)[:, None]
-    hidden, caches = [], []
-    for variables, cache in zip(members, s["caches"], strict=True):
-      hidden_Kx1xD, cache = decoder.apply(variables, token_Kx1, None, alive_Kx1, cache)
-      hidden.append(hidden_Kx1xD[:, 0])
-      caches.append(cache)
-    s = {**s, "caches": tuple(caches), "steps": s["steps"] + 1}
-    return record(s, s["alive"], *choose(hidden, s["row"], s["age"]))
-
-  def prefill(variables):
-    """(last hidden state [G, D], cache) of the prompts, `slots` of them at a time."""
-
-    def some(tokens, segments):
-      hidden, cache = model.apply(
-          variables, tokens, segments, slots=0 if queued else max_new_tokens, method="prefill"
-      )
-      return hidden[:, -1], cache
-
-    parts = groups // slots if groups % slots == 0 else 1
-    if parts == 1:
-      return some(prompt_GxP, segments_GxP)
-    # Part i takes prompts i, i + parts, ... of every lane: those stay on their devices.
-    strided = lambda x: jnp.moveaxis(x.reshape(groups // parts, parts, -1), 1, 0)
-    hidden, cache = jax.lax.map(lambda xs: some(*xs), (strided(prompt_GxP), strided(segments_GxP)))
-
-    def join(x, axis):  # [parts, ..., G / parts, ...] -> [..., G, ...]
-      x = jnp.moveaxis(x, 0, axis + 1)
-      return x.reshape(*x.shape[:axis], groups, *x.shape[axis + 2 :])
-
-    return join(hidden, 0), cache.replace(
-        kv=jax.tree.map(lambda x: join(x, 1), cache.kv),
-        slots=jax.tree.map(lambda x: join(x, 0), cache.slots),
-        lengths=join(cache.lengths, 0),
-        index=cache.index[0],
-    )
-
-  prefilled = [prefill(variables) for variables in members]
+  room = 0 if queued else max_new_tokens  # A queue copies prompts into caches that have it.
+  prefilled = [
+      prefill(model, variables, prompt_GxP, segments_GxP, slots, room) for variables in members
+  ]
   decoder = unrolled.decoder_of(model)
   if decoder is not model:
     members = tuple(unrolled.split_variables(model.cfg, variables) for variables in members)
     prefilled = [(hidden, unrolled.split_cache(model.cfg, cache)) for hidden, cache in prefilled]
-  last = [hidden_GxD for hidden_GxD, _ in prefilled]
-  present_B = jnp.repeat(prompts.lengths > 0, samples_per_prompt)
-  state = {
-      "steps": jnp.zeros((), jnp.int32),
-      "row": jnp.arange(slots, dtype=jnp.int32),
-      "age": jnp.zeros((slots,), jnp.int32),  # tokens drawn.
-      "token": jnp.zeros((slots,), jnp.int32),  # the last one drawn.
-      "alive": jnp.zeros((slots,), bool),  # another one follows it.
-      "tokens": jnp.full((rows, max_new_tokens), -1, jnp.int32),
-      "logp": jnp.zeros((rows, max_new_tokens), jnp.float32),
-      "entropy": jnp.zeros((rows, max_new_tokens), jnp.float32),
-  }
-  if not queued:
-    state["caches"] = tuple(cache.repeat(samples_per_prompt) for _, cache in prefilled)
-    hidden = [jnp.repeat(x, samples_per_prompt, axis=0) for x in last]
-    state = record(state, present_B, *choose(hidden, state["row"], state["age"]))
-    state = jax.lax.while_loop(lambda s: jnp.any(s["alive"]), step, state)
-  else:
-    state["caches"] = tuple(
+  decoding = Decoding(
+      decoder=decoder,
+      unembed=lambda variables, hidden: model.apply(variables, hidden, method="unembed"),
+      members=members,
+      weights=tuple(weights),
+      sampling=sampling,
+      stop_ids=tuple(stop_ids),
+      rng=rng,
+      rows=rows,
+      slots=slots,
+      lanes=lanes,
+      max_new_tokens=max_new_tokens,
+      with_entropy=with_entropy,
+  )
+  if queued:
+    empty = [
         cache_lib.init_cache(decoder.cfg, slots, max_new_tokens, prompt=width) for _ in members
+    ]
+    done = decoding.run_queue(
+        decoding.start(empty), prefilled, prompts.lengths, samples_per_prompt, refill
     )
-    state["next"] = jnp.zeros((lanes,), jnp.int32)  # the first waiting row of each lane.
-    enough = max(1, round(refill * slots))
+  else:
+    state = decoding.start([cache.repeat(samples_per_prompt) for _, cache in prefilled])
+    present_B = jnp.repeat(prompts.lengths > 0, samples_per_prompt)
+    last = [jnp.repeat(hidden, samples_per_prompt, axis=0) for hidden, _ in prefilled]
+    done = decoding.run(decoding.draw(state, present_B, last))
 
-    def admit(s):
-      """Gives idle slots the next waiting rows of their lane, and draws their first token."""
-      idle_LxK = by_lane(~s["alive"])
-      waiting_LxK = s["next"][:, None] + jnp.cumsum(idle_LxK, axis=1, dtype=jnp.int32) - 1
-      new_LxK = idle_LxK & (waiting_LxK < rows // lanes)
-      group_LxK = jnp.where(new_LxK, waiting_LxK // samples_per_prompt, 0)
-
-      def take(x, axis):
-        x = x.reshape(*x.shape[:axis], lanes, x.shape[axis] // lanes, *x.shape[axis + 1 :])
-        pick = lambda x, i: jnp.take(x, i, axis=axis, mode="clip")
-        out = jax.vmap(pick, in_axes=(axis, 0), out_axes=axis)(x, group_LxK)
-        return out.reshape(*x.shape[:axis], slots, *x.shape[axis + 2 :])
-
-      new_K = new_LxK.reshape(slots)
-      s = {
-          **s,
-          "next": s["next"] + jnp.sum(new_LxK, axis=1, dtype=jnp.int32),
-          "row": jnp.where(new_K, base_K + waiting_LxK.reshape(slots), s["row"]),
-          "age": jnp.where(new_K, 0, s["age"]),
-          "caches": tuple(
-              cache_lib.admit(decoder.cfg, cache, source, take, new_K)
-              for cache, (_, source) in zip(s["caches"], prefilled, strict=True)
-          ),
-      }
-      who = new_K & (take(prompts.lengths, 0) > 0)
-      return record(s, who, *choose([take(x, 0) for x in last], s["row"], s["age"]))
-
-    def goes_on(s):
-      left_L = rows // lanes - s["next"]
-      can = jnp.sum(jnp.minimum(left_L, jnp.sum(by_lane(~s["alive"]), axis=1, dtype=jnp.int32)))
-      ready = can >= jnp.clip(jnp.sum(left_L), 1, enough)
-      return jnp.any(s["alive"]) & ~ready
-
-    state = jax.lax.while_loop(
-        lambda s: jnp.any(s["alive"]) | jnp.any(s["next"] < rows // lanes),
-        lambda s: jax.lax.while_loop(goes_on, step, admit(s)),
-        state,
-    )
-
-  on_BxN = state["tokens"] >= 0
-  tokens_BxN = jnp.where(on_BxN, state["tokens"], 0)
-  stop_1x1xE = stop_1xE[None]
+  on_BxN = done.tokens >= 0
+  tokens_BxN = jnp.where(on_BxN, done.tokens, 0)
+  stop_1x1xE = jnp.asarray(stop_ids, jnp.int32)[None, None, :]
   behind = lambda prompt_GxP, x: jnp.concatenate(
       [jnp.repeat(prompt_GxP, samples_per_prompt, axis=0), x.astype(jnp.int32)], axis=1
   )
@@ -265,7 +143,47 @@ def generate(
       segment_ids=behind(segments_GxP, on_BxN),
       lengths=jnp.sum(on_BxN, axis=1, dtype=jnp.int32),
       hit_eos=jnp.any((tokens_BxN[:, :, None] == stop_1x1xE) & on_BxN[:, :, None], axis=(1, 2)),
-      logp=state["logp"],
-      entropy=state["entropy"],
-      steps=state["steps"],
+      logp=done.logp,
+      entropy=done.entropy,
+      steps=done.steps,
+  )
+
+
+def prefill(
+    model: Any,
+    variables: Any,
+    prompt_GxP: jax.Array,
+    segments_GxP: jax.Array,
+    at_a_time: int,
+    room: int,
+) -> tuple[jax.Array, Any]:
+  """(last hidden state [G, D], cache) of right-aligned prompts.
+
+  Args:
+    at_a_time: prompts in one pass, where it divides them; what a pass needs is then what a step
+      of decoding needs, times the prompt's length.
+    room: slots of the cache behind the prompt.
+  """
+  groups = prompt_GxP.shape[0]
+
+  def some(tokens, segments):
+    hidden, cache = model.apply(variables, tokens, segments, slots=room, method="prefill")
+    return hidden[:, -1], cache
+
+  parts = groups // at_a_time if groups % at_a_time == 0 else 1
+  if parts == 1:
+    return some(prompt_GxP, segments_GxP)
+  # Part i takes prompts i, i + parts, ... of every lane: those stay on their devices.
+  strided = lambda x: jnp.moveaxis(x.reshape(groups // parts, parts, -1), 1, 0)
+  hidden, cache = jax.lax.map(lambda xs: some(*xs), (strided(prompt_GxP), strided(segments_GxP)))
+
+  def join(x, axis):  # [parts, ..., G / parts, ...] -> [..., G, ...]
+    x = jnp.moveaxis(x, 0, axis + 1)
+    return x.reshape(*x.shape[:axis], groups, *x.shape[axis + 2 :])
+
+  return join(hidden, 0), cache.replace(
+      kv=jax.tree.map(lambda x: join(x, 1), cache.kv),
+      slots=jax.tree.map(lambda x: join(x, 0), cache.slots),
+      lengths=join(cache.lengths, 0),
+      index=cache.index[0],
   )
