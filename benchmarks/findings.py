@@ -5,9 +5,9 @@
 A table stands between <!-- table:KIND RUN RUN ... --> and <!-- /table -->, where each RUN is the
 path of a JSON file under the first argument, without its suffix. KIND is one of
 
-    accuracy_sampled | accuracy_greedy | length_sampled | ...   a metric: systems by runs
-    against                                                     DPR against every other system
-    corruption                                                  AUC of three rewards
+    METRIC                     accuracy_sampled, length_sampled, reverse_kl, ...: systems by runs
+    against:SYSTEM:METRIC      SYSTEM (dpr, reward_to_go) less every other one, with p-values
+    corruption                 AUC of three rewards
 """
 
 import json
@@ -52,18 +52,18 @@ def of_metric(metric: str, runs: dict[str, Results]) -> str:
   return table(["", *runs], [row for row in rows if any(row[1:])])
 
 
-def against(runs: dict[str, Results], metric: str = "accuracy_sampled") -> str:
-  """DPR less every other system, with p-values."""
+def against(runs: dict[str, Results], system: str, metric: str) -> str:
+  """A system less every other one that it is compared with, with p-values."""
   found = {
       run: {c["pair"][1]: c for c in results["comparisons"]
-            if c["pair"][0] == "dpr" and c["metric"] == metric}
+            if c["pair"][0] == system and c["metric"] == metric}
       for run, results in runs.items()
   }
   rows = []
   for name in LABELS:
     cells = [of.get(name) for of in found.values()]
     if any(cells):
-      rows.append([f"DPR - {LABELS[name]}"] + [
+      rows.append([f"{LABELS[system]} - {LABELS[name]}"] + [
           "" if c is None else f"{with_interval(c, signed=True)}, {p_value(c['p'])}" for c in cells
       ])
   return table(["", *runs], rows)
@@ -74,7 +74,8 @@ def corruption(runs: dict[str, Results]) -> str:
   rows = []
   for kind in ("unique", "varied"):
     for reward, label in _REWARDS.items():
-      cells = [r["corruption"].get(kind, {}).get(reward, {}).get("auc") for r in runs.values()]
+      found = [r.get("corruption", {}).get(kind, {}) for r in runs.values()]
+      cells = [of.get(reward, {}).get("auc") for of in found]
       label += {"unique": ", one right answer", "varied": ", many right answers"}[kind]
       rows.append([label, *(with_interval(c) for c in cells)])
   return table(["", *runs], rows)
@@ -91,15 +92,22 @@ def fill(text: str, folder: pathlib.Path) -> str:
     kind, *names = match[1].split()
     runs = {}
     for name in names:
+      short = name.rpartition("/")[2]
+      if short in runs:
+        raise UserError(f"<!-- table:{match[1]} -->: two runs are called {short}")
       path = folder / f"{name}.json"
       if not path.is_file():
         raise UserError(f"<!-- table:{match[1]} -->: there is no {path}")
-      runs[name.rpartition("/")[2]] = json.loads(path.read_text(encoding="utf-8"))
-    what, _, metric = kind.partition(":")
-    if what == "against":
-      body = against(runs, metric or "accuracy_sampled")
+      runs[short] = json.loads(path.read_text(encoding="utf-8"))
+    what, *of = kind.split(":")
+    if what == "against" and len(of) == 2 and of[0] in LABELS:
+      body = against(runs, *of)
+    elif what == "corruption":
+      body = corruption(runs)
+    elif any(kind in metrics for r in runs.values() for metrics in r["systems"].values()):
+      body = of_metric(kind, runs)
     else:
-      body = corruption(runs) if what == "corruption" else of_metric(kind, runs)
+      raise UserError(f"<!-- table:{match[1]} -->: no run has the metric {kind!r}")
     return f"<!-- table:{match[1]} -->\n{body}\n<!-- /table -->"
 
   return re.sub(r"<!-- table:([^>]+?) -->.*?<!-- /table -->", one, text, flags=re.DOTALL)

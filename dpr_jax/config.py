@@ -468,8 +468,8 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
   _check_rewards(run)
   if run.dpr.beta == 0 and not run.eval.contrastive_alpha:
     raise UserError(
-        "config.dpr.beta=0 has no matching strength 1 / beta for the decode-time controls; set "
-        "config.eval.contrastive_alpha"
+        "config.dpr.beta=0 has no matching strength 1 / beta for the controls without training; "
+        "set config.eval.contrastive_alpha"
     )
   if run.data.demos:
     for name, neutral in (("corrupt", 0.0), ("tasks", ())):
@@ -500,14 +500,13 @@ def _check_rewards(run: RunConfig) -> None:
     # It holds V(s_{t+1}), which is known for the sampled token alone.
     raise UserError("config.dpr.transforms: centre has no meaning with "
                     "config.dpr.reward=endogenous; leave it out")
-  if section.returns == "per_token":
-    if section.reward == "endogenous":
-      # A constant added to the logits of a state moves reward from one token to the one before.
-      raise UserError("config.dpr.reward=endogenous says nothing of one token alone; set "
-                      "config.dpr.returns=reward_to_go, not per_token")
-    if section.gamma != 1:
-      raise UserError(f"config.dpr.gamma={section.gamma} discounts what follows a token, of which "
-                      "config.dpr.returns=per_token takes nothing; set reward_to_go")
+  if section.reward == "endogenous" and (section.returns == "per_token" or section.gamma == 0):
+    # A constant added to the logits of a state moves reward from one token to the one before.
+    raise UserError("config.dpr.reward=endogenous says nothing of one token alone; set "
+                    "config.dpr.returns=reward_to_go and a config.dpr.gamma above 0")
+  if section.gamma != 1 and section.returns != "reward_to_go":
+    raise UserError(f"config.dpr.gamma={section.gamma} discounts a reward-to-go, not "
+                    f"config.dpr.returns={section.returns}; set reward_to_go")
   if section.target_kl and not section.beta:
     raise UserError(f"config.dpr.target_kl={section.target_kl} multiplies config.dpr.beta, which "
                     "must be above 0")

@@ -39,6 +39,16 @@ def parse_arg(name: str, arg: str, **defaults: Any) -> ml_collections.ConfigDict
   return out
 
 
+def evaluate_on_others(config: ml_collections.ConfigDict) -> None:
+  """Evaluates on as many held-out prompts beyond those that the config reports.
+
+  For choosing settings, which must not be chosen on the prompts that are reported. Built-in tasks
+  and files give the same first held-out prompts, however many follow.
+  """
+  config.eval.skip_prompts = config.data.holdout
+  config.data.holdout *= 2
+
+
 def other_config(file: str, name: str, arg: str = "") -> ml_collections.ConfigDict:
   """What get_config(arg) of another config file returns.
 

@@ -18,6 +18,7 @@ from dpr_jax.evals.results import build_results, build_sweep_results
 from dpr_jax.report import gaming, write_report
 from dpr_jax.stages.context import Run, set_up
 from dpr_jax.stages.dpr import (
+    REINFORCED,
     dpr_stage,
     endogenous_stage,
     log_likelihood_stage,
@@ -37,9 +38,14 @@ from dpr_jax.workdir import Workdir, write_json
 
 def report_stage(workdir: Workdir, parts: list[Workdir], seeds: list[int]) -> dict[str, Any]:
   results = build_results([w.path for w in parts], seeds)
-  lines = [read_metrics(w.stage("dpr") / "metrics.jsonl") for w in parts]
-  if any(lines):
-    results["gaming"] = gaming(results, {"dpr": lines})
+  for name in ("dpr", *REINFORCED):
+    lines = [read_metrics(w.stage(name) / "metrics.jsonl") for w in parts]
+    if any(lines):
+      verdict = gaming(results, {name: lines}, name)
+      if name == "dpr":
+        results["gaming"] = verdict
+      else:
+        results.setdefault("gaming_of_ablations", {})[name] = verdict
   if jax.process_index() == 0:
     write_json(workdir.report / "results.json", results)
     write_report(workdir.path)

@@ -127,7 +127,8 @@ def shared(config: RunConfig) -> Shared:
   own_ref = ("ref",) if config.reference.kind == "half_data" else ()
   everywhere = ("base", "sft", "low_temperature")
   if path.startswith("dpr."):
-    same_strength = config.eval.contrastive_alpha or path != "dpr.beta"
+    sets_it = path in ("dpr.beta", "dpr.beta_ref", "dpr.target_kl") or config.dpr.target_kl
+    same_strength = config.eval.contrastive_alpha or not sets_it
     free = ("contrastive", "weight_extrapolation", "resampled") if same_strength else ()
     return Shared(("sft", *own_ref), (*everywhere, "ref", *free, "corruption"))
   if path == "reference.fraction":

@@ -3,15 +3,13 @@
 python -m dpr_jax.main --config=configs/sweeps/reference_fraction.py --workdir=runs/reference
 """
 
-from dpr_jax.config_args import other_config
+from dpr_jax.config_args import evaluate_on_others, other_config
 
 
 def get_config(arg: str = ""):
   """arg: "" or "debug", as of configs/smoke.py, on which the sweep is."""
   config = other_config(__file__, "../smoke.py", arg)
-  # Settings are not chosen on the prompts that are reported.
-  config.eval.skip_prompts = config.data.holdout
-  config.data.holdout *= 2
+  evaluate_on_others(config)
   config.baseline.names = ()  # Each would be trained at every point.
   config.sft.milestones = tuple(i / 10 for i in range(1, 10))
   config.sweep.field = "reference.fraction"

@@ -3,15 +3,13 @@
 python -m dpr_jax.main --config=configs/sweeps/temperature.py --workdir=runs/temperature
 """
 
-from dpr_jax.config_args import other_config
+from dpr_jax.config_args import evaluate_on_others, other_config
 
 
 def get_config(arg: str = ""):
   """arg: "" or "debug", as of configs/smoke.py, on which the sweep is."""
   config = other_config(__file__, "../smoke.py", arg)
-  # Settings are not chosen on the prompts that are reported.
-  config.eval.skip_prompts = config.data.holdout
-  config.data.holdout *= 2
+  evaluate_on_others(config)
   config.baseline.names = ()  # Each would be trained at every point.
   config.sweep.field = "dpr.temperature"
   config.sweep.values = ("0.5", "0.7", "1", "1.3")

@@ -394,8 +394,9 @@ def split_holdout(
 ) -> tuple[list[Demo], list[Demo]]:
   """Splits off about `holdout` demonstrations (never more), equal prompts on one side.
 
-  Prompts are ranked by a hash of (seed, `prompt_key`), so the split does not depend on the order
-  of the file. Both parts keep the order of `demos`.
+  Prompts are ranked by the number of demonstrations that share them, then by a hash of (seed,
+  `prompt_key`), so the split does not depend on the order of the file. The held-out part is in the
+  order of ranks: a larger `holdout` only appends to it. The rest keeps the order of `demos`.
 
   Raises:
     UserError: `holdout` leaves nothing to train on, or one prompt fills the whole file.
@@ -406,19 +407,20 @@ def split_holdout(
   keys = [prompt_key(demo) for demo in demos]
   sizes = collections.Counter(keys)
   rank = {k: hashlib.blake2b(f"{seed}\0{k}".encode(), digest_size=8).digest() for k in sizes}
-  held, count = set(), 0
-  for key in sorted(sizes, key=lambda k: (rank[k], k)):
-    if count == holdout:
+  held: dict[str, list[Demo]] = {}
+  count = 0
+  for key in sorted(sizes, key=lambda k: (sizes[k], rank[k], k)):
+    count += sizes[key]
+    if count > holdout:
       break
-    if count + sizes[key] <= holdout:
-      held.add(key)
-      count += sizes[key]
+    held[key] = []
   if holdout and not held:
     raise UserError(f"data.holdout={holdout} is smaller than the {min(sizes.values())} "
                     "demonstrations that share one prompt")
-  train = [demo for demo, key in zip(demos, keys) if key not in held]
-  heldout = [demo for demo, key in zip(demos, keys) if key in held]
-  return train, heldout
+  train = []
+  for demo, key in zip(demos, keys):
+    held.get(key, train).append(demo)
+  return train, [demo for group in held.values() for demo in group]
 
 
 def check_disjoint(train: Sequence[Demo], heldout: Sequence[Demo]) -> None:

@@ -257,9 +257,14 @@ def _encode_turns(
     if not ended and i == len(messages) - 1:
       # Without anything that the template writes to close the turn.
       render = lambda turns: _render(turns, tokenizer, jinja, False, where)
-      response = _without_closing(response, messages[:i], render)
-      turns.append((prompt_ids, _encode_after(piece, response, tokenizer)))
-      if not turns[-1][1]:
+      response_ids = _encode_after(
+        piece, _without_closing(response, messages[:i], render), tokenizer
+      )
+      if any(token in ends for token in response_ids):
+        raise UserError(f"{where or 'conversation'}: the text of a response that was cut off "
+                        "(hit_eos is false) holds a token that ends a response")
+      turns.append((prompt_ids, response_ids))
+      if not response_ids:
         raise UserError(f"{where or 'conversation'}: a response that was cut off (hit_eos is "
                         "false) must have a token; leave it out")
       break

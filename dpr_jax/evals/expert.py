@@ -8,7 +8,7 @@ log-ratio of the sampled tokens.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -122,22 +122,14 @@ def score_against_expert(
 
 
 def equal_length_logp(
-    expert_logp: Mapping[str, Sequence[Sequence[float]]]
-) -> dict[str, np.ndarray]:
-  """Mean log pi_expert of the first m_i tokens of each system's response to prompt i, nats a token.
-
-  m_i is the length of the shortest response to prompt i among all systems, so that length alone
-  cannot win.
+    logp: Sequence[Sequence[float]], other: Sequence[Sequence[float]]
+) -> np.ndarray:
+  """Mean log pi_expert of the first m_i tokens of response i, nats a token, float64 [prompts].
 
   Args:
-    expert_logp: system -> log pi_expert of the tokens of its response to each prompt, in the same
-      order of prompts; no response is empty.
-
-  Returns:
-    system -> float64 [prompts].
+    logp: log pi_expert of the tokens of a system's response to each prompt.
+    other: those of the system that it is compared with; m_i is the length of the shorter
+      response, so that length alone cannot win. No response is empty.
   """
-  shortest = [min(map(len, responses)) for responses in zip(*expert_logp.values(), strict=True)]
-  return {
-      name: np.asarray([np.mean(r[:m]) for r, m in zip(responses, shortest)], np.float64)
-      for name, responses in expert_logp.items()
-  }
+  pairs = zip(logp, other, strict=True)
+  return np.asarray([np.mean(a[: min(len(a), len(b))]) for a, b in pairs], np.float64)

@@ -1,9 +1,11 @@
-"""Importance resampling of SFT's own responses: DPR's exact optimum, as far as samples reach.
+"""Importance resampling of SFT's own responses: the optimum over whole responses, as samples allow.
 
-DPR heads for pi*(y | x) proportional to pi_sft(y | x) (pi_sft(y | x) / pi_ref(y | x))^alpha with
-alpha = 1 / beta. Of n responses of pi_sft, one drawn with a probability proportional to
-(pi_sft / pi_ref)^alpha follows pi* as n grows. It costs n responses an answer and no training: what
-an optimizer of the same objective could reach, had it arrived. The effective number of samples,
+With the baseline-relative reward, no transforms and no discount, `returns=reward_to_go` heads for
+pi*(y | x) proportional to pi_sft(y | x) (pi_sft(y | x) / pi_ref(y | x))^alpha, alpha = 1 / beta. Of
+n responses of pi_sft, one drawn with a probability proportional to (pi_sft / pi_ref)^alpha follows
+pi* as n grows. It costs n responses an answer and no training: what an optimizer of that objective
+could reach, had it arrived. (`returns=per_token` heads for contrastive decoding instead.) The
+effective number of samples,
 (sum w)^2 / sum w^2, tells how far to believe it: near n, pi* is close to pi_sft; near 1, it lies
 where pi_sft hardly ever goes, and the answer is the best of n instead.
 """
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dpr_jax.evals.responses import Response
-from dpr_jax.evals.scoring import reference_response_logps
+from dpr_jax.evals.scoring import score_responses
 
 
 def importance_weights(log_ratio_GxN: np.ndarray, alpha: float) -> np.ndarray:
@@ -36,6 +38,7 @@ def effective_samples(w_GxN: np.ndarray) -> np.ndarray:
 
 def resample(
     model: Any,
+    sft: Any,
     ref: Any,
     prompts: Sequence[np.ndarray],
     candidates: Sequence[Response],
@@ -48,6 +51,8 @@ def resample(
   """One of the candidates of each prompt, drawn by its weight.
 
   Args:
+    sft: variables of pi_sft, under which responses are scored again: both log-probs then come from
+      the same program, whose rounding cancels in their difference.
     ref: variables of the reference, a tuple of them for an ensemble.
     prompts: token ids, int32 [P_i] each.
     candidates: n responses a prompt, sampled from pi_sft at temperature 1, adjacent.
@@ -59,10 +64,9 @@ def resample(
   """
   n = len(candidates) // len(prompts)
   asked = [prompt for prompt in prompts for _ in range(n)]
-  ref_logps = reference_response_logps(
-      model, ref, asked, [c.tokens for c in candidates], ensemble=ensemble, **how
-  )
-  log_ratio = [c.logp - x.astype(np.float64).sum() for c, x in zip(candidates, ref_logps)]
+  tokens = [c.tokens for c in candidates]
+  scores = score_responses(model, sft, ref, asked, tokens, ensemble=ensemble, **how)
+  log_ratio = [s.token_rewards.astype(np.float64).sum() for s in scores]
   w_GxN = importance_weights(np.reshape(log_ratio, (len(prompts), n)), alpha)
   # Inverse of the distribution function; the last column is 1 but for rounding.
   u_G = np.random.default_rng(seed).random(len(prompts))

@@ -25,11 +25,14 @@ ORDER = (
     "resampled", "continued_sft", "dft", "iq_lm", "spin", "gsil", "log_likelihood", "endogenous",
     "sentence_level", "reward_to_go", "dpr",
 )
+_OTHERS = ORDER[3:-1]
 PAIRS = (
     ("sft", "ref"),
-    *((name, "sft") for name in ORDER[3:-1]),
+    *((name, "sft") for name in _OTHERS),
     ("dpr", "sft"),
-    *(("dpr", name) for name in ORDER[3:-1]),
+    *(("dpr", name) for name in _OTHERS),
+    # The paper's DPR against everything; its own ablations are among the rest.
+    *(("reward_to_go", name) for name in _OTHERS if name != "reward_to_go"),
 )
 NLL_FILE = "heldout_nll.json"
 SAMPLE_NLL_FILE = "sample_nll.json"
@@ -87,11 +90,11 @@ def _metrics(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 def _expert_metrics(record: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
   """expert.json of one seed -> system -> metric -> values per prompt (or per demonstration)."""
-  if not record:
-    return {}
-  logp = equal_length_logp({name: found["expert_logp"] for name, found in record.items()})
-  out = {name: {"expert_logp": values} for name, values in logp.items()}
+  out = {}
   for name, found in record.items():
+    sft = record.get("sft", found)
+    logp = equal_length_logp(found["expert_logp"], sft["expert_logp"])
+    out[name] = {"expert_logp": logp}
     for metric in ("reverse_kl", "forward_kl"):
       if found[metric]:  # No demonstration may fit the models.
         out[name][metric] = np.asarray(found[metric], np.float64)
@@ -105,7 +108,8 @@ def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dic
   `sample_nll_ref` in nats a token of the system's own sampled responses, under base and ref.
   Where an expert is known, `reverse_kl` and `forward_kl` are in nats a response, of KL(system ||
   expert) and KL(expert || system), and `expert_logp` is its log p of the system's samples in nats a
-  token, over as many tokens as the shortest response of any system to that prompt has.
+  token, over as many tokens as the shorter one of the system's and SFT's responses to that prompt
+  has; in a comparison, of the two compared.
 
   Returns:
     seeds; systems: name -> metric -> {mean, ci95, n}; comparisons: pair, metric, difference,
@@ -118,11 +122,12 @@ def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dic
   names += sorted(n for n in per_seed[0] if n not in names and all(n in s for s in per_seed))
   nll = [json.loads((w / "samples" / NLL_FILE).read_text()) for w in workdirs]
   values = {n: [_metrics(samples[n]) for samples in per_seed] for n in names}
+  experts = [_read_json(w / "samples" / EXPERT_FILE) for w in workdirs]
   for i, workdir in enumerate(workdirs):
     for name, judges in _read_json(workdir / "samples" / SAMPLE_NLL_FILE).items():
       for judge, nats in judges.items() if name in values else ():
         values[name][i][f"sample_nll_{judge}"] = np.asarray(nats, np.float64)
-    for name, metrics in _expert_metrics(_read_json(workdir / "samples" / EXPERT_FILE)).items():
+    for name, metrics in _expert_metrics(experts[i]).items():
       if name in values:
         values[name][i].update(metrics)
   systems = {}
@@ -140,7 +145,12 @@ def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dic
       if "/" in metric or not metric.startswith(_COMPARED):
         continue
       if all(metric in v for v in (*values[a], *values[b])):
-        found = compare([v[metric] for v in values[a]], [v[metric] for v in values[b]])
+        of_a, of_b = ([v[metric] for v in values[name]] for name in (a, b))
+        if metric == "expert_logp":
+          logps = [(e[a]["expert_logp"], e[b]["expert_logp"]) for e in experts]
+          of_a = [equal_length_logp(x, y) for x, y in logps]
+          of_b = [equal_length_logp(y, x) for x, y in logps]
+        found = compare(of_a, of_b)
         comparisons.append({"pair": [a, b], "metric": metric, **found})
   results = {
       "seeds": list(seeds),

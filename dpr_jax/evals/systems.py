@@ -43,11 +43,12 @@ def controls(
     refs: Sequence[str] = ("ref",),
     candidates: int = 16,
 ) -> list[System]:
-  """Decode-time controls, which need no training.
+  """Controls that need no training.
 
   Args:
     names: of contrastive, weight_extrapolation, low_temperature and resampled.
-    alpha: extrapolation strength; contrastive decoding at 1 / beta is DPR's per-token optimum.
+    alpha: extrapolation strength; contrastive decoding at 1 / beta is the optimum of DPR with
+      returns per token, resampled that of whole responses, for the plain reward (no transforms).
     temperature: of low_temperature; its greedy mode would be that of sft.
     refs: parameter sets of the reference; of several, decoding takes the geometric mean.
     candidates: responses that resampled chooses from.
@@ -115,6 +116,7 @@ def evaluate_system(
     if system.candidates > 1:
       responses, effective = resample(
           model,
+          members[0],
           members[1:] if ensemble else members[1],
           prompts.tokens,
           responses,

@@ -169,7 +169,9 @@ def _facts(record, results, stages, seeds) -> list[tuple[str, str]]:
     if dpr.get("verifier_weight"):
       text += f", {plain(100 * dpr['verifier_weight'])}% of the reward from the verifier"
     text += "".join(
-      f", {name} {plain(dpr[name])}" for name in ("beta", "gamma") if finite(dpr.get(name))
+      f", {name} {plain(dpr[name])}"
+      for name in ("beta", "gamma")
+      if finite(dpr.get(name)) and (name == "beta" or dpr.get("returns") == "reward_to_go")
     )
     if dpr.get("target_kl"):
       text += f" (beta at first; steered to a KL of {plain(dpr['target_kl'])} nats a response)"
@@ -235,14 +237,17 @@ def _reference_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
   return [("Reference", visible(text))]
 
 
+_GAMING_STATUS = {"gaming": "watch", "suspected": "watch"}
+
+
 def _gaming(results: Mapping[str, Any]) -> list[dict[str, str]]:
   """The verdict and its signs, as entries of the monitors."""
   found = results.get("gaming") or {}
   if not found:
     return []
-  status = {"gaming": "watch", "suspected": "watch"}.get(found.get("verdict"), "note")
+  status = _GAMING_STATUS.get(found.get("verdict"), "note")
   out = [{"name": "Gaming the reward", "text": str(found.get("text", "")), "status": status}]
-  return out + [
+  out += [
     {
       "name": f"Sign of gaming: {s['name']}",
       "text": str(s["text"]),
@@ -250,6 +255,12 @@ def _gaming(results: Mapping[str, Any]) -> list[dict[str, str]]:
     }
     for s in found.get("signs") or ()
   ]
+  for name, of in (results.get("gaming_of_ablations") or {}).items():
+    out.append({
+      "name": f"Gaming the reward: {tables.system_label(name)}", "text": str(of.get("text", "")),
+      "status": _GAMING_STATUS.get(of.get("verdict"), "note"),
+    })
+  return out
 
 
 def _stage_rows(stages, seeds) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ LABELS = {
   "weight_extrapolation": "Weight extrapolation", "low_temperature": "SFT, low temperature",
   "resampled": "SFT, resampled by weight",
   "dft": "DFT", "iq_lm": "IQ-LM", "spin": "SPIN", "gsil": "GSIL",
-  "reward_to_go": "DPR, reward-to-go as in the paper",
+  "reward_to_go": "DPR, reward-to-go",
   "sentence_level": "Sentence-level REINFORCE", "endogenous": "DPR, endogenous reward",
   "log_likelihood": "DPR, no reference",
 }

@@ -136,16 +136,18 @@ class Run:
 
   @property
   def contrastive_alpha(self) -> float:
-    """Strength of the training-free controls: that of DPR's optimum unless set.
+    """Strength of the controls without training: that of the plain reward's optimum unless set.
 
-    With config.dpr.target_kl, 1 / beta of the last step that DPR made.
+    (1 - beta_ref) / (beta + beta_ref), negative where beta_ref > 1 pulls from sft back to ref. With
+    config.dpr.target_kl, beta is that of the last step that DPR made.
     """
     config = self.config
     beta = config.dpr.beta
     if config.dpr.target_kl:
       lines = read_metrics(self.workdir.stage("dpr") / "metrics.jsonl")
       beta = lines[-1]["beta"] if lines else beta
-    return config.eval.contrastive_alpha or 1.0 / beta
+    beta_ref = config.dpr.beta_ref
+    return config.eval.contrastive_alpha or (1.0 - beta_ref) / (beta + beta_ref)
 
   def load(self, name: str) -> Any:
     """The parameter set called `name`, in the compute dtype: base, ref, sft, dpr, a baseline.
@@ -298,6 +300,12 @@ def set_up(
     data = like.data
   else:
     data = build_dataset(config.data, tokenizer, config.seed)
+  skip, found = config.eval.skip_prompts, len(data.heldout.tokens)
+  if skip >= found:
+    raise UserError(
+        f"config.eval.skip_prompts={skip} leaves nothing to evaluate on: of config.data.holdout="
+        f"{config.data.holdout} there are {found} prompts within config.data.prompt_length"
+    )
   workdir.claim(
       config,
       model={

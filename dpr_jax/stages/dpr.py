@@ -1,7 +1,8 @@
 """Stage `dpr`: Dense-Path REINFORCE from the last SFT checkpoint; and its ablations.
 
 An ablation is the same but for its return (`reward_to_go` as the paper has it, `sentence_level`) or
-its reward (`log_likelihood`: no reference; `endogenous`).
+its reward (`log_likelihood`: no reference; `endogenous`, with the return that it needs). None but
+`log_likelihood` is centred: it would have the expected gradient of returns per token.
 """
 
 import dataclasses
@@ -20,6 +21,8 @@ from dpr_jax.rollout import Rollout
 from dpr_jax.stages.context import Run, train
 from dpr_jax.stages.steps import make_reinforce_step, make_rollout, rollout_prompts, scoring_of
 from dpr_jax.training.dpr_step import make_dpr_step
+
+REINFORCED = ("reward_to_go", "sentence_level", "endogenous", "log_likelihood")  # The ablations.
 
 
 def _make_verify(run: Run, batches: Batches) -> Callable[[int, Rollout], jax.Array]:
@@ -85,21 +88,26 @@ def _reinforce(run: Run, name: str, **changes) -> None:
   run.say(f"{name}: {dpr_step.compilations()} programs of rollout and update were compiled")
 
 
+def _uncentred(run: Run) -> tuple[str, ...]:
+  return tuple(t for t in run.config.dpr.transforms if t != "centre")
+
+
 def dpr_stage(run: Run) -> None:
   _reinforce(run, "dpr")
 
 
 def reward_to_go_stage(run: Run) -> None:
-  _reinforce(run, "reward_to_go", returns="reward_to_go", transforms=())
+  _reinforce(run, "reward_to_go", returns="reward_to_go", transforms=_uncentred(run))
 
 
 def sentence_level_stage(run: Run) -> None:
-  _reinforce(run, "sentence_level", returns="full_return", transforms=())
+  _reinforce(run, "sentence_level", returns="full_return", transforms=_uncentred(run))
 
 
 def endogenous_stage(run: Run) -> None:
   # One token's means nothing: a gauge of the logits changes it. What follows settles it.
-  _reinforce(run, "endogenous", reward="endogenous", returns="reward_to_go", transforms=())
+  changes = {"reward": "endogenous", "returns": "reward_to_go", "transforms": _uncentred(run)}
+  _reinforce(run, "endogenous", **changes)
 
 
 def log_likelihood_stage(run: Run) -> None:

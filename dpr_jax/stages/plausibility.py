@@ -1,4 +1,4 @@
-"""Stage `plausibility`: what base and ref make of the samples of sft and of the policy.
+"""Stage `plausibility`: what base and ref make of the samples of sft and of what REINFORCE trained.
 
 A policy that games a log-ratio writes text that other models find odd. Scores the sampled responses
 of the evaluation, so it costs two passes over them under each of the two models.
@@ -12,6 +12,7 @@ from dpr_jax.evals.results import SAMPLE_NLL_FILE
 from dpr_jax.evals.scoring import reference_response_logps
 from dpr_jax.evals.systems import system_file
 from dpr_jax.stages.context import Run
+from dpr_jax.stages.dpr import REINFORCED
 from dpr_jax.stages.evaluate import heldout_prompts
 from dpr_jax.workdir import read_lines, write_json
 
@@ -19,7 +20,8 @@ from dpr_jax.workdir import read_lines, write_json
 def plausibility_stage(run: Run) -> None:
   """Writes samples/sample_nll.json: system -> base | ref -> nats a token, for each prompt."""
   path = run.workdir.samples / SAMPLE_NLL_FILE
-  names = ("sft", "dpr") if run.config.dpr.steps else ("sft",)
+  later = ("dpr", *(n for n in run.config.baseline.names if n in REINFORCED))
+  names = ("sft", *(later if run.config.dpr.steps else ()))
   done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
   if all(name in done for name in names):
     return

@@ -24,7 +24,7 @@ def result(mean, difference):
 
 PAGE = "\n".join(
     f"before\n<!-- table:{kind} runs/a runs/b -->\nold\n<!-- /table -->\nafter"
-    for kind in ("accuracy_sampled", "against", "corruption", "reverse_kl")
+    for kind in ("accuracy_sampled", "against:dpr:accuracy_sampled", "corruption")
 )
 
 
@@ -35,7 +35,7 @@ def test_tables_of_several_runs(tmp_path):
   for name, values in (("a", (0.5, 0.05)), ("b", (0.25, -0.05))):
     (tmp_path / f"runs/{name}.json").write_text(json.dumps(result(*values)))
   page = findings.fill(PAGE, tmp_path)
-  assert page.count("before") == page.count("after") == 4 and "old" not in page
+  assert page.count("before") == page.count("after") == 3 and "old" not in page
   lines = page.splitlines()
   assert "| SFT | 0.500 [0.400, 0.600] | 0.250 [0.150, 0.350] |" in lines
   assert "| DPR | 0.500 [0.400, 0.600] | 0.250 [0.150, 0.350] |" in lines
@@ -46,4 +46,8 @@ def test_tables_of_several_runs(tmp_path):
           in lines)
   assert findings.fill(page, tmp_path) == page
   with pytest.raises(UserError, match="runs/a.*there is no .*missing.json"):
-    findings.fill("<!-- table:against runs/a missing -->\n<!-- /table -->", tmp_path)
+    findings.fill("<!-- table:corruption runs/a missing -->\n<!-- /table -->", tmp_path)
+  with pytest.raises(UserError, match="no run has the metric 'acuracy'"):
+    findings.fill("<!-- table:acuracy runs/a -->\n<!-- /table -->", tmp_path)
+  with pytest.raises(UserError, match="two runs are called a"):
+    findings.fill("<!-- table:corruption runs/a runs/a -->\n<!-- /table -->", tmp_path)

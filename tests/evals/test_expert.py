@@ -90,16 +90,10 @@ def test_the_expert_is_no_distance_from_itself(make_model, mesh, rng, rows):
     assert scores.expert_logp.max() < 0
 
 
-def test_responses_are_compared_at_equal_length():
-  """Of each prompt as many tokens count as the shortest response of any system has."""
-  logp = {
-      "sft": [[-1.0, -2.0, -30.0], [-4.0]],
-      "dpr": [[-3.0, -1.0], [-1.0, -2.0, -3.0]],
-      "contrastive": [[-0.5, -0.5, -0.5, -0.5], [-6.0, -7.0]],
-  }
-  found = equal_length_logp(logp)
-  assert {name: x.tolist() for name, x in found.items()} == {
-      "sft": [-1.5, -4.0], "dpr": [-2.0, -1.0], "contrastive": [-0.5, -6.0]
-  }
-  del logp["dpr"]  # Now the first prompt's shortest has three tokens.
-  assert equal_length_logp(logp)["sft"].tolist() == [-11.0, -4.0]
+def test_two_systems_are_compared_at_equal_length():
+  """Of each prompt as many tokens count as the shorter response has."""
+  sft = [[-1.0, -2.0, -30.0], [-4.0]]
+  dpr = [[-3.0, -1.0], [-1.0, -2.0, -3.0]]
+  assert equal_length_logp(sft, dpr).tolist() == [-1.5, -4.0]
+  assert equal_length_logp(dpr, sft).tolist() == [-2.0, -1.0]
+  assert equal_length_logp(sft, sft).tolist() == [-11.0, -4.0]

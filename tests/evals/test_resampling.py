@@ -9,7 +9,7 @@ from dpr_jax.data.formats import Demo
 from dpr_jax.data.loader import Prompts
 from dpr_jax.evals import resampling
 from dpr_jax.evals.responses import Response
-from dpr_jax.evals.scoring import response_logps
+from dpr_jax.evals.scoring import TokenScores, response_logps
 from dpr_jax.evals.systems import controls, evaluate_system
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
 
@@ -37,16 +37,17 @@ def test_draws_follow_the_weights(rng, monkeypatch):
   groups, n, alpha = 20_000, 3, 0.7
   log_ratio = rng.normal(0, 1, n)
   ref_logp = rng.normal(-5, 1, n)
-  candidates = [
-      Response(np.asarray([i]), True, ref_logp[i] + log_ratio[i]) for i in range(n)
-  ] * groups
+  candidates = [Response(np.asarray([i]), True, 0.0) for i in range(n)] * groups
+  scores = [
+      TokenScores(ref_logp[[i]] + log_ratio[[i]], ref_logp[[i]]) for i in range(n)
+  ]
   monkeypatch.setattr(
-      resampling, "reference_response_logps",
-      lambda model, ref, prompts, responses, ensemble: [ref_logp[r] for r in responses],
+      resampling, "score_responses",
+      lambda model, sft, ref, prompts, responses, ensemble: [scores[int(r[0])] for r in responses],
   )
   seed = int(rng.integers(1000))
   chosen, effective = resampling.resample(
-      None, None, [None] * groups, candidates, alpha=alpha, seed=seed
+      None, None, None, [None] * groups, candidates, alpha=alpha, seed=seed
   )
   expected = np.exp(alpha * log_ratio) / np.exp(alpha * log_ratio).sum()
   shares = np.bincount([int(c.tokens[0]) for c in chosen], minlength=n) / groups

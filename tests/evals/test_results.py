@@ -103,20 +103,21 @@ def _expert_file(folder, rng, systems, n=40):
 
 
 def test_distances_to_the_expert_are_compared_at_equal_length(tmp_path, rng):
-  """Of each seed, with the shortest response of that seed, also of a system without a pair."""
+  """Each with the shorter response of the two compared; alone, of its own and SFT's."""
   systems, gaps = ["sft", "contrastive", "dpr"], []
   for seed in "ab":
     write_run(tmp_path / seed, rng, systems)
     scores = _expert_file(tmp_path / seed, rng, systems)
     gap = {m: np.mean(scores["dpr"][m]) - np.mean(scores["sft"][m])
            for m in ("reverse_kl", "forward_kl")}
-    totals = dict.fromkeys(systems, 0.0)
+    gap["expert_logp"] = alone = 0.0
     for i in range(40):
-      m = min(len(scores[name]["expert_logp"][i]) for name in systems)
-      for name in systems:
-        totals[name] += sum(scores[name]["expert_logp"][i][:m]) / m / 40
-    gap["expert_logp"] = totals["dpr"] - totals["sft"]
-    gaps.append((gap, totals["contrastive"]))
+      dpr, sft, con = (scores[n]["expert_logp"][i] for n in ("dpr", "sft", "contrastive"))
+      m = min(len(dpr), len(sft))
+      gap["expert_logp"] += (sum(dpr[:m]) - sum(sft[:m])) / m / 40
+      m = min(len(con), len(sft))
+      alone += sum(con[:m]) / m / 40
+    gaps.append((gap, alone))
   results = build_results([tmp_path / "a", tmp_path / "b"], [0, 1])
   for metric in gaps[0][0]:
     (c,) = [c for c in results["comparisons"]

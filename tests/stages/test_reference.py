@@ -122,6 +122,13 @@ def test_later_stages_take_what_a_stage_that_ended_early_left(trained):
     shutil.rmtree(folder)
 
 
+def test_the_matched_strength_with_a_kl_to_ref(trained):
+  section = dataclasses.replace(trained.config.dpr, beta=0.5, beta_ref=0.25)
+  run = dataclasses.replace(trained, config=dataclasses.replace(trained.config, dpr=section))
+  # pi_sft^((1 + b1) / (b1 + b2)) pi_ref^((b2 - 1) / (b1 + b2)) is sft^(1 + alpha) ref^-alpha.
+  assert run.contrastive_alpha == pytest.approx(1.5 / 0.75 - 1) == pytest.approx(0.75 / 0.75)
+
+
 def test_the_matched_strength_of_the_controls_is_that_of_the_last_beta(trained):
   section = dataclasses.replace(trained.config.dpr, target_kl=1.0, beta=0.5)
   run = dataclasses.replace(trained, config=dataclasses.replace(trained.config, dpr=section))
