@@ -5,8 +5,9 @@
 #
 # Environment: PYTHON (ours), PEER_PYTHON (has torch, transformers, trl), TUNIX_PYTHON (has
 # google-tunix), each "" to leave those peers out; MODEL (a CKPT; default: random weights of
-# SmolLM2-135M's shape); REPEATS (5); REMAT of the
-# SFT step (dots); EXTRA (flags of every benchmark, such as --sequential).
+# SmolLM2-135M's shape); REPEATS (5); REMAT of the SFT step (dots); ACCELERATOR (1: instead, the
+# shape of a model of 1.2 billion parameters in bfloat16, rows of 2,048 tokens, for a GPU or TPU);
+# EXTRA (flags of every benchmark, such as --sequential).
 # Then: python -m benchmarks.render RESULTS.jsonl docs/performance.md
 set -euo pipefail
 results=${1:?usage: benchmarks/run_all.sh RESULTS.jsonl}
@@ -43,13 +44,22 @@ bench() {
   fi
 }
 
+if [[ -n ${ACCELERATOR-} ]]; then
+  extra+=(--config=configs/llama32_1b.py --dtype=bfloat16)
+  sft=(--batch=4 --length=2048 --remat=full) score=(--batch=8 --length=2048)
+  rollout=(--batch=64 --prompt=256 --new=256) step=(--batch=16 --prompt=256 --new=256 --skew=64)
+else
+  sft=(--batch=4 --length=256 --remat="${REMAT:-dots}") score=(--batch=8 --length=192)
+  rollout=(--batch=8 --prompt=64 --new=128) step=(--batch=16 --prompt=64 --new=64 --skew=16)
+fi
+
 peers torch trl tunix
-bench sft_step --batch=4 --length=256 --remat="${REMAT:-dots}" ${flags[@]+"${flags[@]}"}
+bench sft_step "${sft[@]}" ${flags[@]+"${flags[@]}"}
 peers torch tunix
-bench score --batch=8 --length=192 ${flags[@]+"${flags[@]}"}
-bench rollout --batch=8 --prompt=64 --new=128 ${flags[@]+"${flags[@]}"}
+bench score "${score[@]}" ${flags[@]+"${flags[@]}"}
+bench rollout "${rollout[@]}" ${flags[@]+"${flags[@]}"}
 bench rollout --batch=8 --prompt=64 --new=128 --skew=32 --slots=8 --skew_rows=32 --samples=4
-bench dpr_step --batch=16 --prompt=64 --new=64 --samples=4 --slots=8 --skew=16
+bench dpr_step "${step[@]}" --samples=4 --slots=8
 REPEATS=1 bench memory --what=sft,score,dpr --lengths=256,512 --batches=4,8 \
   --chunk_sizes=0,100000 --lora_ranks=0,16 --remats=none,dots,full
 # Gemma's vocabulary of 262,144 has a shape of its own.

@@ -16,6 +16,7 @@ PUBLISHED = {
     "smollm2_135m": 134_515_008,
     "gemma3_270m": 268_098_176,
     "gemma3_4b": 3_880_263_168,
+    "llama32_1b": 1_235_814_400,
     "llama31_8b": 8_030_261_248,
     "mistral_7b": 7_241_732_096,
     "qwen25_7b": 7_615_616_512,
@@ -81,7 +82,8 @@ def test_shapes_export_as_their_family():
   from dpr_jax.weights.hf_config import from_hf, to_hf
 
   families = {"smollm2_135m": "llama", "gemma3_270m": "gemma3_text", "gemma3_4b": "gemma3_text",
-              "llama31_8b": "llama", "mistral_7b": "mistral", "qwen25_7b": "qwen2"}
+              "llama32_1b": "llama", "llama31_8b": "llama", "mistral_7b": "mistral",
+              "qwen25_7b": "qwen2"}
   for name, family in families.items():
     shape = read(f"{name}.py").model.shape
     fields = to_hf(shape)

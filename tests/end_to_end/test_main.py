@@ -127,7 +127,10 @@ def test_seeds_are_aggregated(door, tmp_path):
   assert "seed_1/report/report.html" in (tmp_path / "seeds" / "report" / "report.html").read_text()
 
 
-FAMILIES = ("llama31_8b", "qwen25_7b", "mistral_7b", "gemma3_4b", "gemma3_270m", "smollm2_135m")
+FAMILIES = (
+    "llama32_1b", "llama31_8b", "qwen25_7b", "mistral_7b", "gemma3_4b", "gemma3_270m",
+    "smollm2_135m",
+)
 
 
 @pytest.mark.slow
