@@ -212,7 +212,7 @@ BAD_INPUTS = {
     "mesh": (["--config.mesh.tensor=3"], ["config.mesh", "devices"]),
     "shape": (["--config.model.shape.num_kv_heads=3"], ["config.model.shape", "num_kv_heads=3"]),
     "sweep": (
-        ["--config.sweep.field=dpr.gamma", "--config.sweep.values=0.5,2"],
+        ["--config.sweep.field=dpr.gamma", "--config.sweep.values=1,2"],
         ["config.sweep.values: at '2'", "config.dpr.gamma=2.0", "at most 1"],
     ),
     "flag": (["--confg.sft.steps=3"], ["confg.sft.steps"]),
