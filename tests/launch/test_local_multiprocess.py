@@ -152,8 +152,11 @@ def test_signals_are_passed_on_once_and_waited_for(name, code):
     f"signal.signal(signal.{name}, stop)\n"
     "print('ready', flush=True)\n"
     "time.sleep(300)\n")
+  # A shell cannot trap what it was started to ignore, as jobs in the background are SIGINT.
+  heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
   with subprocess.Popen([SCRIPT, "2", "--", sys.executable, "-c", program], env=JAX_ENV, text=True,
-                        stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+                        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                        preexec_fn=heed) as process:
     head = [process.stdout.readline() for _ in range(2)]
     process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=60)

@@ -25,8 +25,8 @@ def test_bad_steps_are_refused(text):
 
 def test_the_flag_of_the_door():
   argv = ["--config=configs/smoke.py:debug", "--workdir=unused"]
-  config, _ = main_door.parse([*argv, "--profile_steps=2:4"])
-  plain, _ = main_door.parse(argv)
+  config, *_ = main_door.parse([*argv, "--profile_steps=2:4"])
+  plain, *_ = main_door.parse(argv)
   assert config.log.profile_steps == "2:4" and plain.log.profile_steps == ""
   assert dataclasses.replace(config, log=plain.log) == plain
   with pytest.raises(UserError, match="--profile_steps=4:2"):
