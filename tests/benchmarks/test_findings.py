@@ -1,6 +1,7 @@
 """The tables of the study, from results that are written down here."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -51,3 +52,11 @@ def test_tables_of_several_runs(tmp_path):
     findings.fill("<!-- table:acuracy runs/a -->\n<!-- /table -->", tmp_path)
   with pytest.raises(UserError, match="two runs are called a"):
     findings.fill("<!-- table:corruption runs/a runs/a -->\n<!-- /table -->", tmp_path)
+
+
+def test_the_page_holds_the_tables_of_its_results():
+  from benchmarks import findings
+
+  docs = pathlib.Path(__file__).parents[2] / "docs"
+  page = (docs / "findings.md").read_text(encoding="utf-8")
+  assert findings.fill(page, docs / "results") == page and page.count("<!-- table:") == 13
