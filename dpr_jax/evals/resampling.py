@@ -4,10 +4,10 @@ With the baseline-relative reward, no transforms and no discount, `returns=rewar
 pi*(y | x) proportional to pi_sft(y | x) (pi_sft(y | x) / pi_ref(y | x))^alpha, alpha = 1 / beta. Of
 n responses of pi_sft, one drawn with a probability proportional to (pi_sft / pi_ref)^alpha follows
 pi* as n grows. It costs n responses an answer and no training: what an optimizer of that objective
-could reach, had it arrived. (`returns=per_token` heads for contrastive decoding instead.) The
-effective number of samples,
-(sum w)^2 / sum w^2, tells how far to believe it: near n, pi* is close to pi_sft; near 1, it lies
-where pi_sft hardly ever goes, and the answer is the best of n instead.
+could reach, had it arrived. (`returns=per_token` heads for contrastive decoding instead.)
+
+The effective number of samples, (sum w)^2 / sum w^2, tells how far to believe it: near n, pi* is
+close to pi_sft; near 1, it lies where pi_sft hardly ever goes, and the answer is the best of n.
 """
 
 from collections.abc import Sequence
