@@ -94,6 +94,22 @@ def attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_Bx1xTxS, scale: float) -> jax.A
   )
 
 
+def attend_cache(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, mask_Bx1xTxS, scale: float) -> jax.Array:
+  """`attend` over keys and values that have their heads first, as the cache keeps them."""
+  B, T, N, H = q_BxTxNxH.shape
+  _, K, S, _ = k_BxKxSxH.shape
+  # Not by einsum, which is free to put the cache on the left, and then the CPU copies it.
+  heads = ((0, 1), (0, 1))
+  product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+  q_BxKxTxGxH = jnp.moveaxis(q_BxTxNxH.reshape(B, T, K, N // K, H), 2, 1)
+  score_BxKxTxGxS = scale * product(q_BxKxTxGxH, k_BxKxSxH, (((4,), (3,)), heads))
+  unseen = 0.5 * jnp.finfo(jnp.float32).min  # Finite: a query may see nothing.
+  score_BxKxTxGxS = jnp.where(mask_Bx1xTxS[:, :, :, None], score_BxKxTxGxS, unseen)
+  weight_BxKxTxGxS = jax.nn.softmax(score_BxKxTxGxS, axis=-1).astype(v_BxKxSxH.dtype)
+  out_BxKxTxGxH = product(weight_BxKxTxGxS, v_BxKxSxH, (((4,), (2,)), heads))
+  return jnp.moveaxis(out_BxKxTxGxH, 1, 2).reshape(B, T, N, H).astype(q_BxTxNxH.dtype)
+
+
 def target_platform() -> str:
   """cpu, gpu or tpu: of the mesh if one is set, else of the default backend.
 

@@ -9,6 +9,11 @@ neighbours', or a ring that went round are all the same case.
 A prefilled cache keeps the prompt in the first P slots, for ever, and rings through the N
 behind it; a local layer whose window is shorter than P + N rings through `window` slots.
 
+The keys and values of a group of layers are [R, B, K, S, H], without the R where it is 1. Heads
+come before slots: a product with the cache is one of matrices [S, H] for each row and head, read
+where they lie. With slots before heads, or with an R of 1, XLA copies the whole cache in every step
+on a CPU.
+
 Dims: R repeats of a layer in its scan, B rows, S slots, K KV heads, H head_dim, P prompt
 columns, N new tokens at most, T tokens of a step.
 """
@@ -40,7 +45,7 @@ class Slots:
 class Cache:
   """See the module docstring."""
 
-  kv: Any  # tuple over groups of tuples over layers: (keys, values), [R, B, S, K, H] each.
+  kv: Any  # tuple over groups of tuples over layers: (keys, values) of a group.
   slots: dict[str, Slots]  # by kind of layer.
   lengths: jax.Array  # int32 [B], tokens stored; the next token's rank and position.
   index: jax.Array  # int32 [], columns written since the prefill.
@@ -51,14 +56,19 @@ class Cache:
       return self
     rows = lambda x, axis: jnp.repeat(x, n, axis=axis)
     return self.replace(
-        kv=jax.tree.map(lambda x: _constrain_kv(rows(x, 1)), self.kv),
+        kv=jax.tree.map(lambda x: _constrain_kv(rows(x, x.ndim - 4)), self.kv),
         slots=jax.tree.map(lambda x: rows(x, 0), self.slots),
         lengths=rows(self.lengths, 0),
     )
 
 
 def _constrain_kv(x: jax.Array) -> jax.Array:
-  return constrain(x, "layers", "batch", "sequence", "kv_heads", "head_dim")
+  return constrain(x, *("layers", "batch", "kv_heads", "sequence", "head_dim")[-x.ndim :])
+
+
+def heads_first(*kv_BxTxKxH: jax.Array) -> tuple[jax.Array, ...]:
+  """Keys and values of a layer, [B, T, K, H] -> [B, K, T, H], as the cache has them."""
+  return tuple(jnp.swapaxes(x, 1, 2) for x in kv_BxTxKxH)
 
 
 def layout(cfg: ModelConfig, kind: str, prompt: int, new: int) -> tuple[int, int]:
@@ -81,7 +91,8 @@ def init_cache(cfg: ModelConfig, batch_size: int, new: int, prompt: int | None =
     return (new, 0) if prompt is None else layout(cfg, kind, prompt, new)
 
   def pair(repeats, kind):
-    dims = (repeats, batch_size, shape(kind)[0], cfg.num_kv_heads, cfg.head_dim)
+    dims = (batch_size, cfg.num_kv_heads, shape(kind)[0], cfg.head_dim)
+    dims = dims if repeats == 1 else (repeats, *dims)
     return tuple(_constrain_kv(jnp.zeros(dims, cfg.dtype)) for _ in range(2))
 
   def slots(kind):
@@ -100,7 +111,7 @@ def from_prefill(cfg: ModelConfig, made: Any, segment_ids_BxP: jax.Array, new: i
   """The cache after right-aligned prompts.
 
   Args:
-    made: keys and values of the prompts, as `Cache.kv` with P slots.
+    made: keys and values of the prompts, [R, B, K, P, H] each, by group and layer.
     new: tokens N that will be decoded at most; 0 for prompts that `admit` will copy.
   """
   prompt = segment_ids_BxP.shape[1]
@@ -114,8 +125,9 @@ def from_prefill(cfg: ModelConfig, made: Any, segment_ids_BxP: jax.Array, new: i
     tail = jax.lax.slice_in_dim(x, max(prompt - n, 0), prompt, axis=axis)
     return _pad(tail, axis, n - tail.shape[axis], 0, fill)  # The oldest is overwritten first.
 
-  def pair(kv, kind):
-    return tuple(_constrain_kv(lay_out(x, kind, 2, 0)) for x in kv)
+  def pair(kv, kind, repeats):
+    kv = [x[0] if repeats == 1 else x for x in kv]
+    return tuple(_constrain_kv(lay_out(x, kind, x.ndim - 2, 0)) for x in kv)
 
   def slots(kind):
     ranks = constrain(lay_out(ranks_BxP, kind, 1, -1), "batch", "sequence")
@@ -123,8 +135,8 @@ def from_prefill(cfg: ModelConfig, made: Any, segment_ids_BxP: jax.Array, new: i
 
   return Cache(
       kv=tuple(
-          tuple(pair(kv, kind) for kv, kind in zip(group, pattern, strict=True))
-          for group, (pattern, _) in zip(made, cfg.groups, strict=True)
+          tuple(pair(kv, kind, repeats) for kv, kind in zip(group, pattern, strict=True))
+          for group, (pattern, repeats) in zip(made, cfg.groups, strict=True)
       ),
       slots={kind: slots(kind) for kind in sorted(set(cfg.layer_pattern))},
       lengths=jnp.sum(present, axis=1, dtype=jnp.int32),
@@ -148,10 +160,10 @@ def admit(
     new_B: bool [B], the rows that get a prompt; what `take` gives for others is not used.
   """
 
-  def put(x, source, kind, axis, fill):
+  def put(x, source, kind, fill, rows=0, axis=1):
     n, fixed = x.shape[axis], cache.slots[kind].fixed
-    source = take(source, axis - 1)
-    new = jnp.expand_dims(new_B, tuple(i for i in range(x.ndim) if i != axis - 1))
+    source = take(source, rows)
+    new = jnp.expand_dims(new_B, tuple(i for i in range(x.ndim) if i != rows))
     if fixed:
       old = jax.lax.slice_in_dim(x, 0, fixed, axis=axis)
       return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(new, source, old), 0, axis)
@@ -162,11 +174,14 @@ def admit(
   def ranks(kind):
     slots = cache.slots[kind]
     emptied = jnp.where(new_B[:, None], -1, slots.ranks)
-    return slots.replace(ranks=put(emptied, prompts.slots[kind].ranks, kind, 1, -1))
+    return slots.replace(ranks=put(emptied, prompts.slots[kind].ranks, kind, -1))
+
+  def put_kv(x, source, kind):
+    return _constrain_kv(put(x, source, kind, 0, rows=x.ndim - 4, axis=x.ndim - 2))
 
   kv = tuple(
       tuple(
-          tuple(_constrain_kv(put(x, y, kind, 2, 0)) for x, y in zip(*pair, strict=True))
+          tuple(put_kv(x, y, kind) for x, y in zip(*pair, strict=True))
           for *pair, kind in zip(group, source, pattern, strict=True)
       )
       for group, source, (pattern, _) in zip(cache.kv, prompts.kv, cfg.groups, strict=True)
@@ -231,8 +246,8 @@ def store(kv: Any, new: Any, layer: jax.Array, slot_T: jax.Array) -> tuple[Any, 
   the new slots are stored, and no copy of the other layers is made.
 
   Args:
-    kv: (keys, values), [R, B, S, K, H].
-    new: (keys, values), [B, T, K, H].
+    kv: (keys, values), [R, B, K, S, H], or [B, K, S, H] of a layer that is not repeated.
+    new: (keys, values), [B, K, T, H].
     layer: int32 [], which of the R.
     slot_T: int32 [at most T], from `advance`: of the last of the new ones.
 
@@ -241,18 +256,21 @@ def store(kv: Any, new: Any, layer: jax.Array, slot_T: jax.Array) -> tuple[Any, 
     read the slots as they were, and each other behind them: in a ring, the last of them may
     overwrite what the first still sees.
   """
-  one = new[0].shape[1] == 1
-  read = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+  one, alone = new[0].shape[2] == 1, kv[0].ndim == 4
+  read = lambda x: x if alone else jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
   out, seen = [], []
   for x, y in zip(kv, new, strict=True):
     if one:
-      at = (layer, 0, slot_T[0], 0, 0)
-      x = jax.lax.dynamic_update_slice(x, y[None].astype(x.dtype), at)
+      if alone:
+        x = _write(x, y, slot_T, axis=2)
+      else:
+        at = (layer, 0, 0, slot_T[0], 0)
+        x = jax.lax.dynamic_update_slice(x, y[None].astype(x.dtype), at)
       seen.append(read(x))
     else:
       before = read(x)
-      seen.append(jnp.concatenate([before, y.astype(x.dtype)], axis=1))
-      after = _write(before, y[:, -slot_T.shape[0] :], slot_T, axis=1)
-      x = jax.lax.dynamic_update_index_in_dim(x, after, layer, 0)
+      seen.append(jnp.concatenate([before, y.astype(x.dtype)], axis=2))
+      after = _write(before, y[:, :, -slot_T.shape[0] :], slot_T, axis=2)
+      x = after if alone else jax.lax.dynamic_update_index_in_dim(x, after, layer, 0)
     out.append(x)
   return tuple(out), tuple(seen)

@@ -116,10 +116,11 @@ class Attention(nn.Module):
           backend=attention_lib.resolve_backend(cfg, q.shape[1]),
           mask_Bx1xTxT=shared["mask"][self.kind],
       )
-      kv = (k, v) if "keep" in shared else None  # A prefill makes its cache of them.
+      kv = cache_lib.heads_first(k, v) if "keep" in shared else None  # A prefill caches them.
     else:
-      kv, seen = cache_lib.store(kv, (k, v), layer, shared["slots"][self.kind])
-      out = attention_lib.attend(q, *seen, shared["mask"][self.kind], scale)
+      new = cache_lib.heads_first(k, v)
+      kv, seen = cache_lib.store(kv, new, layer, shared["slots"][self.kind])
+      out = attention_lib.attend_cache(q, *seen, shared["mask"][self.kind], scale)
     out = constrain(out, "batch", "sequence", "heads", "head_dim")
     out = Projection(
         cfg,

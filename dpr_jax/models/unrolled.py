@@ -49,7 +49,8 @@ def split_cache(cfg: ModelConfig, cache: Cache) -> Cache:
     return cache
   kv = []
   for group, (_, repeats) in zip(cache.kv, cfg.groups, strict=True):
-    kv += _split(group, repeats)
+    layer = lambda r, group=group: jax.tree.map(lambda x: x[r], group)
+    kv += [group] if repeats == 1 else [layer(r) for r in range(repeats)]
   return cache.replace(kv=tuple(kv))
 
 

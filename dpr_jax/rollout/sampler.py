@@ -182,7 +182,7 @@ def prefill(
     return x.reshape(*x.shape[:axis], groups, *x.shape[axis + 2 :])
 
   return join(hidden, 0), cache.replace(
-      kv=jax.tree.map(lambda x: join(x, 1), cache.kv),
+      kv=jax.tree.map(lambda x: join(x, x.ndim - 5), cache.kv),
       slots=jax.tree.map(lambda x: join(x, 0), cache.slots),
       lengths=join(cache.lengths, 0),
       index=cache.index[0],

@@ -84,16 +84,16 @@ class TabularModel:
       segment_ids = positions
     elif segment_ids is None:
       segment_ids = jnp.ones_like(tokens)
-    as_keys = lambda states: jnp.repeat(states[..., None, None].astype(jnp.float32), 2, axis=-1)
+    as_keys = lambda states: jnp.repeat(states[:, None, :, None].astype(jnp.float32), 2, axis=-1)
     if cache is None:
       states_BxC = self.states(tokens, segment_ids)
       if method == "prefill":
-        keys = as_keys(states_BxC)[None]
+        keys = as_keys(states_BxC)[None]  # [1, B, 1, C, 2]
         cache = cache_lib.from_prefill(self.cfg, (((keys, keys),),), segment_ids, slots)
     else:
       (keys, _), slots_of = cache.kv[0][0], cache.slots["global"]
       last = slots_of.ranks == cache.lengths[:, None] - 1
-      state_B = jnp.sum(jnp.where(last, keys[0, :, :, 0, 0], 0.0), axis=1).astype(jnp.int32)
+      state_B = jnp.sum(jnp.where(last, keys[:, 0, :, 0], 0.0), axis=1).astype(jnp.int32)
       state_B = jnp.where(cache.lengths > 0, state_B, self.mdp.num_states)
       states_BxC = self.states(tokens, segment_ids, state_B)
       cache, target, _ = cache_lib.advance(cache, segment_ids, lambda kind: 0)

@@ -61,6 +61,19 @@ def test_attend_equals_a_float64_softmax_with_shared_heads(rng):
   np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_attention_over_the_cache_equals_that_over_a_row(rng, tokens):
+  q = rng.normal(size=(3, tokens, 6, 8)).astype(np.float32)
+  k, v = rng.normal(size=(2, 3, 11, 2, 8)).astype(np.float32)
+  mask = rng.random((3, 1, tokens, 11)) < 0.6
+  mask[..., 0] = True
+  got = attention_lib.attend_cache(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, 0.37)
+  np.testing.assert_allclose(got, attention_lib.attend(q, k, v, mask, 0.37), atol=2e-6)
+  mask[1] = False
+  got = attention_lib.attend_cache(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, 0.37)
+  assert np.isfinite(got).all()
+
+
 def test_a_query_that_sees_nothing_gives_finite_values_and_gradients(rng):
   q, k, v = (rng.normal(size=(1, 3, 2, 4)).astype(np.float32) for _ in range(3))
   mask = np.zeros((1, 1, 3, 3), bool)

@@ -206,7 +206,7 @@ def test_a_prefilled_cache_keeps_no_more_than_the_window_of_local_layers(make_mo
   _, cache = jax.eval_shape(
       lambda v, t: model.apply(v, t, t, slots=5, method="prefill"), variables, tokens
   )
-  slots = [[kv[0].shape[2] for kv in group] for group in cache.kv]
+  slots = [[kv[0].shape[-2] for kv in group] for group in cache.kv]
   assert slots == [[4, 4, 14]]
 
 
