@@ -189,8 +189,11 @@ def wait_for(path: pathlib.Path, text: str):
 def test_a_lost_connection_does_not_end_the_run(cloud):
   cloud.behave(tenths=30, code=4)
   log = cloud.folder / "hosts/0/dpr_jax_run/log"
+  # Under nohup, what this process ignores would be ignored by the script too.
+  heed = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
   with subprocess.Popen([SCRIPT, *NEW, "--", "--x"], env=cloud.env, start_new_session=True,
-                        stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+                        preexec_fn=heed, stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE) as process:
     wait_for(log, "checkout is here")
     os.killpg(process.pid, signal.SIGHUP)
     process.communicate(timeout=30)
