@@ -93,9 +93,10 @@ def train(shapes):
 
 
 def roll_out(shapes):
-  """Rollout, weighing and one REINFORCE step on each mesh, and on one device."""
+  """Rollout, weighing and two REINFORCE steps on each mesh, and on one device."""
   import jax
   import numpy as np
+  import optax
 
   from dpr_jax import sharding
   from dpr_jax.data.batches import PromptBatch
@@ -108,7 +109,8 @@ def roll_out(shapes):
   prompts = PromptBatch(tokens=draw.integers(0, 38, (8, 4)).astype(np.int32), lengths=lengths)
   runs = []
   for shape in [(1, 1, 1), *shapes]:
-    mesh, model, _, _, optimizer = _setup(shape, jax.devices()[: int(np.prod(shape))])
+    mesh, model, _, _, _ = _setup(shape, jax.devices()[: int(np.prod(shape))])
+    optimizer = optax.sgd(0.1)  # Adam would divide rounding by the size of a small gradient.
     with jax.set_mesh(mesh):
       policy, sft, ref = (_variables(model, mesh, seed) for seed in (0, 1, 2))
       rollout_step = make_rollout_step(model, max_new_tokens=6, stop_ids=(1, 2, 3), chunk_size=4)
@@ -229,10 +231,8 @@ def test_rollouts_on_a_mesh_equal_one_device(run_on_devices, meshes):
     both = (run["rewards"] + run["refilled_rewards"], alone["rewards"] + alone["refilled_rewards"])
     for ours, theirs in zip(*both, strict=True):
       assert ours == pytest.approx(theirs, abs=1e-5), shape
-    first, second = zip(run["losses"], alone["losses"], strict=True)
-    assert first[0] == pytest.approx(first[1], rel=2e-6, abs=1e-6), shape
-    # Adam divides a gradient by its own size: rounding weighs more where that is small.
-    assert second[0] == pytest.approx(second[1], rel=3e-5, abs=1e-6), shape
+    for ours, theirs in zip(run["losses"], alone["losses"], strict=True):
+      assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6), shape
     assert all(run["by_rows"]), f"{shape}: rollouts are not laid out by rows"
     assert run["compilations"] == 1, shape
   _quiet(done.stderr)
