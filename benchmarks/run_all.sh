@@ -58,7 +58,7 @@ bench sft_step "${sft[@]}" ${flags[@]+"${flags[@]}"}
 peers torch tunix
 bench score "${score[@]}" ${flags[@]+"${flags[@]}"}
 bench rollout "${rollout[@]}" ${flags[@]+"${flags[@]}"}
-bench rollout --batch=8 --prompt=64 --new=128 --skew=32 --slots=8 --skew_rows=32 --samples=4
+bench rollout --batch=8 --prompt=64 --new=64 --skew=16 --slots=8 --skew_rows=32 --samples=4
 bench dpr_step "${step[@]}" --samples=4 --slots=8
 REPEATS=1 bench memory --what=sft,score,dpr --lengths=256,512 --batches=4,8 \
   --chunk_sizes=0,100000 --lora_ranks=0,16 --remats=none,dots,full

@@ -45,7 +45,7 @@ class Slots:
 class Cache:
   """See the module docstring."""
 
-  kv: Any  # tuple over groups of tuples over layers: (keys, values) of a group.
+  kv: Any  # tuple over groups of tuples over layers: (keys, values), see above.
   slots: dict[str, Slots]  # by kind of layer.
   lengths: jax.Array  # int32 [B], tokens stored; the next token's rank and position.
   index: jax.Array  # int32 [], columns written since the prefill.
