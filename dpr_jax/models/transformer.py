@@ -25,6 +25,7 @@ from dpr_jax.models import cache as cache_lib
 from dpr_jax.models import lora as lora_lib
 from dpr_jax.models.cache import Cache
 from dpr_jax.models.config import ModelConfig
+from dpr_jax.models.products import product
 from dpr_jax.sharding import constrain, gather_weight
 
 
@@ -73,8 +74,7 @@ class Projection(nn.Module):
         out_axis=tuple(range(n_in, n_in + len(self.out_shape))),
     )
     kernel = _param(self, "kernel", init, self.in_axes + self.out_axes, in_shape + self.out_shape)
-    contract = (tuple(range(x.ndim - n_in, x.ndim)), tuple(range(n_in)))
-    y = jax.lax.dot_general(x, kernel.astype(dtype), (contract, ((), ())))
+    y = product(x, kernel.astype(dtype), n_in)
     if self.use_bias:
       bias = _param(self, "bias", nn.initializers.zeros, self.out_axes, self.out_shape)
       bias = bias.astype(dtype)

@@ -1,6 +1,7 @@
 """AdamW with clipping and a schedule, from a config section."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from dpr_jax.config import OptimizerConfig
@@ -27,6 +28,21 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   return optax.join_schedules([ramp, after], [warmup])
 
 
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+  """`optax.clip_by_global_norm` with a product for each gradient in place of a quotient.
+
+  XLA duplicates a product into the updates of both moments, but computes a quotient once and so
+  keeps another array of the size of all gradients.
+  """
+
+  def update(grads, state, params=None):
+    del params
+    factor = jnp.minimum(1.0, max_norm / optax.tree.norm(grads))
+    return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), state
+
+  return optax.GradientTransformation(optax.init_empty_state, update)
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
   """Global-norm clipping, then AdamW; no decay on norms and biases (fewer than 2 dims a layer)."""
 
@@ -39,7 +55,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
   transforms = []
   if config.max_grad_norm:
-    transforms.append(optax.clip_by_global_norm(config.max_grad_norm))
+    transforms.append(clip_by_global_norm(config.max_grad_norm))
   transforms.append(
       optax.adamw(
           make_schedule(config, steps),

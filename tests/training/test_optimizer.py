@@ -6,10 +6,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dpr_jax.config import OptimizerConfig
-from dpr_jax.training.optimizer import make_optimizer, make_schedule
+from dpr_jax.training.optimizer import clip_by_global_norm, make_optimizer, make_schedule
 
 CONFIG = OptimizerConfig(
     learning_rate=0.02, schedule="constant", final_fraction=0.25, warmup_steps=0, weight_decay=0.0,
@@ -88,3 +89,23 @@ def test_norms_and_biases_of_the_decoder_do_not_decay(make_model):
       for path, u in jax.tree_util.tree_leaves_with_path(updates)
   }
   assert moved == {"kernel": True, "table": True, "scale": False, "bias": False}
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0, 2.5])
+def test_clipping_equals_that_of_optax(rng, share):
+  grads = {"a": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32),
+           "b": jnp.asarray(rng.normal(size=5), jnp.bfloat16)}
+  max_norm = float(share * optax.tree.norm(grads))
+  got, _ = clip_by_global_norm(max_norm).update(grads, optax.EmptyState())
+  want, _ = optax.clip_by_global_norm(max_norm).update(grads, optax.EmptyState())
+  np.testing.assert_allclose(got["a"], want["a"], rtol=1e-6)
+  np.testing.assert_allclose(  # One rounding to bfloat16, against two of optax.
+      got["b"].astype(jnp.float32), want["b"].astype(jnp.float32), rtol=2 * 2.0**-8
+  )
+  assert got["b"].dtype == jnp.bfloat16
+
+
+def test_clipping_leaves_gradients_of_zero():
+  zero = {"a": jnp.zeros(3)}
+  got, _ = clip_by_global_norm(1.0).update(zero, optax.EmptyState())
+  np.testing.assert_array_equal(got["a"], 0.0)

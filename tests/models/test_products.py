@@ -1,0 +1,66 @@
+"""The product with a weight and its gradients, against the same sums in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpr_jax.models.products import product
+
+
+def summed(x, kernel, n_in):
+  """float64, one output at a time."""
+  x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+  lead, size = x.shape[: x.ndim - n_in], int(np.prod(kernel.shape[:n_in]))
+  out = np.zeros((int(np.prod(lead)), kernel.size // size))
+  rows, columns = x.reshape(-1, size), kernel.reshape(size, -1)
+  for t, o in np.ndindex(out.shape):
+    out[t, o] = np.sum(rows[t] * columns[:, o])
+  return out.reshape(*lead, *kernel.shape[n_in:])
+
+
+@pytest.mark.parametrize(
+    "lead, ins, outs",
+    [((2, 5), (7,), (3,)), ((2, 5), (7,), (2, 3)), ((3, 1), (2, 4), (5,)), ((6,), (4,), (1,))],
+)
+def test_product_and_both_gradients(rng, lead, ins, outs):
+  x, kernel = rng.normal(size=lead + ins), rng.normal(size=ins + outs)
+  d_y = rng.normal(size=lead + outs)
+  as32 = lambda *arrays: [jnp.asarray(a, jnp.float32) for a in arrays]
+  y, pull = jax.vjp(lambda x, k: product(x, k, len(ins)), *as32(x, kernel))
+  d_x, d_kernel = pull(*as32(d_y))
+
+  close = lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+  close(y, summed(x, kernel, len(ins)))
+  turned = np.moveaxis(kernel, range(len(ins)), range(-len(ins), 0))
+  close(d_x, summed(d_y, turned, len(outs)))
+  tokens_last = np.moveaxis(x, range(len(lead)), range(-len(lead), 0))
+  close(d_kernel, summed(tokens_last, d_y, len(lead)))
+
+
+def test_gradients_keep_the_dtype_and_pass_through_other_transformations(rng):
+  x = jnp.asarray(rng.normal(size=(4, 3, 6)), jnp.float32)
+  kernel = jnp.asarray(rng.normal(size=(6, 2)), jnp.float32)
+  loss = lambda kernel, x: jnp.sum(jnp.sin(product(x, kernel, 1)))
+  plain = lambda kernel, x: jnp.sum(jnp.sin(x @ kernel))
+
+  half = jax.grad(loss)(kernel.astype(jnp.bfloat16), x.astype(jnp.bfloat16))
+  assert half.dtype == jnp.bfloat16
+  # A gradient a row, under remat, and a Hessian-vector product (forward over reverse).
+  a_row = lambda f: jax.vmap(jax.grad(jax.checkpoint(f)), in_axes=(None, 0))(kernel, x)
+  np.testing.assert_allclose(a_row(loss), a_row(plain), rtol=1e-5, atol=1e-5)
+  direction = jnp.asarray(rng.normal(size=kernel.shape), jnp.float32)
+  curve = lambda f: jax.jvp(lambda k: jax.grad(f)(k, x), (kernel,), (direction,))[1]
+  np.testing.assert_allclose(curve(loss), curve(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_a_mesh_of_several_devices_leaves_the_backward_pass_to_the_compiler():
+  def text(devices):
+    mesh = jax.sharding.AbstractMesh(
+        (1, devices, 1), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+      return str(jax.make_jaxpr(lambda x, k: product(x, k, 1))(np.ones((2, 3)), np.ones((3, 4))))
+
+  assert "custom_vjp_call" in text(1)
+  assert "custom_vjp_call" not in text(8)
