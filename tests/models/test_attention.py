@@ -1,6 +1,7 @@
 """Masks, positions and rotary embeddings against loops over single queries."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -72,6 +73,27 @@ def test_attention_over_the_cache_equals_that_over_a_row(rng, tokens):
   mask[1] = False
   got = attention_lib.attend_cache(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, 0.37)
   assert np.isfinite(got).all()
+
+
+def test_attention_over_a_half_precision_cache_rounds_weights_and_output_alone(rng):
+  """Scores, softmax and sums are float32: the error is that of two roundings to bfloat16."""
+  q, k, v = (
+      jnp.asarray(rng.normal(size=s), jnp.bfloat16)
+      for s in [(3, 1, 6, 8), (3, 2, 40, 8), (3, 2, 40, 8)]
+  )
+  mask = rng.random((3, 1, 1, 40)) < 0.6
+  mask[..., 0] = True
+  got = attention_lib.attend_cache(q, k, v, mask, 0.37)
+  assert got.dtype == jnp.bfloat16
+  q, k, v, got = (np.asarray(x, np.float64) for x in (q, k, v, got))
+  unit = 2.0**-8  # The largest relative error of a rounding to 8 significant bits.
+  for b, n in np.ndindex(3, 6):
+    score = 0.37 * k[b, n // 3] @ q[b, 0, n]
+    weight = np.where(mask[b, 0, 0], np.exp(score - score.max()), 0.0)
+    weight /= weight.sum()
+    exact, size = weight @ v[b, n // 3], weight @ np.abs(v[b, n // 3])
+    bound = unit * (size + np.abs(exact)) * 1.01 + 1e-6
+    assert (np.abs(got[b, 0, n] - exact) <= bound).all()
 
 
 def test_a_query_that_sees_nothing_gives_finite_values_and_gradients(rng):
