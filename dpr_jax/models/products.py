@@ -1,13 +1,22 @@
-"""The product of activations with a weight, and the gradient of it that suits a CPU.
+"""Products of activations with a weight, in the forms that suit a CPU.
 
-The gradient of a weight sums over all tokens. JAX writes it with the cotangent on the left, and
+**The gradient of a weight** sums over all tokens. JAX writes it with the cotangent on the left, and
 XLA's CPU backend transposes what stands on the left into a copy. The elementwise operations that
 made the cotangent, those of the gated MLP above all, are fused into that copy and read each of
 their inputs along its columns, dozens of times slower than along its rows. With the activations
-on the left the copy is a plain one. Everywhere else layouts are the compiler's to choose.
+on the left the copy is a plain one.
+
+**One token a row**, as while decoding, is bound by reading the weight, which is read fastest where
+it stands on the left with the dims that are summed last.
+
+Everywhere else layouts are the compiler's to choose.
+
+Dims: T tokens or rows, I inputs, O outputs.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 
 import jax
 
@@ -21,9 +30,25 @@ def product(x: jax.Array, kernel: jax.Array, n_in: int) -> jax.Array:
   (`jax.jvp` of it; reverse mode, and forward over reverse, are there).
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if target_platform() == "cpu" and mesh.size <= 1:
+  if target_platform() == "cpu" and (mesh.empty or mesh.size == 1):
     return _product_on_cpu(x, kernel, n_in)
   return _product(x, kernel, n_in)
+
+
+def turned(kernel: jax.Array, n_in: int) -> jax.Array:
+  """[in dims, out dims] -> [O, I], an array of its own, for `product_of_turned`."""
+  kernel_IxO = kernel.reshape(math.prod(kernel.shape[:n_in]), -1)
+  # Without the barriers here and below, the transposes would be folded back into the product.
+  return jax.lax.optimization_barrier(kernel_IxO.T)
+
+
+def product_of_turned(
+    x: jax.Array, kernel_OxI: jax.Array, n_in: int, out_shape: Sequence[int]
+) -> jax.Array:
+  """`product(x, kernel, n_in)` of a kernel that was `turned`; `out_shape` are its out dims."""
+  x_TxI = x.reshape(-1, kernel_OxI.shape[1])
+  y_OxT = jax.lax.dot_general(kernel_OxI, x_TxI, (((1,), (1,)), ((), ())))
+  return jax.lax.optimization_barrier(y_OxT).T.reshape(*x.shape[: x.ndim - n_in], *out_shape)
 
 
 def _product(x, kernel, n_in):
@@ -31,24 +56,23 @@ def _product(x, kernel, n_in):
   return jax.lax.dot_general(x, kernel, (contract, ((), ())))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product_on_cpu(x, kernel, n_in):
-  shape, out_shape = kernel.shape[:n_in], kernel.shape[n_in:]
-  x_TxI, kernel_IxO = x.reshape(-1, math.prod(shape)), kernel.reshape(math.prod(shape), -1)
-  return _matmul(x_TxI, kernel_IxO).reshape(*x.shape[: x.ndim - n_in], *out_shape)
+  return _product(x, kernel, n_in)
 
 
-@jax.custom_vjp
-def _matmul(x_TxI, kernel_IxO):
-  return x_TxI @ kernel_IxO
+def _forward(x, kernel, n_in):
+  # The kernel as it came: a scan keeps no copy of what it was given, but would of a reshaped one.
+  return _product(x, kernel, n_in), (x, kernel)
 
 
-def _forward(x_TxI, kernel_IxO):
-  return x_TxI @ kernel_IxO, (x_TxI, kernel_IxO)
+def _backward(n_in, kept, d_y):
+  x, kernel = kept
+  size = math.prod(kernel.shape[:n_in])
+  x_TxI, kernel_IxO = x.reshape(-1, size), kernel.reshape(size, -1)
+  d_TxO = d_y.reshape(x_TxI.shape[0], -1)
+  d_x, d_kernel = d_TxO @ kernel_IxO.T, x_TxI.T @ d_TxO
+  return d_x.reshape(x.shape), d_kernel.reshape(kernel.shape)
 
 
-def _backward(kept, d_TxO):
-  x_TxI, kernel_IxO = kept
-  return d_TxO @ kernel_IxO.T, x_TxI.T @ d_TxO
-
-
-_matmul.defvjp(_forward, _backward)
+_product_on_cpu.defvjp(_forward, _backward)

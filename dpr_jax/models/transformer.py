@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from dpr_jax.models import attention as attention_lib
 from dpr_jax.models import cache as cache_lib
 from dpr_jax.models import lora as lora_lib
+from dpr_jax.models import products
 from dpr_jax.models.cache import Cache
 from dpr_jax.models.config import ModelConfig
-from dpr_jax.models.products import product
 from dpr_jax.sharding import constrain, gather_weight
 
 
@@ -73,8 +73,13 @@ class Projection(nn.Module):
         in_axis=tuple(range(n_in)),
         out_axis=tuple(range(n_in, n_in + len(self.out_shape))),
     )
-    kernel = _param(self, "kernel", init, self.in_axes + self.out_axes, in_shape + self.out_shape)
-    y = product(x, kernel.astype(dtype), n_in)
+    if self.has_variable("params", "kernel_OxI"):  # Only in the layers of models/unrolled.py.
+      kernel_OxI = self.get_variable("params", "kernel_OxI").astype(dtype)
+      y = products.product_of_turned(x, kernel_OxI, n_in, self.out_shape)
+    else:
+      shape = in_shape + self.out_shape
+      kernel = _param(self, "kernel", init, self.in_axes + self.out_axes, shape)
+      y = products.product(x, kernel.astype(dtype), n_in)
     if self.use_bias:
       bias = _param(self, "bias", nn.initializers.zeros, self.out_axes, self.out_shape)
       bias = bias.astype(dtype)

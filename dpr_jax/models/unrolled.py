@@ -4,10 +4,11 @@ A scan over stacked layers slices each weight out of its stack before it multipl
 nothing beside the product of a whole row, but when a step has one token a row, it moves as many
 bytes again as the step needs at least. Unrolled, every layer has arrays of its own, sliced once
 before the loop over tokens. It costs compile time, and on a TPU or a GPU it was not measured:
-there the scan stays.
+there the scan stays. The kernels are turned once as well (see `products.turned`).
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import jax
 from dpr_jax.models.attention import target_platform
 from dpr_jax.models.cache import Cache
 from dpr_jax.models.config import ModelConfig
+from dpr_jax.models.products import turned
 from dpr_jax.models.transformer import Transformer
 
 
@@ -29,7 +31,10 @@ def decoder_of(model: Any) -> Any:
 
 
 def split_variables(cfg: ModelConfig, variables: Any) -> Any:
-  """Variables of a model of `cfg` -> those of the same model with scan_layers=False."""
+  """Variables of a model of `cfg` -> those of the same model with scan_layers=False.
+
+  Every kernel [in dims, out dims] becomes a `kernel_OxI`, for decoding alone.
+  """
   if not cfg.scan_layers:
     return variables
 
@@ -55,5 +60,14 @@ def split_cache(cfg: ModelConfig, cache: Cache) -> Cache:
 
 
 def _split(tree: Any, repeats: int) -> list[Any]:
-  """[R, ...] leaves -> R trees of [1, ...] leaves."""
-  return [jax.tree.map(lambda x, r=r: x[r : r + 1], tree) for r in range(repeats)]
+  """[R, ...] leaves -> R trees of [1, ...] leaves, with turned kernels."""
+  return [
+      _turn(jax.tree.map(lambda x, r=r: x[r : r + 1], tree)) for r in range(repeats)
+  ]
+
+
+def _turn(tree: Any, name: str = "") -> Any:
+  if "kernel" not in tree:
+    return {k: _turn(v, k) if isinstance(v, Mapping) else v for k, v in tree.items()}
+  kernel = turned(tree["kernel"][0], n_in=2 if name == "out" else 1)  # `out` sums heads as well.
+  return {"kernel_OxI": kernel[None], **{k: v for k, v in tree.items() if k != "kernel"}}

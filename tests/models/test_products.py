@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpr_jax.models.products import product
+from dpr_jax.models import products
+from dpr_jax.models.products import product, product_of_turned, turned
 
 
 def summed(x, kernel, n_in):
@@ -32,8 +33,10 @@ def test_product_and_both_gradients(rng, lead, ins, outs):
 
   close = lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
   close(y, summed(x, kernel, len(ins)))
-  turned = np.moveaxis(kernel, range(len(ins)), range(-len(ins), 0))
-  close(d_x, summed(d_y, turned, len(outs)))
+  kernel_OxI = turned(*as32(kernel), len(ins))
+  close(product_of_turned(*as32(x), kernel_OxI, len(ins), outs), summed(x, kernel, len(ins)))
+  reverse = np.moveaxis(kernel, range(len(ins)), range(-len(ins), 0))
+  close(d_x, summed(d_y, reverse, len(outs)))
   tokens_last = np.moveaxis(x, range(len(lead)), range(-len(lead), 0))
   close(d_kernel, summed(tokens_last, d_y, len(lead)))
 
@@ -64,3 +67,19 @@ def test_a_mesh_of_several_devices_leaves_the_backward_pass_to_the_compiler():
 
   assert "custom_vjp_call" in text(1)
   assert "custom_vjp_call" not in text(8)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_backward_pass_keeps_nothing_more(make_model, monkeypatch, remat):
+  """Stacked over the layers, one more copy of the weights would be most of the memory."""
+  model, variables = make_model(0, num_layers=6, hidden_size=64, mlp_size=96, remat=remat)
+  tokens = np.zeros((1, 4), np.int32)
+
+  def temporaries():
+    loss = lambda v: jnp.sum(model.apply(v, tokens)[0])
+    return jax.jit(jax.grad(loss)).lower(variables).compile().memory_analysis().temp_size_in_bytes
+
+  own = temporaries()
+  monkeypatch.setattr(products, "_product_on_cpu", products._product)
+  one_kernel = 6 * 4 * 64 * 64
+  assert own < temporaries() + one_kernel

@@ -1,6 +1,7 @@
 """The unrolled decoder is the scanned one, layer for layer."""
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("light_compilation")
     dict(num_layers=5, layer_pattern=("local", "global"), window=3, tied_head=False),
 ], ids=["global", "windowed"])
 def test_unrolled_decoding_equals_scanned(make_model, rng, fields):
-  model, variables = make_model(int(rng.integers(1 << 30)), **fields)
+  # Sharper attention amplifies the rounding of products that sum in another order.
+  model, variables = make_model(int(rng.integers(1 << 30)), query_scale=0.1, **fields)
   cfg = model.cfg
   unrolled = decoder_of(model)
   assert unrolled.cfg == dataclasses.replace(cfg, scan_layers=False)
@@ -45,16 +47,27 @@ def test_unrolled_decoding_equals_scanned(make_model, rng, fields):
 
 
 def test_adapters_are_split_like_the_weights(make_model):
+  """Names and shapes are those of the unrolled model, but for the kernels, which are turned."""
   model, _ = make_model(0)
+
+  def shapes(variables):
+    leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(variables))
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return {name(path): x.shape for path, x in leaves}
+
+  def expected_shape(name, shape):
+    if not name.endswith("kernel"):
+      return name, shape
+    n_in = 3 if name.endswith("out/kernel") else 2  # The axis of repeats leads.
+    return name + "_OxI", (1, math.prod(shape[n_in:]), math.prod(shape[1:n_in]))
+
   with_lora = dataclasses.replace(model.cfg, lora=dataclasses.replace(model.cfg.lora, rank=2))
   for cfg in (model.cfg, with_lora):
     scanned = jax.eval_shape(lambda k, cfg=cfg: init_variables(cfg, k), jax.random.key(0))
     own = dataclasses.replace(cfg, scan_layers=False)
     expected = jax.eval_shape(lambda k, own=own: init_variables(own, k), jax.random.key(0))
     split = jax.eval_shape(lambda v, cfg=cfg: split_variables(cfg, v), nn.unbox(scanned))
-    assert jax.tree.map(lambda x: x.shape, split) == jax.tree.map(
-        lambda x: x.shape, nn.unbox(expected)
-    )
+    assert shapes(split) == dict(expected_shape(*item) for item in shapes(expected).items())
 
 
 def test_another_model_decodes_as_it_is():

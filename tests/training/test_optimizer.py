@@ -109,3 +109,26 @@ def test_clipping_leaves_gradients_of_zero():
   zero = {"a": jnp.zeros(3)}
   got, _ = clip_by_global_norm(1.0).update(zero, optax.EmptyState())
   np.testing.assert_array_equal(got["a"], 0.0)
+
+
+def test_clipping_keeps_no_second_copy_of_the_gradients(rng):
+  """In a branch, as in a train step, where its input cannot be overwritten."""
+  grads = {k: jnp.asarray(rng.normal(size=(64, 512)), jnp.float32) for k in "abcd"}
+
+  def temporaries(clip):
+    optimizer = optax.chain(clip, optax.adam(1e-3))
+
+    def step(grads, params, state):
+      def apply(params, state):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+      return jax.lax.cond(grads["a"][0, 0] < 9, apply, lambda *old: old, params, state)
+
+    args = (grads, grads, optimizer.init(grads))
+    program = jax.jit(step, donate_argnums=(1, 2)).lower(*args).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+  a_copy = sum(x.nbytes for x in grads.values())
+  assert temporaries(clip_by_global_norm(1.0)) < a_copy / 2
+  assert temporaries(optax.clip_by_global_norm(1.0)) > a_copy / 2
