@@ -12,7 +12,8 @@ EXTRAS = {
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     # The TPU compiler alone, which runs on a CPU, for `python -m dpr_jax.plan`.
-    "tpu-plan": ["libtpu>=0.0.40"],
+    # jax names the libtpu that it was built with; a newer one fails on some chips.
+    "tpu-plan": ["jax[tpu]"],
     # Reading .gguf weights, and Parquet demonstrations.
     "gguf": ["gguf>=0.17"],
     "parquet": ["pyarrow>=17"],

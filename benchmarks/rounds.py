@@ -20,6 +20,7 @@ from benchmarks import common, protocol
 from benchmarks import floors as floors_lib
 from dpr_jax.errors import UserError
 from dpr_jax.models import ModelConfig
+from dpr_jax.weights.hf_config import rope_to_hf
 
 PEERS = {
     "torch": "benchmarks.peers.torch_peer",
@@ -105,7 +106,7 @@ def llama_shape(cfg: ModelConfig) -> dict[str, Any]:
           "lora",
       )}
   )
-  if cfg != llama or cfg.rope.scaling != "none":
+  if cfg != llama:
     raise UserError("--peer: the peers know Llama shapes only; use --config=configs/"
                     "smollm2_135m.py or --peer=none")
   return {
@@ -113,7 +114,7 @@ def llama_shape(cfg: ModelConfig) -> dict[str, Any]:
       "intermediate_size": cfg.mlp_size, "num_hidden_layers": cfg.num_layers,
       "num_attention_heads": cfg.num_heads, "num_key_value_heads": cfg.num_kv_heads,
       "head_dim": cfg.head_dim, "max_position_embeddings": cfg.max_length,
-      "rms_norm_eps": cfg.norm_eps, "rope_theta": cfg.rope.theta,
+      "rms_norm_eps": cfg.norm_eps, "rope_parameters": rope_to_hf(cfg.rope),
       "tie_word_embeddings": cfg.tied_head,
   }
 

@@ -2,7 +2,8 @@
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+# Some tests ask for a GPU and skip without one: DPR_JAX_TEST_PLATFORM=cuda pytest tests/models.
+os.environ["JAX_PLATFORMS"] = os.environ.get("DPR_JAX_TEST_PLATFORM", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 
 import jax

@@ -29,12 +29,7 @@ def make_model(task, dtype):
   import torch
   from transformers import LlamaConfig, LlamaForCausalLM
 
-  fields = dict(task["model"])
-  theta = fields.pop("rope_theta")
-  config = LlamaConfig(
-      **fields, rope_parameters={"rope_type": "default", "rope_theta": theta},
-      pad_token_id=0, bos_token_id=1, eos_token_id=2,
-  )
+  config = LlamaConfig(**task["model"], pad_token_id=0, bos_token_id=1, eos_token_id=2)
   torch.manual_seed(task["seed"])
   return LlamaForCausalLM(config).to(device=device(), dtype=dtype)
 

@@ -25,7 +25,8 @@ def make_model(task, dtype):
       num_layers=shape["num_hidden_layers"], vocab_size=shape["vocab_size"],
       embed_dim=shape["hidden_size"], hidden_dim=shape["intermediate_size"],
       num_heads=shape["num_attention_heads"], head_dim=shape["head_dim"],
-      num_kv_heads=shape["num_key_value_heads"], rope_theta=int(shape["rope_theta"]),
+      num_kv_heads=shape["num_key_value_heads"],
+      rope_theta=int(shape["rope_parameters"]["rope_theta"]),  # Not scaled: its speed is the same.
       norm_eps=shape["rms_norm_eps"], weight_tying=shape["tie_word_embeddings"],
   )
   model = llama3.Llama3(config, rngs=nnx.Rngs(params=task["seed"]))

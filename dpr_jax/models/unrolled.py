@@ -1,10 +1,12 @@
-"""The same decoder with its layers one after the other, for decoding on a CPU.
+"""The same decoder with its layers one after the other, for decoding on a CPU or a GPU.
 
 A scan over stacked layers slices each weight out of its stack before it multiplies. That is
 nothing beside the product of a whole row, but when a step has one token a row, it moves as many
 bytes again as the step needs at least. Unrolled, every layer has arrays of its own, sliced once
-before the loop over tokens. It costs compile time, and on a TPU or a GPU it was not measured:
-there the scan stays. The kernels are turned once as well (see `products.turned`).
+before the loop over tokens, and a GPU is given whole steps to run (as CUDA graphs) in place of one
+layer at a time: docs/performance.md has what it gives. It costs compile time, and on a TPU it was
+not measured: there the scan stays. For a CPU the kernels are turned once as well (see
+`products.turned`); a GPU reads them as fast as they are.
 """
 
 import dataclasses
@@ -21,11 +23,11 @@ from dpr_jax.models.transformer import Transformer
 
 
 def decoder_of(model: Any) -> Any:
-  """The model to decode with: unrolled on a CPU, `model` itself elsewhere or where it is another.
+  """The model to decode with: `model` itself on a TPU or where it is another, else unrolled.
 
   Its variables are those of `split_variables`, its caches those of `split_cache`.
   """
-  if not isinstance(model, Transformer) or target_platform() != "cpu":
+  if not isinstance(model, Transformer) or target_platform() == "tpu":
     return model
   return Transformer(dataclasses.replace(model.cfg, scan_layers=False))
 
@@ -33,7 +35,7 @@ def decoder_of(model: Any) -> Any:
 def split_variables(cfg: ModelConfig, variables: Any) -> Any:
   """Variables of a model of `cfg` -> those of the same model with scan_layers=False.
 
-  Every kernel [in dims, out dims] becomes a `kernel_OxI`, for decoding alone.
+  On a CPU every kernel [in dims, out dims] becomes a `kernel_OxI`, for decoding alone.
   """
   if not cfg.scan_layers:
     return variables
@@ -60,10 +62,9 @@ def split_cache(cfg: ModelConfig, cache: Cache) -> Cache:
 
 
 def _split(tree: Any, repeats: int) -> list[Any]:
-  """[R, ...] leaves -> R trees of [1, ...] leaves, with turned kernels."""
-  return [
-      _turn(jax.tree.map(lambda x, r=r: x[r : r + 1], tree)) for r in range(repeats)
-  ]
+  """[R, ...] leaves -> R trees of [1, ...] leaves."""
+  turn = _turn if target_platform() == "cpu" else lambda tree: tree
+  return [turn(jax.tree.map(lambda x, r=r: x[r : r + 1], tree)) for r in range(repeats)]
 
 
 def _turn(tree: Any, name: str = "") -> Any:

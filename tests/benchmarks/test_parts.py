@@ -202,12 +202,15 @@ def test_sides_alternate_or_follow_each_other():
 def test_peers_take_llama_shapes_only():
   import dataclasses
 
-  from benchmarks import rounds
+  from benchmarks import common, rounds
   from dpr_jax.errors import UserError
 
   cfg = ModelConfig(vocab_size=29, tied_head=True)
   shape = rounds.llama_shape(cfg)
   assert shape["vocab_size"] == 29 and shape["intermediate_size"] == cfg.mlp_size
+  assert shape["rope_parameters"] == {"rope_type": "default", "rope_theta": cfg.rope.theta}
+  scaled = common.config_shape("configs/llama32_1b.py", 0)
+  assert rounds.llama_shape(scaled)["rope_parameters"]["rope_type"] == "llama3"
   for change in ({"qk_norm": True}, {"embed_scale": 2.0}, {"activation": "gelu_tanh"},
                  {"layer_pattern": ("local",), "window": 4}):
     with pytest.raises(UserError, match="Llama shapes only"):

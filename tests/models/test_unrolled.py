@@ -73,3 +73,21 @@ def test_adapters_are_split_like_the_weights(make_model):
 def test_another_model_decodes_as_it_is():
   model = object()
   assert decoder_of(model) is model
+
+
+@pytest.mark.parametrize("name, unrolled, kernels", [
+    ("cpu", True, "kernel_OxI"), ("gpu", True, "kernel"), ("tpu", False, "kernel"),
+])
+def test_each_platform_decodes_as_it_was_measured_to_be_fastest(
+    make_model, name, unrolled, kernels
+):
+  device = jax.sharding.AbstractDevice(device_kind=name, num_cores=None, platform=name)
+  mesh = jax.sharding.AbstractMesh(
+      (1, 1, 1), ("data", "fsdp", "tensor"),
+      (jax.sharding.AxisType.Auto,) * 3, abstract_device=device,
+  )
+  model, variables = make_model(0)
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert decoder_of(model).cfg.scan_layers is not unrolled
+    split = jax.eval_shape(lambda v: split_variables(model.cfg, v), variables)
+  assert kernels in split["params"]["group_1"]["layer_0"]["mlp"]["up"]
