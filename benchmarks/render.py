@@ -3,6 +3,7 @@
     python -m benchmarks.render RESULTS.jsonl docs/performance.md
 
 A table stands between <!-- table:NAME --> and <!-- /table -->; the last line of a kind counts.
+Lines of an accelerator fill the tables whose names end in _gpu or _tpu.
 """
 
 import json
@@ -48,12 +49,16 @@ def source(record: Record) -> str:
   parts = [model["source"] if isinstance(model, dict) else model, record["dtype"]]
   if devices:
     parts.append(f"{devices['count']} x {devices['kind']}")
+  if remat := record.get("shape", {}).get("remat"):
+    parts.append(f"remat {remat}")
   parts += [f"jax {record['versions']['jax']}", f"{record['repeats']} rounds"]
   if record.get("load_average") is not None:
     parts.append(f"load average before {record['load_average']:.1f}")
   if floors := record.get("floors"):
     parts.append(f"matmul {floors['flops_per_s'] / 1e9:,.0f} GFLOP/s, "
                  f"memory {floors['bytes_per_s'] / 1e9:,.0f} GB/s")
+  if "bandwidth_share" in record and record.get("peers"):
+    parts.append(f"decoding reads at {percent(record['bandwidth_share'])} of it")
   return "; ".join(parts) + "."
 
 
@@ -135,7 +140,7 @@ def scaling(record: Record) -> str:
   return table(["devices", "tokens/s", "efficiency", "program a device, GB", "collectives"], rows)
 
 
-# Of each table: the benchmark, a field that its record must have, and how it is drawn.
+# Of each table: the benchmark, what its record must be like, and how it is drawn.
 TABLES: dict[str, tuple[str, Callable[[Record], bool], Callable[[Record], str]]] = {
     "sft_step": ("sft_step", lambda r: True, against_peers),
     "score": ("score", lambda r: True, against_peers),
@@ -148,6 +153,10 @@ TABLES: dict[str, tuple[str, Callable[[Record], bool], Callable[[Record], str]]]
     "memory_gemma": ("memory", lambda r: "gemma" in r["model"], memory),
     "scaling": ("scaling", lambda r: True, scaling),
 }
+
+
+def platform_of(record: Record) -> str:
+  return (record.get("devices") or {}).get("platform", "cpu")
 
 
 def read(path: pathlib.Path) -> list[Record]:
@@ -170,10 +179,16 @@ def render(text: str, records: Sequence[Record]) -> str:
 
   def fill(match: re.Match) -> str:
     name = match[1]
-    if name not in TABLES:
+    kind, _, platform = name.rpartition("_")
+    if platform not in ("gpu", "tpu"):
+      kind, platform = name, "cpu"
+    if kind not in TABLES:
       raise UserError(f"<!-- table:{name} --> is not one of {', '.join(TABLES)}")
-    benchmark, suits, draw = TABLES[name]
-    found = [r for r in records if r["benchmark"] == benchmark and suits(r)]
+    benchmark, suits, draw = TABLES[kind]
+    found = [
+        r for r in records
+        if r["benchmark"] == benchmark and suits(r) and platform_of(r) == platform
+    ]
     if not found:
       return match[0]
     body = f"{draw(found[-1])}\n\n{source(found[-1])}"

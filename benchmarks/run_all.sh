@@ -45,12 +45,16 @@ bench() {
 }
 
 if [[ -n ${ACCELERATOR-} ]]; then
-  extra+=(--config=configs/llama32_1b.py --dtype=bfloat16)
-  sft=(--batch=4 --length=2048 --remat=full) score=(--batch=8 --length=2048)
-  rollout=(--batch=64 --prompt=256 --new=256) step=(--batch=16 --prompt=256 --new=256 --skew=64)
+  extra+=(--config=configs/llama32_1b.py --dtype=bfloat16 --logits_budget=1)
+  sft=(--batch=4 --length=2048 --remat="${REMAT:-dots}") score=(--batch=8 --length=2048)
+  rollout=(--batch=64 --prompt=256 --new=256) step=(--batch=64 --prompt=256 --new=256 --skew=64)
+  skewed=(--batch=64 --prompt=256 --new=256 --skew=64 --slots=64 --skew_rows=256 --samples=4)
+  slots=32
 else
   sft=(--batch=4 --length=256 --remat="${REMAT:-dots}") score=(--batch=8 --length=192)
   rollout=(--batch=8 --prompt=64 --new=128) step=(--batch=16 --prompt=64 --new=64 --skew=16)
+  skewed=(--batch=8 --prompt=64 --new=64 --skew=16 --slots=8 --skew_rows=32 --samples=4)
+  slots=8
 fi
 
 peers torch trl tunix
@@ -58,14 +62,16 @@ bench sft_step "${sft[@]}" ${flags[@]+"${flags[@]}"}
 peers torch tunix
 bench score "${score[@]}" ${flags[@]+"${flags[@]}"}
 bench rollout "${rollout[@]}" ${flags[@]+"${flags[@]}"}
-bench rollout --batch=8 --prompt=64 --new=64 --skew=16 --slots=8 --skew_rows=32 --samples=4
-bench dpr_step "${step[@]}" --samples=4 --slots=8
-REPEATS=1 bench memory --what=sft,score,dpr --lengths=256,512 --batches=4,8 \
-  --chunk_sizes=0,100000 --lora_ranks=0,16 --remats=none,dots,full
-# Gemma's vocabulary of 262,144 has a shape of its own.
-REPEATS=1 bench memory --config=configs/gemma3_270m.py --model= --what=sft,score,dpr \
-  --lengths=256 --batches=4 --lora_ranks=0,16
-bench scaling --devices=1,2,4 --axis=fsdp --batch=8 --length=128
+bench rollout "${skewed[@]}"
+bench dpr_step "${step[@]}" --samples=4 --slots="$slots"
+if [[ -z ${ACCELERATOR-} ]]; then
+  REPEATS=1 bench memory --what=sft,score,dpr --lengths=256,512 --batches=4,8 \
+    --chunk_sizes=0,100000 --lora_ranks=0,16 --remats=none,dots,full
+  # Gemma's vocabulary of 262,144 has a shape of its own.
+  REPEATS=1 bench memory --config=configs/gemma3_270m.py --model= --what=sft,score,dpr \
+    --lengths=256 --batches=4 --lora_ranks=0,16
+  bench scaling --devices=1,2,4 --axis=fsdp --batch=8 --length=128
+fi
 
 if ((${#failed[@]})); then
   echo "failed: ${failed[*]}" >&2

@@ -81,12 +81,18 @@ def test_tables_are_filled(lines):
 
   page = (ROOT / "docs" / "performance.md").read_text()
   names = re.findall(r"<!-- table:(\w+) -->", page)
-  assert set(names) == set(render.TABLES) and len(names) == len(set(names))
+  on_cpu = [n for n in names if not n.endswith("_gpu")]
+  assert set(on_cpu) == set(render.TABLES) and len(names) == len(set(names))
   records = [lines(n) for n in ("sft_step", "score", "rollout", "dpr_step", "memory", "scaling")]
   filled = render.render(page, records)
   bodies = dict(re.findall(r"<!-- table:(\w+) -->\n(.*?)\n<!-- /table -->", filled, re.DOTALL))
   assert "| dpr_jax |" in bodies["sft_step"] and "| torch" in bodies["score"]
   assert "| refilled |" in bodies["skewed"] and "| score | " in bodies["memory"]
+  # A GPU's lines go to tables of their own.
+  on_gpu = [records[1] | {"devices": {**records[1]["devices"], "platform": "gpu"}}]
+  own = render.render("<!-- table:score -->\n<!-- /table -->\n"
+                      "<!-- table:score_gpu -->\n<!-- /table -->", on_gpu)
+  assert own.startswith("<!-- table:score -->\n<!-- /table -->\n") and "| dpr_jax |" in own
   # Filling twice is filling once; tables without a record stay as they were.
   assert render.render(filled, records) == filled
   original = dict(re.findall(r"<!-- table:(\w+) -->\n(.*?)\n<!-- /table -->", page, re.DOTALL))
@@ -127,26 +133,32 @@ def test_results_of_another_kind_are_refused(tmp_path):
     render.read(tmp_path / "results.jsonl")
 
 
-def test_run_all_gives_flags_that_the_scripts_take(tmp_path):
-  from benchmarks import common
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_run_all_gives_flags_that_the_scripts_take(tmp_path, accelerator):
+  from benchmarks import common, rounds
 
   # Stands for Python: writes down what it was called with.
   fake = tmp_path / "python"
   fake.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
   fake.chmod(0o755)
   environment = {"PATH": os.environ["PATH"], "PYTHON": str(fake), "PEER_PYTHON": sys.executable,
-                 "TUNIX_PYTHON": sys.executable, "MODEL": "some.gguf", "REPEATS": "7"}
+                 "TUNIX_PYTHON": sys.executable, "REPEATS": "7",
+                 **({"ACCELERATOR": "1"} if accelerator else {"MODEL": "some.gguf"})}
   results = tmp_path / "results.jsonl"
   script = ROOT / "benchmarks" / "run_all.sh"
   subprocess.run([script, results], env=environment, check=True, capture_output=True, cwd=tmp_path)
   called = [json.loads(line) for line in results.read_text().splitlines()]
   names = [words[1].removeprefix("benchmarks.") for words in called]
-  assert set(names) == {"sft_step", "score", "rollout", "dpr_step", "memory", "scaling"}
+  of_the_host = set() if accelerator else {"memory", "scaling"}
+  assert set(names) == {"sft_step", "score", "rollout", "dpr_step"} | of_the_host
   for name, words in zip(names, called, strict=True):
     module = importlib.import_module(f"benchmarks.{name}")
     args = common.parse(module.flags(), words[2:])
     gemma = "gemma" in args.config
-    assert args.model == ("" if gemma else "some.gguf")
+    assert args.model == ("" if gemma or accelerator else "some.gguf")
+    if accelerator:
+      assert args.dtype == "bfloat16" and rounds.peer_shape(args)["num_hidden_layers"] == 16
+    getattr(module, "check", lambda args: None)(args)
     assert args.repeats == (1 if name == "memory" else 7)
     if name == "sft_step":
       assert set(args.peers) == {"torch", "trl", "tunix"}
