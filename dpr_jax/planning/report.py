@@ -166,7 +166,7 @@ def bounds(config: RunConfig, planned: dict[str, Any]) -> dict[str, float | None
   """
   programs = planned["programs"]
   out = {"tokens_per_second_bound": None, "dpr_tokens_per_second_bound": None}
-  if floor(programs["sft_step"]):
+  if programs["sft_step"]["fits"]:
     tokens = config.sft.batch_size * config.data.row_length
     out["tokens_per_second_bound"] = tokens / floor(programs["sft_step"])
   if planned["fits"]:

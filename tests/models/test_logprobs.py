@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpr_jax.models import token_logprobs
-from dpr_jax.models.logprobs import hidden_logprobs
+from dpr_jax.models.logprobs import chunk_size_for, hidden_logprobs
 
 
 def _naive(logits, targets):
@@ -133,3 +133,15 @@ def test_logits_of_all_columns_never_exist(rng):
   }
   assert temp[512] < 1.2 * temp[128]
   assert temp[512] < 5 * batch * chunk * vocab * 4 + 4 * dim * vocab * 4
+
+
+@pytest.mark.parametrize("mesh, rows, vocab, expected", [
+    ((1, 1, 1), 4, 100, 20),  # 12 bytes x 4 rows x 100 ids a column.
+    ((2, 2, 1), 4, 100, 83),  # A row a device: 1,200 bytes.
+    ((1, 1, 4), 4, 100, 83),  # A quarter of the vocabulary.
+    ((1, 4, 1), 6, 100, 13),  # Six rows do not divide over four devices: each is given all.
+    ((1, 1, 1), 400, 10_000, 1),  # Never none.
+])
+def test_chunks_fill_a_budget(mesh, rows, vocab, expected):
+  mesh = jax.sharding.AbstractMesh(mesh, ("data", "fsdp", "tensor"))
+  assert chunk_size_for(rows, vocab, 100_000, mesh) == expected

@@ -53,6 +53,11 @@ def test_a_mesh_that_ends_early_names_all_programs(monkeypatch):
   assert all(tuple(p) == report.KEYS for p in planned["programs"].values())
   assert report.bounds(config, planned) == {
       "tokens_per_second_bound": None, "dpr_tokens_per_second_bound": None}
+  # Compiled, but with what else is alive too large.
+  planned["programs"]["sft_step"] |= {"floor_seconds": {"compute": 1.0}, "peak_bytes": 1}
+  assert report.bounds(config, planned)["tokens_per_second_bound"] is None
+  planned["programs"]["sft_step"]["fits"] = True
+  assert report.bounds(config, planned)["tokens_per_second_bound"] == 64 * 2048
 
 
 def test_the_log_of_a_compiler_is_read_below_python(capfd):
