@@ -51,7 +51,8 @@ if [[ -n ${ACCELERATOR-} ]]; then
   skewed=(--batch=64 --prompt=256 --new=256 --skew=64 --slots=64 --skew_rows=256 --samples=4)
   slots=32
 else
-  sft=(--batch=4 --length=256 --remat="${REMAT:-dots}") score=(--batch=8 --length=192)
+  sft=(--batch=4 --length=256 --remat="${REMAT:-dots}" --logits_budget=0.125)
+  score=(--batch=8 --length=192)
   rollout=(--batch=8 --prompt=64 --new=128) step=(--batch=16 --prompt=64 --new=64 --skew=16)
   skewed=(--batch=8 --prompt=64 --new=64 --skew=16 --slots=8 --skew_rows=32 --samples=4)
   slots=8
