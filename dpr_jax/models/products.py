@@ -63,16 +63,25 @@ def _product_on_cpu(x, kernel, n_in):
 
 def _forward(x, kernel, n_in):
   # The kernel as it came: a scan keeps no copy of what it was given, but would of a reshaped one.
-  return _product(x, kernel, n_in), (x, kernel)
+  # A frozen kernel needs no activations kept.
+  kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
+  return _product(x.value, kernel.value, n_in), kept
 
 
 def _backward(n_in, kept, d_y):
   x, kernel = kept
-  size = math.prod(kernel.shape[:n_in])
-  x_TxI, kernel_IxO = x.reshape(-1, size), kernel.reshape(size, -1)
-  d_TxO = d_y.reshape(x_TxI.shape[0], -1)
-  d_x, d_kernel = d_TxO @ kernel_IxO.T, x_TxI.T @ d_TxO
-  return d_x.reshape(x.shape), d_kernel.reshape(kernel.shape)
+  n_lead = d_y.ndim - (kernel.ndim - n_in) if x is None else x.ndim - n_in
+  lead, outs = d_y.shape[:n_lead], d_y.shape[n_lead:]
+  ins = kernel.shape[:n_in] if x is None else x.shape[n_lead:]
+  d_TxO = d_y.reshape(math.prod(lead), math.prod(outs))
+  d_x = d_kernel = None
+  if kernel is not None:
+    kernel_IxO = kernel.reshape(math.prod(ins), math.prod(outs))
+    d_x = (d_TxO @ kernel_IxO.T).reshape(*lead, *ins)
+  if x is not None:
+    x_TxI = x.reshape(math.prod(lead), math.prod(ins))
+    d_kernel = (x_TxI.T @ d_TxO).reshape(*ins, *outs)
+  return d_x, d_kernel
 
 
-_product_on_cpu.defvjp(_forward, _backward)
+_product_on_cpu.defvjp(_forward, _backward, symbolic_zeros=True)

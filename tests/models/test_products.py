@@ -28,8 +28,14 @@ def test_product_and_both_gradients(rng, lead, ins, outs):
   x, kernel = rng.normal(size=lead + ins), rng.normal(size=ins + outs)
   d_y = rng.normal(size=lead + outs)
   as32 = lambda *arrays: [jnp.asarray(a, jnp.float32) for a in arrays]
-  y, pull = jax.vjp(lambda x, k: product(x, k, len(ins)), *as32(x, kernel))
-  d_x, d_kernel = pull(*as32(d_y))
+  (x_, kernel_), (d_y_,) = as32(x, kernel), as32(d_y)
+  y, pull = jax.vjp(lambda x, k: product(x, k, len(ins)), x_, kernel_)
+  d_x, d_kernel = pull(d_y_)
+  # The same where only one of them is trained.
+  (alone,) = jax.vjp(lambda x: product(x, kernel_, len(ins)), x_)[1](d_y_)
+  np.testing.assert_array_equal(alone, d_x)
+  (alone,) = jax.vjp(lambda k: product(x_, k, len(ins)), kernel_)[1](d_y_)
+  np.testing.assert_array_equal(alone, d_kernel)
 
   close = lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
   close(y, summed(x, kernel, len(ins)))
