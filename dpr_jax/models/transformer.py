@@ -230,8 +230,7 @@ class Table(nn.Module):
       contract = (((1,), (1,)), ((), ()))
       logits_VxB = jax.lax.dot_general(table, hidden, contract, preferred_element_type=jnp.float32)
       return jax.lax.optimization_barrier(logits_VxB).T
-    contract = (((hidden.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(hidden, table, contract, preferred_element_type=jnp.float32)
+    return products.logits(hidden, table)
 
 
 class Transformer(nn.Module):

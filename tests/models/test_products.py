@@ -89,3 +89,55 @@ def test_the_backward_pass_keeps_nothing_more(make_model, monkeypatch, remat):
   monkeypatch.setattr(products, "_product_on_cpu", products._product)
   one_kernel = 6 * 4 * 64 * 64
   assert own < temporaries() + one_kernel
+
+
+def test_logits_and_their_gradients_in_half_precision(rng):
+  """Float32 logits; in the backward pass only factors and results are rounded to bfloat16."""
+  hidden = jnp.asarray(rng.normal(size=(2, 7, 24)), jnp.bfloat16)
+  table = jnp.asarray(rng.normal(size=(301, 24)), jnp.bfloat16)
+  d_y = jnp.asarray(rng.normal(size=(2, 7, 301)) * 10.0 ** rng.uniform(-4, 0, (2, 7, 1)), jnp.float32)
+  y, pull = jax.vjp(products.logits, hidden, table)
+  d_hidden, d_table = pull(d_y)
+  assert (y.dtype, d_hidden.dtype, d_table.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+
+  h, w, d = (np.asarray(a, np.float64) for a in (hidden, table, d_y))
+  np.testing.assert_allclose(y, np.einsum("btd,vd->btv", h, w), rtol=1e-5, atol=1e-5)
+  unit = 2.0**-8  # The largest relative error of a rounding to bfloat16.
+
+  def check(got, spec, other):
+    exact, size = np.einsum(spec, d, other), np.einsum(spec, np.abs(d), np.abs(other))
+    bound = 1.01 * unit * (size + np.abs(exact)) + 1e-6
+    assert (np.abs(np.asarray(got, np.float64) - exact) <= bound).all()
+
+  check(d_hidden, "btv,vd->btd", w)
+  check(d_table, "btv,btd->vd", h)
+  # Far nearer than the bound on average: roundings of many terms cancel.
+  exact = np.einsum("btv,btd->vd", d, h)
+  error = np.abs(np.asarray(d_table, np.float64) - exact).sum() / np.abs(exact).sum()
+  assert error < unit
+
+
+def test_the_backward_products_of_logits_are_in_half_precision():
+  hidden, table = jnp.ones((4, 8), jnp.bfloat16), jnp.ones((32, 8), jnp.bfloat16)
+  both = jax.grad(lambda h, t: jnp.sum(products.logits(h, t) ** 2), (0, 1))
+  dots = [e for e in jax.make_jaxpr(both)(hidden, table).eqns if e.primitive.name == "dot_general"]
+  factors = [tuple(str(v.aval.dtype) for v in e.invars) for e in dots]
+  assert factors == [("bfloat16", "bfloat16")] * 3
+  # A frozen table, as under adapters, has no product of its own.
+  one = jax.make_jaxpr(jax.grad(lambda h: jnp.sum(products.logits(h, table) ** 2)))(hidden)
+  assert str(one).count("dot_general[") == 2
+
+
+def test_logits_in_float32_differentiate_forward_and_backward(rng):
+  hidden, table, dh, dt = (
+      jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(5, 6), (9, 6), (5, 6), (9, 6)]
+  )
+  plain = lambda h, t: h @ t.T
+  for f in (products.logits, jax.vmap(products.logits, in_axes=(0, None))):
+    out, tangent = jax.jvp(f, (hidden, table), (dh, dt))
+    expected, expected_tangent = jax.jvp(plain, (hidden, table), (dh, dt))
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(tangent, expected_tangent, rtol=1e-5, atol=1e-5)
+    got, want = (jax.vjp(g, hidden, table)[1](out) for g in (f, plain))
+    for a, b in zip(got, want):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
