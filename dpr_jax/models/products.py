@@ -11,8 +11,8 @@ it stands on the left with the dims that are summed last.
 
 Everywhere else layouts are the compiler's to choose.
 
-**Logits** are float32, and so is their cotangent. Beside weights in bfloat16 it would make the products
-of the backward pass float32 ones, at half of the speed or less.
+**Logits** are float32, and so is their cotangent. Beside weights in bfloat16 it would make
+the products of the backward pass float32 ones, at half of the speed or less.
 
 Dims: T tokens or rows, I inputs, O outputs, V vocabulary, D hidden.
 """
