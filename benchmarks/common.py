@@ -238,13 +238,14 @@ class Workload:
 
   def describe(self, compiled: Any) -> dict[str, Any]:
     from benchmarks import programs
+    from dpr_jax.planning import hlo
 
     cfg = self.model.cfg
     text = compiled.as_text()
+    elements, size = programs.largest_logits(text, cfg.vocab_size, cfg.hidden_size)
     return {
         **program_bytes(compiled),
-        "largest_logits_bytes": programs.largest_logits_bytes(
-            text, cfg.vocab_size, cfg.hidden_size
-        ),
-        "collectives": programs.collectives(text),
+        "largest_logits_elements": elements,
+        "largest_logits_bytes": size,
+        "collectives": hlo.collectives(text).count,
     }

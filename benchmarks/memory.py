@@ -6,9 +6,9 @@
 Of each list the first value is the base, and the others are tried one at a time. A dpr step
 takes half of the length as prompt, half as response. A case has the peak of its process (or
 device), what the compiler says of its programs, and the largest array with a dimension of the
-vocabulary in their text, `largest_logits_bytes`; `btv_live` says whether that reaches
-[batch, scored columns, vocabulary] in float32. It does where one chunk holds all columns, as with
---chunk_sizes=100000: that case shows what chunks save.
+vocabulary in their text, `largest_logits_bytes`; `btv_live` says whether one of any dtype has
+as many elements as [batch, scored columns, vocabulary]. It does where one chunk holds all columns,
+as with --chunk_sizes=100000: that case shows what chunks save.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def measure(args: argparse.Namespace, case: dict) -> dict:
   side = rounds.alternate({"ours": opener}, args.repeats, args.sequential)["ours"]
   logits = side.setup["logits_bytes"]
   programs = side.facts["programs"]
-  largest = max(p["largest_logits_bytes"] for p in programs.values())
+  largest = lambda unit: max(p[f"largest_logits_{unit}"] for p in programs.values())
   params = side.setup["model"]["params"]
   return {
       "what": case["what"], "vocab_size": side.setup["model"]["vocab_size"],
@@ -103,9 +103,11 @@ def measure(args: argparse.Namespace, case: dict) -> dict:
       "argument_bytes": max(p["arguments"] for p in programs.values()),
       "temporary_bytes": max(p["temporaries"] for p in programs.values()),
       "logits_bytes": logits,
-      "largest_logits_bytes": largest,
+      "largest_logits_bytes": largest("bytes"),
       # The first column of a row is not scored.
-      "btv_live": largest >= logits - 4 * case["batches"] * side.setup["model"]["vocab_size"],
+      "btv_live": largest("elements") >= (
+          logits // 4 - case["batches"] * side.setup["model"]["vocab_size"]
+      ),
       "devices": side.setup["devices"], "dtype": side.setup["dtype"],
       "model": side.setup["model"]["source"],
   }

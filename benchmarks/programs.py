@@ -1,15 +1,15 @@
-"""What the text of a compiled program tells: the largest logits, and its collectives."""
+"""What the text of a compiled program tells of its logits."""
 
 import math
 import re
 
 _SHAPE = re.compile(r"\b(f32|bf16|f16|f64)\[([\d,]+)\]")
 _BYTES = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2}
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-def largest_logits_bytes(text: str, vocab_size: int, hidden_size: int) -> int:
-  """Bytes of the largest floating-point array with a dimension of the vocabulary; 0: none.
+def largest_logits(text: str, vocab_size: int, hidden_size: int) -> tuple[int, int]:
+  """Elements of the floating-point array that has most with a dimension of the vocabulary, and
+  the bytes of the one that takes most, which may be another; 0: none.
 
   The embedding table, the head, their gradients and moments, [V, D] in any order, are left
   out; everything else with that dimension is logits or made of them. Arrays inside of fusions
@@ -17,15 +17,10 @@ def largest_logits_bytes(text: str, vocab_size: int, hidden_size: int) -> int:
   may equal the vocabulary's.
   """
   table = sorted((vocab_size, hidden_size))
-  largest = 0
+  elements = size = 0
   for kind, dims in set(_SHAPE.findall(text)):
     shape = [int(d) for d in dims.split(",")]
     if vocab_size in shape and sorted(d for d in shape if d > 1) != table:
-      largest = max(largest, math.prod(shape) * _BYTES[kind])
-  return largest
-
-
-def collectives(text: str) -> dict[str, int]:
-  """How often each collective stands in the program; in a loop's body it counts once."""
-  count = lambda name: len(re.findall(rf"= \S.*? {name}(?:-start)?\(", text))
-  return {name: n for name in _COLLECTIVES if (n := count(name))}
+      elements = max(elements, math.prod(shape))
+      size = max(size, math.prod(shape) * _BYTES[kind])
+  return elements, size

@@ -1,14 +1,15 @@
 """Plans a config on machines that need not be there: what fits, and how fast it can be at most.
 
     python -m dpr_jax.plan --config=configs/llama31_8b.py --topology=v5e:4x4 \\
-        [--output=PLAN.json] [--mesh=data,fsdp,tensor] [--compile=3] [--quick] \\
+        [--output=PLAN.json] [--mesh=data,fsdp,tensor] [--compile=3] [--exhaustive] [--quick] \\
         [--config.FIELD=VALUE]
 
 Compiles sft_step, rollout_step and reinforce_step for the topology on this CPU and reports their
 memory, FLOPs and collectives. The times are bounds from peak rates, not measurements. Without
 --mesh it estimates all mesh shapes and compiles the most promising ones, at most --compile, until
-one fits; if none does, again with more accumulation. --quick compiles with less effort, in about
-half of the time.
+one fits; if none does, again with more accumulation. --exhaustive compiles all that may fit, says
+of each whether it does, and suggests the one with the lowest bounds. --quick compiles with less
+effort, in about half of the time.
 """
 
 import json
@@ -36,6 +37,7 @@ def parse(argv: Sequence[str]):
     flags.DEFINE_string("output", "", "JSON file to write.", flag_values=v)
     flags.DEFINE_string("mesh", "", "data,fsdp,tensor; by default a search.", flag_values=v)
     flags.DEFINE_integer("compile", 3, "Meshes compiled at most.", lower_bound=1, flag_values=v)
+    flags.DEFINE_bool("exhaustive", False, "Compile every mesh that may fit.", flag_values=v)
     flags.DEFINE_bool("quick", False, "Compile with less effort.", flag_values=v)
 
   config, values = parse_config(
@@ -66,7 +68,8 @@ def main(argv: Sequence[str]) -> None:
   name = config_path(argv)
   say = lambda text: print(text, file=sys.stderr, flush=True)
   planned = plan.make_plan(
-      config, topology, shape=shape, most=values.compile, say=say, config_name=name
+      config, topology, shape=shape, most=values.compile, exhaustive=values.exhaustive, say=say,
+      config_name=name,
   )
   if output:
     pathlib.Path(output).write_text(json.dumps(planned, indent=1) + "\n", encoding="utf-8")

@@ -4,7 +4,8 @@ One mesh with three axes, in `AxisType.Auto`, so that GSPMD propagates shardings
 and the model only names logical axes:
 
   data    replicas: parameters are copied, the batch is split
-  fsdp    the batch is split and parameters are split; gathered when used
+  fsdp    the batch is split and parameters are split; gathered when used (the table of
+          embeddings and the output head only if they are less than what meets them)
   tensor  heads, MLP columns and the vocabulary are split
 
 A logical axis that a mesh axis does not divide (8 KV heads on tensor=16, a
@@ -39,6 +40,9 @@ RULES: dict[str | None, Any] = {
     # Activations. Heads, MLP columns and vocabulary reuse the names above.
     "batch": ("data", "fsdp"),
     "sequence": None,
+    # The same where fsdp splits something else, see `models/table.py`.
+    "replica_batch": "data",
+    "fine_vocab": ("tensor", "fsdp"),
 }
 
 
@@ -97,10 +101,16 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, resolve(names, x.shape, mesh))
 
 
+def mesh_shape() -> tuple[int, int, int]:
+  """(data, fsdp, tensor) of the mesh that is set; ones without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return (1, 1, 1) if mesh.empty else tuple(mesh.shape.get(name, 1) for name in MESH_AXES)
+
+
 def batch_ways() -> int:
   """Into how many parts the mesh that is set splits a batch; 1 without a mesh."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+  data, fsdp, _ = mesh_shape()
+  return data * fsdp
 
 
 def vocab_ways(vocab_size: int) -> int:
@@ -118,30 +128,49 @@ def without_fsdp(names: Sequence[str | None]) -> tuple[str | None, ...]:
 def gather_weight(w: jax.Array, dtype: Any, names: Sequence[str | None]) -> jax.Array:
   """A parameter as a matmul takes it: in `dtype` and gathered over the fsdp axis.
 
-  Cast while it is sharded, so that the gather moves `dtype` and not float32. The cotangent is
-  put straight onto the shard: left to itself the partitioner sums whole gradients over all
-  devices (an all-reduce where a reduce-scatter would do) and then slices them. A weight that is
-  gathered already, as while decoding, stays as it is. Identity but for the cast without a mesh.
+  The cotangent is put straight onto the shard: left to itself the partitioner sums whole gradients
+  over all devices (an all-reduce where a reduce-scatter would do) and then slices them. A weight
+  that is gathered already, as while decoding, stays as it is. Identity but for the cast without a
+  mesh.
 
   Args:
     w: [...], with the logical axes `names`.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
-    return w.astype(dtype)
-  own_dtype = w.dtype
+  return move(w, dtype, names, without_fsdp(names), (names,))
+
+
+def move(
+    x: jax.Array,
+    dtype: Any,
+    names: Sequence[str | None],
+    to: Sequence[str | None],
+    back: Sequence[Sequence[str | None]],
+) -> jax.Array:
+  """`x`, which lies as the logical axes `names` say, in `dtype` and as `to` says.
+
+  Cast before it moves, so that `dtype` moves and not float32. Where nothing is split over fsdp,
+  over which alone things move, the cast is all.
+
+  Args:
+    back: where the cotangent of the result goes, one after the other.
+  """
+  if mesh_shape()[1] == 1:
+    return x.astype(dtype)
+  own_dtype = x.dtype
 
   @jax.custom_vjp
-  def gather(w):
+  def moved(x):
     if own_dtype != dtype:
-      w = constrain(w.astype(dtype), *names)
-    return constrain(w, *without_fsdp(names))
+      x = constrain(x.astype(dtype), *names)
+    return constrain(x, *to)
 
   def backward(_, cotangent):
-    return (constrain(cotangent, *names).astype(own_dtype),)
+    for where in back:
+      cotangent = constrain(cotangent, *where)
+    return (cotangent.astype(own_dtype),)
 
-  gather.defvjp(lambda w: (gather(w), None), backward)
-  return gather(w)
+  moved.defvjp(lambda x: (moved(x), None), backward)
+  return moved(x)
 
 
 def shardings_of(boxed: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from dpr_jax import main
+from dpr_jax import config, main, pipeline
 from dpr_jax.compilations import keep_compilations
 from dpr_jax.errors import UserError
 
@@ -44,3 +44,17 @@ def test_main_takes_the_flag(tmp_path):
   argv = ["--config=configs/smoke.py", "--workdir=unused", f"--compilation_cache={tmp_path}"]
   *_, folder = main.parse(argv)
   assert folder == str(tmp_path)
+
+
+def test_a_run_keeps_them_in_its_workdir_unless_told_otherwise(monkeypatch, tmp_path):
+  class Kept(Exception):
+    pass
+
+  def keep(path, default):
+    raise Kept(path, default)
+
+  monkeypatch.setattr(pipeline, "keep_compilations", keep)
+  for path in (None, "elsewhere"):
+    with pytest.raises(Kept) as kept:
+      pipeline.run(config.resolve(config.default_config()), str(tmp_path / "run"), path)
+    assert kept.value.args == (path, tmp_path / "run" / "compilation_cache")

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dpr_jax.models.table import logits_axes
 from dpr_jax.sharding import constrain
 
 
@@ -30,7 +31,8 @@ class TokenLogProbs:
 
 def chunk_logprobs(logits_BxCxV: jax.Array, targets_BxC: jax.Array, with_entropy: bool):
   """(logp, logsumexp, entropy) of one chunk, float32 [B, C] each."""
-  logits_BxCxV = constrain(logits_BxCxV, "batch", "sequence", "vocab")
+  axes = logits_axes(*logits_BxCxV.shape)
+  logits_BxCxV, targets_BxC = constrain(logits_BxCxV, *axes), constrain(targets_BxC, *axes[:2])
   vocab_1x1xV = jnp.arange(logits_BxCxV.shape[-1], dtype=targets_BxC.dtype)[None, None, :]
   # A where-sum, not a gather: it stays local on a head that is split over the vocabulary.
   hit_BxCxV = vocab_1x1xV == targets_BxC[:, :, None]

@@ -26,13 +26,8 @@ from dpr_jax.models import lora as lora_lib
 from dpr_jax.models import products
 from dpr_jax.models.cache import Cache
 from dpr_jax.models.config import ModelConfig
-from dpr_jax.sharding import constrain, gather_weight
-
-
-def _param(
-    module: nn.Module, name: str, init, axes: tuple[str | None, ...], shape: tuple[int, ...]
-):
-  return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+from dpr_jax.models.table import Table, parameter
+from dpr_jax.sharding import constrain
 
 
 class RMSNorm(nn.Module):
@@ -44,7 +39,7 @@ class RMSNorm(nn.Module):
   def __call__(self, x):
     cfg = self.cfg
     init = nn.initializers.zeros if cfg.norm_unit_offset else nn.initializers.ones
-    scale = _param(self, "scale", init, ("norm",), (x.shape[-1],)).astype(jnp.float32)
+    scale = parameter(self, "scale", init, ("norm",), (x.shape[-1],)).astype(jnp.float32)
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + cfg.norm_eps)
     if cfg.norm_unit_offset:
@@ -78,10 +73,10 @@ class Projection(nn.Module):
       y = products.product_of_turned(x, kernel_OxI, n_in, self.out_shape)
     else:
       shape = in_shape + self.out_shape
-      kernel = _param(self, "kernel", init, self.in_axes + self.out_axes, shape)
+      kernel = parameter(self, "kernel", init, self.in_axes + self.out_axes, shape)
       y = products.product(x, kernel.astype(dtype), n_in)
     if self.use_bias:
-      bias = _param(self, "bias", nn.initializers.zeros, self.out_axes, self.out_shape)
+      bias = parameter(self, "bias", nn.initializers.zeros, self.out_axes, self.out_shape)
       bias = bias.astype(dtype)
       y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
     low_rank = lora_lib.adapter(
@@ -199,40 +194,6 @@ class Pattern(nn.Module):
     return (x_BxTxD, None if caches is None else tuple(out)), tuple(out) if caches is None else None
 
 
-class Table(nn.Module):
-  """A [V, D] table: rows looked up as embeddings, or multiplied with as an output head."""
-
-  cfg: ModelConfig
-
-  def setup(self):
-    self.table = _param(
-        self,
-        "table",
-        nn.initializers.normal(0.02),
-        ("vocab", "embed"),
-        (self.cfg.vocab_size, self.cfg.hidden_size),
-    )
-
-  def lookup(self, tokens_BxT):
-    # An id outside of the vocabulary gives NaN (the default of jnp.take), which is loud.
-    # Cast while sharded, then gather D once: a lookup on a table that is split over both axes
-    # makes the partitioner replicate it in full, twice.
-    table = constrain(self.table.astype(self.cfg.dtype), "vocab", None)
-    return jnp.take(table, tokens_BxT, axis=0)
-
-  def logits(self, hidden):
-    # Each chunk of columns comes here (see logprobs.py), so an all-reduce of its gradient would
-    # be paid once a chunk.
-    table = gather_weight(self.table, jnp.dtype(self.cfg.dtype), ("vocab", "embed"))
-    if hidden.ndim == 2 and attention_lib.target_platform() == "cpu":
-      # One token a row: the CPU reads a table on the left of a product once and a half as fast.
-      # Without the barrier, the transpose would be folded back into the product.
-      contract = (((1,), (1,)), ((), ()))
-      logits_VxB = jax.lax.dot_general(table, hidden, contract, preferred_element_type=jnp.float32)
-      return jax.lax.optimization_barrier(logits_VxB).T
-    return products.logits(hidden, table)
-
-
 class Transformer(nn.Module):
   """Decoder-only language model. See the module docstring for use."""
 
@@ -330,7 +291,6 @@ class Transformer(nn.Module):
     if cfg.embed_scale != 1.0:
       # Rounded to the compute dtype first, as the published weights were trained.
       x_BxTxD = x_BxTxD * jnp.asarray(cfg.embed_scale, x_BxTxD.dtype)
-    x_BxTxD = constrain(x_BxTxD, "batch", "sequence", None)
     kept = []
     for g, (_, repeats) in enumerate(cfg.groups):
       kv = None if cache is None else cache.kv[g]

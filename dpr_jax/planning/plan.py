@@ -35,16 +35,16 @@ class _Round:
   guesses: list[search.Estimate]  # the best first.
   compiled: dict[search.Shape, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
-  def compile(self, guesses, cfg, topology, devices, most, say) -> bool:
-    """Compiles at most `most` of `guesses`, until one fits; whether one does."""
-    for guess in guesses[:most]:
+  def compile(self, guesses, cfg, topology, devices, exhaustive, say) -> bool:
+    """Compiles `guesses`, all or until one fits; whether one does."""
+    for guess in guesses:
       mesh = ",".join(map(str, guess.shape))
       on_program = lambda name, mesh=mesh: say(f"{topology.name} mesh {mesh}: compiling {name}")
       planned = report.plan_mesh(self.config, cfg, topology, devices, guess.shape, on_program)
       self.compiled[guess.shape] = planned
-      if planned["fits"]:
-        return True
-    return False
+      if planned["fits"] and not exhaustive:
+        break
+    return any(planned["fits"] for planned in self.compiled.values())
 
 
 def make_plan(
@@ -53,6 +53,7 @@ def make_plan(
     *,
     shape: search.Shape | None = None,
     most: int = 3,
+    exhaustive: bool = False,
     say: Callable[[str], None] = lambda text: None,
     config_name: str = "",
 ) -> dict[str, Any]:
@@ -62,6 +63,8 @@ def make_plan(
     shape: (data, fsdp, tensor); None searches, and splits the steps into more micro-batches than
       the config says if nothing fits otherwise ("batch" says how many).
     most: meshes that a search compiles at most; it stops at the first that fits.
+    exhaustive: compile all meshes instead that are not far beyond memory by estimate, and choose
+      that with the lowest floors. Otherwise the estimate alone says which is the fastest.
     say: called with a line of progress before each compilation.
 
   Raises:
@@ -83,7 +86,8 @@ def make_plan(
     devices = devices or describe(topology)
     # Nothing is compiled that is far beyond memory, if more micro-batches may help.
     hopeful = [e for e in guesses if e.peak_bytes <= 1.1 * topology.chip.hbm_bytes]
-    if rounds[-1].compile(guesses if shape else hopeful, cfg, topology, devices, most, say):
+    hopeful = hopeful if exhaustive else hopeful[:most]
+    if rounds[-1].compile(guesses if shape else hopeful, cfg, topology, devices, exhaustive, say):
       break
   if not rounds:
     raise UserError(
@@ -93,10 +97,10 @@ def make_plan(
         "with tensor a divisor of the heads; take more rows"
     )
   if not any(r.compiled for r in rounds):  # What the smallest of the last lacks is worth knowing.
-    rounds[-1].compile(rounds[-1].guesses, cfg, topology, devices, 1, say)
-  # The mesh that fits, else the one that got farthest, of the latest round that has one.
+    rounds[-1].compile(rounds[-1].guesses[:1], cfg, topology, devices, exhaustive, say)
+  # The fastest mesh that fits, else the one that got farthest, of the latest round that has one.
   latest = [(r, planned) for r in reversed(rounds) for planned in r.compiled.values()]
-  chosen, best = max(latest, key=lambda pair: (pair[1]["fits"], _got_to(pair[1])))
+  chosen, best = max(latest, key=lambda pair: _worth(pair[1]))
   config = chosen.config
   return {
       "topology": topology.name,
@@ -124,7 +128,7 @@ def make_plan(
               "accumulation": [r.config.sft.accumulation, r.config.dpr.accumulation],
               "estimated_peak_bytes": int(guess.peak_bytes),
               "estimated_seconds": guess.seconds,
-              "fits": r.compiled[guess.shape]["fits"] if guess.shape in r.compiled else None,
+              **_compiled_to(r.compiled.get(guess.shape)),
           }
           for r in rounds
           for guess in r.guesses
@@ -138,11 +142,39 @@ def _got_to(planned: dict[str, Any]) -> int:
   return sum(p["peak_bytes"] is not None for p in planned["programs"].values())
 
 
+def _worth(planned: dict[str, Any]) -> tuple[float, ...]:
+  """By which compiled meshes are compared: whether they fit, how many programs were compiled, and
+  of those that fit the sum of the longest floors, then of all: often all compute the same."""
+  if not planned["fits"]:
+    return False, _got_to(planned), 0.0, 0.0
+  floors = [p["floor_seconds"].values() for p in planned["programs"].values()]
+  return True, _got_to(planned), -sum(map(max, floors)), -sum(map(sum, floors))
+
+
+def _compiled_to(planned: dict[str, Any] | None) -> dict[str, Any]:
+  """What a candidate says of its programs: {"fits", "peak_bytes", "floor_seconds"}.
+
+  The largest peak with what is resident beside it, None where the compiler ran out of memory, and
+  the sum of the longest floors, None unless all fit. All None if it was not compiled.
+  """
+  if planned is None:
+    return {"fits": None, "peak_bytes": None, "floor_seconds": None}
+  programs = planned["programs"].values()
+  peaks = [p["peak_bytes"] + p["resident_bytes"] for p in programs if p["peak_bytes"] is not None]
+  return {
+      "fits": planned["fits"],
+      "peak_bytes": max(peaks) if _got_to(planned) == len(programs) else None,
+      "floor_seconds": sum(map(report.floor, programs)) if planned["fits"] else None,
+  }
+
+
 def _minimum(
     config: RunConfig, cfg: ModelConfig, mesh: dict[str, int]
 ) -> dict[str, int] | None:
   """`traffic.minimum_received` of the SFT step, where the formula holds."""
   if cfg.lora.rank or mesh["data"] > 1 or mesh["tensor"] > 1:
     return None
-  received = traffic.minimum_received(cfg, mesh["fsdp"], config.sft.accumulation)
+  parts = config.sft.accumulation
+  tokens = config.sft.batch_size * config.data.row_length // (parts * mesh["fsdp"])
+  received = traffic.minimum_received(cfg, mesh["fsdp"], parts, tokens)
   return {name: int(n) for name, n in received.items()}

@@ -81,6 +81,10 @@ def plan_text(plan: Plan) -> str:
   ]
   for c in plan["candidates"]:
     said = {None: "not compiled", True: "fits", False: "does not fit"}[c["fits"]]
+    if c["peak_bytes"] is not None:
+      said += f", {c['peak_bytes'] / _GIB:.1f} GiB"
+    if c["floor_seconds"] is not None:
+      said += f", at least {c['floor_seconds']:.2f} s"
     parts = ",".join(map(str, c["accumulation"]))
     lines.append(f"{_mesh(c['mesh']):<26}{parts:>14}{c['estimated_peak_bytes'] / _GIB:>14.1f}"
                  f"{c['estimated_seconds']:>13.2f}  {said}")

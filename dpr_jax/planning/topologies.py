@@ -29,11 +29,12 @@ _GIB = 2**30
 
 # TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "key chip specifications". The interconnect
 # there counts both directions (v5e 400, v5p 1200, v6e 800 GB/s a chip); receiving is half of it.
+# v4: six links of 50 GB/s in each direction (Jouppi et al. 2023, arXiv 2304.01433).
 # A chip at the border of a slice that does not wrap round has fewer links; the bound ignores it.
 # hbm_bytes is what the compiler says is available; of 16, 32 and 95 GiB it reserves some.
 # GPU: NVIDIA's data sheet of the H100 SXM5, dense bfloat16; NVLink 900 GB/s in both directions.
 CHIPS: dict[str, Chip] = {
-    "v4": Chip("tpu", int(31.25 * _GIB), 275e12, 1.2e12, 150e9, 3),
+    "v4": Chip("tpu", int(31.25 * _GIB), 275e12, 1.2e12, 300e9, 3),
     "v5e": Chip("tpu", int(15.75 * _GIB), 197e12, 819e9, 200e9, 2),
     "v5p": Chip("tpu", int(95.0 * _GIB), 459e12, 2765e9, 600e9, 3),
     "v6e": Chip("tpu", int(31.25 * _GIB), 918e12, 1600e9, 400e9, 2),

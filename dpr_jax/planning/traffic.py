@@ -4,6 +4,8 @@ A lower bound by counting what cannot stay on the chip between two uses; what a 
 beyond it is not counted.
 """
 
+import numpy as np
+
 from dpr_jax.models.config import LOCAL, ModelConfig
 
 WORD = 2  # bytes of the compute dtype, bfloat16.
@@ -58,19 +60,37 @@ def rollout(
   return steps * step + (1 + scored) * weights(cfg, tensor)
 
 
-def minimum_received(cfg: ModelConfig, fsdp: int, accumulation: int) -> dict[str, float]:
+def minimum_received(
+    cfg: ModelConfig, fsdp: int, accumulation: int, tokens: int
+) -> dict[str, float]:
   """Bytes that one of `fsdp` devices must receive in a full train step on mesh (1, fsdp, 1).
 
-  It holds 1/n of every weight, n = fsdp, and receives the other (n - 1)/n in the compute dtype:
-  forward and backward for each micro-batch, but the input embedding, whose values the backward
-  pass does not need, forward alone. Its gradients it receives once: its part from n - 1 others,
-  added up on the way. What remat computes again needs no gather of its own: it uses the weights
-  that the backward pass of that layer uses next.
+  A device holds 1/n of every weight, n = fsdp. Of the layers it receives the other (n - 1)/n in the
+  compute dtype, forward and backward for each micro-batch, and of their gradients its part from
+  n - 1 others once, added up on the way. What remat computes again needs no gather of its own: it
+  uses the weights that the backward pass of that layer uses next. Of the embedding, whose values
+  the backward pass does not need, and of the head it receives either the weights or activations,
+  whichever is less (see `models/table.py`).
+
+  Args:
+    tokens: of a micro-batch, on one device.
   """
-  share = WORD * (fsdp - 1) / fsdp
-  embedding = 0 if cfg.tied_head else cfg.vocab_size * cfg.hidden_size
-  return {
-      "gathered_forward": accumulation * share * cfg.num_params,
-      "gathered_backward": accumulation * share * (cfg.num_params - embedding),
-      "gradients_reduced": share * cfg.num_params,
-  }
+  n, share, a = fsdp, (fsdp - 1) / fsdp, accumulation
+  own = WORD * tokens * cfg.hidden_size  # Bytes of the activations of one device.
+
+  def weights(params: int, backward: bool = True) -> np.ndarray:
+    """Gathered forward, gathered backward, gradients reduced."""
+    return WORD * share * params * np.array([a, a * backward, 1.0])
+
+  table = cfg.vocab_size * cfg.hidden_size
+  head = a * (n - 1) * own * np.ones(3)  # All activations, again backward, all their cotangents.
+  rows = a * share * own * np.array([1.0, 0.0, 1.0])  # Exchanged for columns, and back.
+  least = lambda *ways: min(ways, key=lambda x: x.sum())
+  embedded = weights(table, backward=False)
+  if cfg.tied_head:
+    total = weights(cfg.num_params - table) + least(weights(table), head + rows, head + embedded)
+  else:
+    total = weights(cfg.num_params - 2 * table)
+    total += least(weights(table), head) + least(embedded, rows)
+  names = ("gathered_forward", "gathered_backward", "gradients_reduced")
+  return dict(zip(names, map(float, total)))

@@ -43,7 +43,7 @@ COMMANDS = {
     "rollout": ["--batch=4", "--prompt=4", "--new=8", "--skew=3", "--slots=2", "--skew_rows=6",
                 "--samples=2", "--samples_new=2", "--in_process"],
     "dpr_step": ["--batch=4", "--prompt=4", "--new=8", "--samples=2", "--slots=2", "--skew=3",
-                 "--variants=main", "--in_process"],
+                 "--in_process"],
     "memory": ["--what=score", "--lengths=16", "--batches=2", "--chunk_sizes=4,1000",
                "--in_process"],
     "scaling": ["--devices=2", "--batch=2", "--length=12"],

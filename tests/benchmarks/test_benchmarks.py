@@ -53,11 +53,17 @@ def test_rollout_counts_steps_and_tokens(lines):
   assert line["shared_prefill"]["samples"] == 2 and line["shared_prefill"]["shared_seconds"] > 0
 
 
-def test_dpr_step_samples(lines):
+def test_dpr_step_samples_and_leaves_one_trick_out_at_a_time(lines):
   line = lines("dpr_step")
   assert 4 <= line["sampled_tokens"] <= 32 and 1 <= line["longest"] <= 8
   np.testing.assert_allclose(line["tokens_per_s"] * line["seconds"], line["sampled_tokens"],
                              rtol=1e-6)
+  assert set(line["shares"]) == {"decode", "score", "backward"}
+  assert sum(line["shares"].values()) == pytest.approx(1.0)
+  tricks = {"no_refill", "own_prefill", "rescored", "no_chunks"}
+  assert set(line["without"]) == set(line["predicted_gain"]) == tricks
+  for name, found in line["without"].items():
+    assert found["gain"] == pytest.approx(found["seconds"] / line["seconds"]), name
 
 
 def test_memory_tells_whether_all_logits_live(lines):

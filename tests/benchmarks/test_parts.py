@@ -46,7 +46,7 @@ def test_counts_of_operations(rng):
 
 
 def test_largest_logits_of_a_program():
-  from benchmarks.programs import largest_logits_bytes
+  from benchmarks.programs import largest_logits
 
   def program(chunks):
     def run(hidden, table):
@@ -56,23 +56,12 @@ def test_largest_logits_of_a_program():
     shapes = jnp.zeros((12, 8)), jnp.zeros((37, 8))
     return jax.jit(run).lower(*shapes).compile().as_text()
 
-  assert largest_logits_bytes(program(1), 37, 8) == 4 * 12 * 37
-  assert largest_logits_bytes(program(4), 37, 8) == 4 * 3 * 37
-  assert largest_logits_bytes("x = f32[37,8]{1,0} y = f32[8,37] z = s32[12,37]", 37, 8) == 0
-  assert largest_logits_bytes("bf16[5,37]", 37, 8) == 2 * 5 * 37
-
-
-def test_collectives_are_counted():
-  from benchmarks.programs import collectives
-
-  text = """
-    %a = f32[8]{0} all-gather(%p), dimensions={0}
-    %b = (f32[4]{0}, f32[8]{0}) all-gather-start(%q), dimensions={0}
-    %c = f32[8]{0} all-gather-done(%b)
-    %d = f32[8]{0} all-reduce(%a), to_apply=%add
-    %e = f32[8]{0} add(%all-reduce.1, %d)
-  """
-  assert collectives(text) == {"all-gather": 2, "all-reduce": 1}
+  assert largest_logits(program(1), 37, 8) == (12 * 37, 4 * 12 * 37)
+  assert largest_logits(program(4), 37, 8) == (3 * 37, 4 * 3 * 37)
+  assert largest_logits("x = f32[37,8]{1,0} y = f32[8,37] z = s32[12,37]", 37, 8) == (0, 0)
+  text = "a = bf16[5,37] b = f32[2,37]"
+  assert largest_logits(text, 37, 8) == (5 * 37, 2 * 5 * 37)
+  assert largest_logits(text + " c = f32[3,37]", 37, 8) == (5 * 37, 4 * 3 * 37)
 
 
 def test_plain_steps_against_a_loop(rng):

@@ -25,7 +25,7 @@ def shared_compilations(tmp_path_factory):
 def run_main(workdir, *flags, config=CONFIG, prefix=(), **popen):
   """The main door as a process of its own, from the root of the repository."""
   command = [*prefix, sys.executable, "-m", "dpr_jax.main", f"--config={config}"]
-  command += [f"--workdir={workdir}", "--config.log.progress=False", *flags]
+  command += [f"--workdir={workdir}", *flags]
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
   return subprocess.Popen(
       command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

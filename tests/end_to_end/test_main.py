@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import signal
 import time
 
@@ -66,6 +67,11 @@ def test_leaves_everything_behind(finished_run):
   assert max(line["decode_gap"] for line in dpr) < 1e-4
   assert abs(dpr[0]["kl"]) < 1e-5
   assert "report.html" in out and "Traceback" not in err
+  # One program of each part of a step, as all prompts have one width; of decoding one for each
+  # kind of system and way to sample.
+  assert "dpr: 2 programs of rollout and update were compiled" in err
+  decoding = re.search(r"evaluate: (\d+) programs of decoding were compiled", err)
+  assert decoding and 1 <= int(decoding.group(1)) <= len(SYSTEMS)
 
 
 def test_config_json_tells_what_was_run(finished_run):

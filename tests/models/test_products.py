@@ -95,7 +95,8 @@ def test_logits_and_their_gradients_in_half_precision(rng):
   """Float32 logits; in the backward pass only factors and results are rounded to bfloat16."""
   hidden = jnp.asarray(rng.normal(size=(2, 7, 24)), jnp.bfloat16)
   table = jnp.asarray(rng.normal(size=(301, 24)), jnp.bfloat16)
-  d_y = jnp.asarray(rng.normal(size=(2, 7, 301)) * 10.0 ** rng.uniform(-4, 0, (2, 7, 1)), jnp.float32)
+  scale = 10.0 ** rng.uniform(-4, 0, (2, 7, 1))
+  d_y = jnp.asarray(rng.normal(size=(2, 7, 301)) * scale, jnp.float32)
   y, pull = jax.vjp(products.logits, hidden, table)
   d_hidden, d_table = pull(d_y)
   assert (y.dtype, d_hidden.dtype, d_table.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)

@@ -18,31 +18,40 @@ pytestmark = pytest.mark.usefixtures("light_compilation")
     dict(num_layers=3),
     dict(num_layers=5, layer_pattern=("local", "global"), window=3, tied_head=False),
 ], ids=["global", "windowed"])
-def test_unrolled_decoding_equals_scanned(make_model, rng, fields):
-  # Sharper attention amplifies the rounding of products that sum in another order.
-  model, variables = make_model(int(rng.integers(1 << 30)), query_scale=0.1, **fields)
+@pytest.mark.parametrize("query_scale", [0.1, 0.0], ids=["mild", "sharp"])
+def test_unrolled_decoding_equals_scanned(make_model, neighbours, rng, query_scale, fields):
+  model, variables = make_model(int(rng.integers(1 << 30)), query_scale=query_scale, **fields)
   cfg = model.cfg
   unrolled = decoder_of(model)
   assert unrolled.cfg == dataclasses.replace(cfg, scan_layers=False)
   assert len(unrolled.cfg.groups) == -(-cfg.num_layers // len(cfg.layer_pattern))
   tokens = rng.integers(0, cfg.vocab_size, (3, 6)).astype(np.int32)
   segments = (np.arange(6) >= [[0], [4], [2]]).astype(np.int32)
-  split = split_variables(cfg, variables)
-
-  @jax.jit
-  def prefill(variables, tokens, segments):
-    hidden, cache = model.apply(variables, tokens, segments, slots=4, method="prefill")
-    return hidden, cache, split_cache(cfg, cache)
-
-  hidden, cache, own_cache = prefill(variables, tokens, segments)
+  chosen = rng.integers(0, cfg.vocab_size, (4, 3, 1)).astype(np.int32)
+  prefill = jax.jit(lambda v: model.apply(v, tokens, segments, slots=4, method="prefill"))
   step = jax.jit(lambda m, v, t, c: m.apply(v, t, None, None, c), static_argnums=0)
-  for _ in range(4):
-    token = rng.integers(0, cfg.vocab_size, (3, 1)).astype(np.int32)
-    hidden, cache = step(model, variables, token, cache)
-    own_hidden, own_cache = step(unrolled, split, token, own_cache)
-    np.testing.assert_allclose(own_hidden, hidden, atol=1e-5)
+
+  def decode(decoder, variables, cache):
+    out = []
+    for token in chosen:
+      hidden, cache = step(decoder, variables, token, cache)
+      out.append(hidden)
+    return np.stack(out), cache
+
+  cache = prefill(variables)[1]
+  expected, end = decode(model, variables, cache)
+  hidden, own_end = decode(unrolled, split_variables(cfg, variables), split_cache(cfg, cache))
+  bound = 1e-5
+  if not query_scale:
+    # Attention this sharp amplifies the rounding of products that sum in another order: over 24
+    # draws to 1.4 times what the neighbours of the weights make of it, and to 1e-5 itself.
+    beside, _ = decode(model, moved := neighbours(variables), prefill(moved)[1])
+    bound = 4 * np.abs(beside - expected).max()
+    assert bound < 1e-3
+  np.testing.assert_allclose(hidden, expected, rtol=0, atol=bound)
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), split_cache(cfg, cache), own_cache
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=bound),
+      split_cache(cfg, end), own_end,
   )
 
 

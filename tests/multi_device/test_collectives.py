@@ -1,5 +1,6 @@
 """Collectives of compiled programs, counted by `dpr_jax.planning.hlo`, on 8 forced devices."""
 
+import numpy as np
 import pytest
 
 
@@ -74,8 +75,10 @@ def test_collectives_are_counted_with_the_trips_of_their_loops(run_on_devices):
   }
 
 
-def head_gradient(shapes, dtype):
-  """Three AdamW steps with the head's gradient put onto its shard, and as JAX differentiates it."""
+def steps_of_both_forms(shapes, dtype, vocab):
+  """Three AdamW steps with tables used as `models/table.py` does, and as JAX would by itself."""
+  import dataclasses
+
   import flax.linen as nn
   import jax
   import numpy as np
@@ -84,31 +87,36 @@ def head_gradient(shapes, dtype):
   from dpr_jax.config import OptimizerConfig
   from dpr_jax.data.batches import SFTBatch
   from dpr_jax.losses import make_sft_loss
-  from dpr_jax.models import ModelConfig, Transformer, init_variables, transformer
+  from dpr_jax.models import ModelConfig, Transformer, init_variables, logprobs, table
   from dpr_jax.training import TrainState, make_train_step
   from dpr_jax.training.optimizer import make_optimizer
 
-  cfg = ModelConfig(vocab_size=640, hidden_size=32, mlp_size=64, num_layers=1, num_heads=4,
-                    num_kv_heads=2, head_dim=8, tied_head=False, dtype=dtype)
+  cfg = ModelConfig(vocab_size=vocab, hidden_size=32, mlp_size=64, num_layers=1, num_heads=4,
+                    num_kv_heads=2, head_dim=8, tied_head=False)
   draw = np.random.default_rng(0)
-  tokens = draw.integers(0, 640, (8, 17)).astype(np.int32)
+  tokens = draw.integers(0, vocab, (8, 17)).astype(np.int32)
   batch = SFTBatch(tokens=tokens, segment_ids=np.ones_like(tokens),
                    loss_mask=np.ones(tokens.shape, np.float32))
 
-  def plain(w, dtype, names):  # What JAX differentiates by itself.
-    return sharding.constrain(w.astype(dtype), *sharding.without_fsdp(names))
+  def cast_and_move(x, dtype, names, to, back):  # What JAX differentiates by itself.
+    return sharding.constrain(x.astype(dtype), *to)
 
-  ours, out = transformer.gather_weight, {}
+  axes = table.logits_axes
+  gathered = lambda *_: table.GATHERED_HEAD
+  forms = {"ours": (dtype, sharding.move, axes), "plain": (dtype, cast_and_move, gathered),
+           "exact": ("float32", cast_and_move, gathered)}
+  out = {"axes": []}
   boxed = jax.eval_shape(lambda key: init_variables(cfg, key), jax.random.key(0))
   for shape in shapes:
     mesh = sharding.make_mesh(*shape)
     placed = sharding.place(batch, mesh)
-    for name, gather in (("ours", ours), ("plain", plain)):
-      transformer.gather_weight = gather
-      model = Transformer(cfg)
+    for name, (how, sharding.move, axes_of) in forms.items():
+      table.logits_axes = logprobs.logits_axes = axes_of
+      model = Transformer(dataclasses.replace(cfg, dtype=how))
       optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, eps=1e-4), 10)
       step = make_train_step(make_sft_loss(model, chunk_size=4), optimizer)
       with jax.set_mesh(mesh):
+        out["axes"].append(axes_of(8, 4, vocab))
         variables = jax.jit(lambda key: nn.unbox(init_variables(cfg, key)),
                             out_shardings=sharding.shardings_of(boxed, mesh))(jax.random.key(0))
         state = TrainState.create(variables, optimizer, jax.random.key(1))
@@ -123,23 +131,67 @@ def head_gradient(shapes, dtype):
   return out
 
 
-@pytest.mark.parametrize(("shapes", "dtype"), [
-    ([[2, 2, 2]], "float32"),
-    ([[2, 2, 2]], "bfloat16"),
-    pytest.param([[1, 8, 1], [1, 4, 2]], "float32", marks=pytest.mark.slow),
-], ids=["one", "bfloat16", "more"])
-def test_the_head_on_its_shard_trains_as_the_plain_form_does(run_on_devices, shapes, dtype):
-  # On a TPU the plain form sums whole gradients; see tests/planning/test_plan.py for its bytes.
-  done = run_on_devices(head_gradient, shapes, dtype)
-  # In bfloat16 the two round each chunk's gradient at different places.
-  rel, abs_ = (1e-6, 1e-6) if dtype == "float32" else (2**-10, 1e-4)
+def _flat(run):
+  return np.concatenate([run["losses"], run["norms"], *run["params"]])
+
+
+@pytest.mark.parametrize(("shapes", "dtype", "vocab", "form"), [
+    ([[2, 2, 2]], "float32", 640, "fine_vocab"),
+    ([[2, 2, 2]], "bfloat16", 640, "fine_vocab"),
+    ([[2, 2, 2]], "float32", 32, "vocab"),
+    pytest.param([[1, 8, 1], [1, 4, 2]], "float32", 640, "fine_vocab", marks=pytest.mark.slow),
+], ids=["rows_move", "bfloat16", "head_moves", "more"])
+def test_tables_on_their_shards_train_as_the_plain_form_does(
+    run_on_devices, shapes, dtype, vocab, form
+):
+  # For the bytes on a TPU see tests/planning/test_plan.py.
+  done = run_on_devices(steps_of_both_forms, shapes, dtype, vocab)
+  assert [axes[-1] for axes in done.result["axes"]] == [form, "vocab", "vocab"] * len(shapes)
   assert "Involuntary full rematerialization" not in done.stderr
   for shape in shapes:
-    ours, plain = done.result[f"ours {shape}"], done.result[f"plain {shape}"]
-    assert ours["losses"] == pytest.approx(plain["losses"], rel=rel), shape
-    assert ours["norms"] == pytest.approx(plain["norms"], rel=rel), shape
-    for a, b in zip(ours["params"], plain["params"], strict=True):
-      assert a == pytest.approx(b, abs=abs_), shape
+    ours, plain, exact = (_flat(done.result[f"{name} {shape}"]) for name in
+                          ("ours", "plain", "exact"))
+    if dtype == "float32":
+      assert ours == pytest.approx(plain, rel=1e-6, abs=1e-6), shape
+    else:  # The two round each chunk's gradient at different places.
+      assert np.mean(np.abs(ours - exact)) < 1.2 * np.mean(np.abs(plain - exact)), shape
+
+
+def chunked_bytes():
+  """Bytes that a device receives for values and gradients of log-probs, by chunk and vocabulary."""
+  import jax
+  import jax.numpy as jnp
+
+  from dpr_jax import sharding
+  from dpr_jax.models import ModelConfig, Transformer
+  from dpr_jax.models.logprobs import token_logprobs
+  from dpr_jax.models.variables import abstract_variables
+  from dpr_jax.planning.hlo import collectives
+
+  mesh = sharding.make_mesh(1, 8, 1)
+  tokens = jax.ShapeDtypeStruct((8, 65), jnp.int32, sharding=sharding.batch_sharding(mesh))
+  out = {}
+  for vocab in (4096, 8192):
+    cfg = ModelConfig(vocab_size=vocab, hidden_size=32, mlp_size=64, num_layers=1, num_heads=4,
+                      num_kv_heads=2, head_dim=8, tied_head=False)
+    variables = abstract_variables(cfg, mesh)
+    own = jax.tree.map(lambda x: x.sharding, variables)
+    for chunk in (8, 64):
+      def loss(variables, tokens, cfg=cfg, chunk=chunk):
+        return token_logprobs(Transformer(cfg), variables, tokens, chunk_size=chunk).logp.sum()
+
+      with jax.set_mesh(mesh):
+        lowered = jax.jit(jax.grad(loss), out_shardings=own).lower(variables, tokens)
+        out[f"{vocab} {chunk}"] = sum(collectives(lowered.compile().as_text()).bytes.values())
+  return out, 4 * 32 * 4096
+
+
+def test_chunks_of_logits_do_not_gather_the_head_again(run_on_devices):
+  received, table = run_on_devices(chunked_bytes).result
+  # Neither more chunks nor a larger vocabulary move much: a part of a part of the head.
+  for vocab in (4096, 8192):
+    assert received[f"{vocab} 8"] - received[f"{vocab} 64"] < 8 * 3 * (vocab / 4096 * table) / 8
+  assert received["8192 64"] - received["4096 64"] < table
 
 
 def decoding():
@@ -181,7 +233,9 @@ def decoding():
 def test_decoding_gathers_the_weights_once_and_not_for_each_token(run_on_devices):
   received, specs, weights = run_on_devices(decoding).result
   assert received["4"] > weights / 2 * 3 / 4  # The gather itself: 3/4 of what tensor leaves.
-  assert received["20"] - received["4"] < 0.05 * weights
+  # Scoring moves the activations of 16 more columns; of weights nothing moves for a token more.
+  activations = 2 * (16 * 8 * 64) * 4
+  assert received["20"] - received["4"] < activations < 16 * 0.05 * weights
   for name, (fsdp, tensor, dtype) in specs.items():
     assert not fsdp, name
     if "norm" in name:

@@ -106,10 +106,11 @@ def test_the_search_prefers_what_fits():
 V5E = topologies_lib.parse_topology("v5e:4x4")
 
 
-def _searched(monkeypatch, rounds, peaks):
+def _searched(monkeypatch, rounds, peaks, seconds=None, **kwargs):
   """make_plan with stubs: a round has the guesses {mesh: GiB}; `peaks`: GiB by (round, mesh).
 
-  A program above 15.75 GiB does not fit; one that is None exhausts the compiler.
+  A program above 15.75 GiB does not fit; one that is None exhausts the compiler. `seconds`: the
+  floors (compute, ici) of each program by mesh.
   """
   at = {n: i for i, n in enumerate((1, 2, 4, 8, 16))}
   compiled = []
@@ -124,7 +125,9 @@ def _searched(monkeypatch, rounds, peaks):
     compiled.append(key)
     programs = {name: report.not_compiled() for name in NAMES}
     for name, gib in zip(NAMES, peaks[key]):
-      programs[name].update(fits=gib is not None and gib < 15.75,
+      compute, ici = (seconds or {}).get(shape, (1.0, 0.0))
+      programs[name].update(fits=gib is not None and gib < 15.75, resident_bytes=2**30,
+                            floor_seconds=None if gib is None else dict(compute=compute, ici=ici),
                             peak_bytes=None if gib is None else gib * 2**30)
     return {"mesh": dict(zip(("data", "fsdp", "tensor"), shape)), "attention": "splash",
             "fits": all(p["fits"] is True for p in programs.values()), "programs": programs}
@@ -134,7 +137,7 @@ def _searched(monkeypatch, rounds, peaks):
   monkeypatch.setattr(report, "bounds", lambda config, best: {})
   monkeypatch.setattr(plan_lib, "describe", lambda topology: ["device"])
   config, _ = plan.parse([*LLAMA, "--topology=v5e:4x4"])
-  return plan_lib.make_plan(config, V5E), compiled
+  return plan_lib.make_plan(config, V5E, **kwargs), compiled
 
 
 A, B = (1, 16, 1), (1, 8, 2)
@@ -149,6 +152,27 @@ def test_more_micro_batches_are_tried_until_a_mesh_fits(monkeypatch):
   assert made["batch"]["sft"][2] == made["batch"]["dpr"][3] == 2
   said = [(c["accumulation"][0], tuple(c["mesh"].values()), c["fits"]) for c in made["candidates"]]
   assert said == [(1, A, False), (2, B, True), (2, A, None)]
+
+
+@pytest.mark.parametrize("seconds, best", [
+    ({A: (2.0, 1.0), B: (1.0, 1.5)}, B),
+    ({A: (2.0, 1.0), B: (2.0, 1.5)}, A),  # The longest are alike.
+])
+def test_an_exhaustive_search_compiles_all_that_may_fit_and_takes_the_fastest(
+    monkeypatch, seconds, best
+):
+  C, D = (1, 4, 4), (1, 2, 8)
+  peaks = {(0, A): [9, 8, 7], (0, B): [6, 6, 6], (0, C): [10, None]}
+  made, compiled = _searched(
+      monkeypatch, [{C: 8, A: 9, B: 10, D: 30}, {A: 1}], peaks, seconds, exhaustive=True, most=1
+  )
+  assert compiled == [(0, C), (0, A), (0, B)] and tuple(made["mesh"].values()) == best
+  said = {tuple(c["mesh"].values()): (c["fits"], c["peak_bytes"], c["floor_seconds"])
+          for c in made["candidates"]}
+  assert said == {
+      C: (False, None, None), D: (None, None, None),
+      A: (True, 10 * 2**30, 3 * max(seconds[A])), B: (True, 7 * 2**30, 3 * max(seconds[B])),
+  }
 
 
 def test_a_round_without_a_mesh_leaves_what_was_found(monkeypatch):

@@ -28,6 +28,7 @@ def _made(**changes):
       "batch": {"sft": [8, 64, 1], "dpr": [8, 32, 16, 2]}, "searched": True,
       "sft_minimum_bytes": None,
       "candidates": [{"mesh": mesh, "accumulation": [1, 2], "fits": False,
+                      "peak_bytes": 3 * 2**30, "floor_seconds": None,
                       "estimated_peak_bytes": 2**30, "estimated_seconds": 1.0}],
       **changes,
   }
@@ -54,7 +55,8 @@ def test_the_tables_of_a_folder_go_between_the_marks(tmp_path):
   assert "| 1.5 | over, 32.0 |  |" in text and "1.50 compute" in text and "1,234" in text
   assert "warning" not in text
   said = tables.plan_text(made)
-  assert "does not fit" in said and "out of memory: too much" in said and "not compiled" in said
+  assert "does not fit, 3.0 GiB\n" in said
+  assert "out of memory: too much" in said and "not compiled" in said
   assert "warning" not in said
   (tmp_path / "bare.md").write_text("no marks")
   with pytest.raises(UserError, match="plans: begin"):

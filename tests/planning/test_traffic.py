@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from dpr_jax.models import ModelConfig
@@ -39,17 +40,22 @@ def test_slots_read_fewer_rows_in_more_steps(rng):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_minimum_is_what_others_hold_of_each_weight(tied):
+@pytest.mark.parametrize("tokens", [10**7, 3], ids=["weights_move", "activations_move"])
+def test_the_minimum_is_what_others_hold_of_each_weight_or_activation(tied, tokens):
   cfg, n, parts = dataclasses.replace(CFG, tied_head=tied), 4, 3
   variables = abstract_variables(cfg, make_mesh(devices=jax.devices()[:1]), "bfloat16")
-  leaves = jax.tree_util.tree_leaves_with_path(variables)
-  least = traffic.minimum_received(cfg, n, parts)
-  received = {k: 0.0 for k in least}
-  for path, x in leaves:
+  least = traffic.minimum_received(cfg, n, parts, tokens)
+  received = np.zeros(3)  # Forward, backward, gradients.
+  for path, x in jax.tree_util.tree_leaves_with_path(variables):
     others = x.size * 2 * (n - 1) / n
-    read_backward = tied or "embed" not in jax.tree_util.keystr(path)
-    received["gathered_forward"] += parts * others
-    received["gathered_backward"] += parts * others * read_backward
-    received["gradients_reduced"] += others
-  assert least == pytest.approx(received, rel=1e-12)
-  assert set(traffic.minimum_received(cfg, 1, parts).values()) == {0.0}
+    name = jax.tree_util.keystr(path)
+    if tokens > 3 or "table" not in name:
+      read_backward = tied or "embed" not in name
+      received += [parts * others, parts * others * read_backward, others]
+  if tokens == 3:
+    activations = 2 * tokens * cfg.hidden_size
+    received += parts * (n - 1) * activations  # Those of all others at the head, and of cotangents.
+    received[[0, 2]] += parts * (n - 1) / n * activations  # Their columns of mine at the lookup.
+  assert list(least.values()) == pytest.approx(received, rel=1e-12)
+  assert list(least) == ["gathered_forward", "gathered_backward", "gradients_reduced"]
+  assert set(traffic.minimum_received(cfg, 1, parts, tokens).values()) == {0.0}
