@@ -1,15 +1,10 @@
-"""Products of activations with a weight, in the forms that suit a CPU, and those that give logits.
+"""Products of activations with a weight, differentiated as suits a CPU, and those of logits.
 
 **The gradient of a weight** sums over all tokens. JAX writes it with the cotangent on the left, and
 XLA's CPU backend transposes what stands on the left into a copy. The elementwise operations that
 made the cotangent, those of the gated MLP above all, are fused into that copy and read each of
 their inputs along its columns, dozens of times slower than along its rows. With the activations
-on the left the copy is a plain one.
-
-**One token a row**, as while decoding, is bound by reading the weight, which is read fastest where
-it stands on the left with the dims that are summed last.
-
-Everywhere else layouts are the compiler's to choose.
+on the left the copy is a plain one. Everywhere else layouts are the compiler's to choose.
 
 **Logits** are float32, and so is their cotangent. Beside weights in bfloat16 it would make
 the products of the backward pass float32 ones, at half of the speed or less.
@@ -19,7 +14,6 @@ Dims: T tokens or rows, I inputs, O outputs, V vocabulary, D hidden.
 
 import functools
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,22 +32,6 @@ def product(x: jax.Array, kernel: jax.Array, n_in: int) -> jax.Array:
   if target_platform() == "cpu" and (mesh.empty or mesh.size == 1):
     return _product_on_cpu(x, kernel, n_in)
   return _product(x, kernel, n_in)
-
-
-def turned(kernel: jax.Array, n_in: int) -> jax.Array:
-  """[in dims, out dims] -> [O, I], an array of its own, for `product_of_turned`."""
-  kernel_IxO = kernel.reshape(math.prod(kernel.shape[:n_in]), -1)
-  # Without the barriers here and below, the transposes would be folded back into the product.
-  return jax.lax.optimization_barrier(kernel_IxO.T)
-
-
-def product_of_turned(
-    x: jax.Array, kernel_OxI: jax.Array, n_in: int, out_shape: Sequence[int]
-) -> jax.Array:
-  """`product(x, kernel, n_in)` of a kernel that was `turned`; `out_shape` are its out dims."""
-  x_TxI = x.reshape(-1, kernel_OxI.shape[1])
-  y_OxT = jax.lax.dot_general(kernel_OxI, x_TxI, (((1,), (1,)), ((), ())))
-  return jax.lax.optimization_barrier(y_OxT).T.reshape(*x.shape[: x.ndim - n_in], *out_shape)
 
 
 @jax.custom_jvp

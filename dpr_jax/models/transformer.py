@@ -68,13 +68,9 @@ class Projection(nn.Module):
         in_axis=tuple(range(n_in)),
         out_axis=tuple(range(n_in, n_in + len(self.out_shape))),
     )
-    if self.has_variable("params", "kernel_OxI"):  # Only in the layers of models/unrolled.py.
-      kernel_OxI = self.get_variable("params", "kernel_OxI").astype(dtype)
-      y = products.product_of_turned(x, kernel_OxI, n_in, self.out_shape)
-    else:
-      shape = in_shape + self.out_shape
-      kernel = parameter(self, "kernel", init, self.in_axes + self.out_axes, shape)
-      y = products.product(x, kernel.astype(dtype), n_in)
+    shape = in_shape + self.out_shape
+    kernel = parameter(self, "kernel", init, self.in_axes + self.out_axes, shape)
+    y = products.product(x, kernel.astype(dtype), n_in)
     if self.use_bias:
       bias = parameter(self, "bias", nn.initializers.zeros, self.out_axes, self.out_shape)
       bias = bias.astype(dtype)

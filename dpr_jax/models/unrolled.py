@@ -10,7 +10,6 @@ not measured: there the scan stays. For a CPU the kernels are turned once as wel
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,7 +17,6 @@ import jax
 from dpr_jax.models.attention import target_platform
 from dpr_jax.models.cache import Cache
 from dpr_jax.models.config import ModelConfig
-from dpr_jax.models.products import turned
 from dpr_jax.models.transformer import Transformer
 
 
@@ -33,10 +31,7 @@ def decoder_of(model: Any) -> Any:
 
 
 def split_variables(cfg: ModelConfig, variables: Any) -> Any:
-  """Variables of a model of `cfg` -> those of the same model with scan_layers=False.
-
-  On a CPU every kernel [in dims, out dims] becomes a `kernel_OxI`, for decoding alone.
-  """
+  """Variables of a model of `cfg` -> those of the same model with scan_layers=False."""
   if not cfg.scan_layers:
     return variables
 
@@ -63,12 +58,4 @@ def split_cache(cfg: ModelConfig, cache: Cache) -> Cache:
 
 def _split(tree: Any, repeats: int) -> list[Any]:
   """[R, ...] leaves -> R trees of [1, ...] leaves."""
-  turn = _turn if target_platform() == "cpu" else lambda tree: tree
-  return [turn(jax.tree.map(lambda x, r=r: x[r : r + 1], tree)) for r in range(repeats)]
-
-
-def _turn(tree: Any, name: str = "") -> Any:
-  if "kernel" not in tree:
-    return {k: _turn(v, k) if isinstance(v, Mapping) else v for k, v in tree.items()}
-  kernel = turned(tree["kernel"][0], n_in=2 if name == "out" else 1)  # `out` sums heads as well.
-  return {"kernel_OxI": kernel[None], **{k: v for k, v in tree.items() if k != "kernel"}}
+  return [jax.tree.map(lambda x, r=r: x[r : r + 1], tree) for r in range(repeats)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpr_jax.models import products
-from dpr_jax.models.products import product, product_of_turned, turned
+from dpr_jax.models.products import product
 
 
 def summed(x, kernel, n_in):
@@ -39,8 +39,6 @@ def test_product_and_both_gradients(rng, lead, ins, outs):
 
   close = lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
   close(y, summed(x, kernel, len(ins)))
-  kernel_OxI = turned(*as32(kernel), len(ins))
-  close(product_of_turned(*as32(x), kernel_OxI, len(ins), outs), summed(x, kernel, len(ins)))
   reverse = np.moveaxis(kernel, range(len(ins)), range(-len(ins), 0))
   close(d_x, summed(d_y, reverse, len(outs)))
   tokens_last = np.moveaxis(x, range(len(lead)), range(-len(lead), 0))

@@ -1,7 +1,6 @@
 """The unrolled decoder is the scanned one, layer for layer."""
 
 import dataclasses
-import math
 
 import flax.linen as nn
 import jax
@@ -56,19 +55,12 @@ def test_unrolled_decoding_equals_scanned(make_model, neighbours, rng, query_sca
 
 
 def test_adapters_are_split_like_the_weights(make_model):
-  """Names and shapes are those of the unrolled model, but for the kernels, which are turned."""
+  """Names and shapes are those of the unrolled model."""
   model, _ = make_model(0)
 
   def shapes(variables):
     leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(variables))
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return {name(path): x.shape for path, x in leaves}
-
-  def expected_shape(name, shape):
-    if not name.endswith("kernel"):
-      return name, shape
-    n_in = 3 if name.endswith("out/kernel") else 2  # The axis of repeats leads.
-    return name + "_OxI", (1, math.prod(shape[n_in:]), math.prod(shape[1:n_in]))
+    return {jax.tree_util.keystr(path): x.shape for path, x in leaves}
 
   with_lora = dataclasses.replace(model.cfg, lora=dataclasses.replace(model.cfg.lora, rank=2))
   for cfg in (model.cfg, with_lora):
@@ -76,7 +68,7 @@ def test_adapters_are_split_like_the_weights(make_model):
     own = dataclasses.replace(cfg, scan_layers=False)
     expected = jax.eval_shape(lambda k, own=own: init_variables(own, k), jax.random.key(0))
     split = jax.eval_shape(lambda v, cfg=cfg: split_variables(cfg, v), nn.unbox(scanned))
-    assert shapes(split) == dict(expected_shape(*item) for item in shapes(expected).items())
+    assert shapes(split) == shapes(expected)
 
 
 def test_another_model_decodes_as_it_is():
@@ -84,19 +76,13 @@ def test_another_model_decodes_as_it_is():
   assert decoder_of(model) is model
 
 
-@pytest.mark.parametrize("name, unrolled, kernels", [
-    ("cpu", True, "kernel_OxI"), ("gpu", True, "kernel"), ("tpu", False, "kernel"),
-])
-def test_each_platform_decodes_as_it_was_measured_to_be_fastest(
-    make_model, name, unrolled, kernels
-):
+@pytest.mark.parametrize("name, unrolled", [("cpu", True), ("gpu", True), ("tpu", False)])
+def test_each_platform_decodes_as_it_was_measured_to_be_fastest(make_model, name, unrolled):
   device = jax.sharding.AbstractDevice(device_kind=name, num_cores=None, platform=name)
   mesh = jax.sharding.AbstractMesh(
       (1, 1, 1), ("data", "fsdp", "tensor"),
       (jax.sharding.AxisType.Auto,) * 3, abstract_device=device,
   )
-  model, variables = make_model(0)
+  model, _ = make_model(0)
   with jax.sharding.use_abstract_mesh(mesh):
     assert decoder_of(model).cfg.scan_layers is not unrolled
-    split = jax.eval_shape(lambda v: split_variables(model.cfg, v), variables)
-  assert kernels in split["params"]["group_1"]["layer_0"]["mlp"]["up"]
