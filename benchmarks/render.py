@@ -142,7 +142,8 @@ def scaling(record: Record) -> str:
 
 # Of each table: the benchmark, what its record must be like, and how it is drawn.
 TABLES: dict[str, tuple[str, Callable[[Record], bool], Callable[[Record], str]]] = {
-    "sft_step": ("sft_step", lambda r: True, against_peers),
+    "sft_step": ("sft_step", lambda r: r["shape"]["remat"] != "full", against_peers),
+    "sft_step_full": ("sft_step", lambda r: r["shape"]["remat"] == "full", against_peers),
     "score": ("score", lambda r: True, against_peers),
     "rollout": ("rollout", lambda r: "skewed" not in r, against_peers),
     "skewed": ("rollout", lambda r: "skewed" in r, skewed),

@@ -98,24 +98,26 @@ class Workload(common.Workload):
   def sampler(self, name, parts, *, new, stop_ids=(), **how):
     """A variant: one program, called for each part."""
     program = jax.jit(
-        lambda variables, prompts, key: generate(
-            self.model, (variables,), prompts, key, max_new_tokens=new, stop_ids=stop_ids, **how
+        lambda variables, prompts, first_row: generate(
+            self.model, (variables,), prompts, self.key, max_new_tokens=new, stop_ids=stop_ids,
+            first_row=first_row, **how,
         )
     )
+    first_rows = np.cumsum([0] + [len(part.lengths) for part in parts[:-1]]).astype(np.int32)
     parts = [sharding.place(part, self.mesh) for part in parts]
     self.programs[name] = (program, parts[0])
 
     def call():
+      # Parts of one batch: however it is split, the responses are the same.
       self.results[name] = [
-          program(self.variables, part, jax.random.fold_in(self.key, i))
-          for i, part in enumerate(parts)
+          program(self.variables, part, first) for part, first in zip(parts, first_rows)
       ]
       return self.results[name]
 
     return call
 
   def compiled(self):
-    return {name: program.lower(self.variables, part, self.key).compile()
+    return {name: program.lower(self.variables, part, np.int32(0)).compile()
             for name, (program, part) in self.programs.items()}
 
   def finish(self):

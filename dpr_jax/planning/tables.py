@@ -14,7 +14,7 @@ from typing import Any
 from dpr_jax.errors import UserError
 
 # The marks around each table of the document.
-SECTIONS = ("plans", "lora", "minimum")
+SECTIONS = ("plans", "meshes", "lora", "minimum")
 
 _GIB = 2**30
 _PROGRAMS = ("sft_step", "rollout_step", "reinforce_step")
@@ -159,6 +159,27 @@ def _longest_floor(entry: dict[str, Any]) -> str:
   return f"{floors[which]:.2f} {which}"
 
 
+def meshes_markdown(plans: Sequence[Plan]) -> str:
+  """One row a search and number of micro-batches: which meshes fit, the chosen one in bold."""
+  head = ["config", "topology", "accumulation", "fit: mesh (GiB, s)", "do not fit", "not compiled"]
+  rows = []
+  for plan in (p for p in plans if p["searched"]):
+    of_round = {}
+    for c in plan["candidates"]:
+      of_round.setdefault(tuple(c["accumulation"]), []).append(c)
+    for parts, found in of_round.items():
+      cells = {True: [], False: [], None: []}
+      for c in sorted(found, key=lambda c: c["floor_seconds"] or 0.0):
+        mesh = _mesh(c["mesh"])
+        if c["fits"]:
+          mesh = f"**{mesh}**" if plan["fits"] and c["mesh"] == plan["mesh"] else mesh
+          mesh += f" ({c['peak_bytes'] / _GIB:.1f}, {c['floor_seconds']:.2f})"
+        cells[c["fits"]].append(mesh)
+      rows.append([_name(plan), plan["topology"], ", ".join(map(str, parts)),
+                   *("; ".join(x) for x in cells.values())])
+  return _table(head, rows)
+
+
 def collectives_markdown(plans: Sequence[Plan]) -> str:
   """One row a program: what a device receives, by kind."""
   kinds = _kinds(e for p in plans for e in p["programs"].values())
@@ -228,6 +249,7 @@ def update(folder: str, document: str) -> None:
   bodies = {
       "plans": f"{markdown(plans)}\n\nBytes that one device receives in one execution:\n\n"
                f"{collectives_markdown(plans)}",
+      "meshes": meshes_markdown(plans),
       "lora": lora_markdown(plans),
       "minimum": minimum_markdown(plans),
   }

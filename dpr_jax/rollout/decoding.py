@@ -49,6 +49,7 @@ class Decoding:
   sampling: Sampling
   stop_ids: tuple[int, ...]
   rng: jax.Array
+  first_row: jax.Array | int  # what the first row is called in its keys.
   rows: int
   slots: int
   lanes: int
@@ -144,7 +145,7 @@ class Decoding:
       logits_KxV = logits_KxV + (logits if weight == 1.0 else weight * logits)
     logits_KxV = constrain(logits_KxV, "batch", "vocab")
     key_of = lambda row, age: jax.random.fold_in(jax.random.fold_in(self.rng, row), age)
-    token_K = draw(logits_KxV, jax.vmap(key_of)(s.row, s.age), self.sampling)
+    token_K = draw(logits_KxV, jax.vmap(key_of)(self.first_row + s.row, s.age), self.sampling)
     hit_KxV = jnp.arange(logits_KxV.shape[-1], dtype=jnp.int32)[None, :] == token_K[:, None]
     lse_K = jax.nn.logsumexp(logits_KxV, axis=-1)
     logp_K = jnp.sum(jnp.where(hit_KxV, logits_KxV, 0.0), axis=-1) - lse_K

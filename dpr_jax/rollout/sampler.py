@@ -72,13 +72,14 @@ def generate(
     slots: int = 0,
     refill: float = 0.125,
     with_entropy: bool = False,
+    first_row: jax.Array | int = 0,
 ) -> Generation:
   """Samples responses to every prompt. Traceable; jit it with the keywords static.
 
   Args:
     members: variables of each model of the mixture (one for plain sampling).
     prompts: G rows; a row of length 0 is a filler and gets an empty response.
-    rng: row b draws its j-th token with the key fold_in(fold_in(rng, b), j).
+    rng: row b draws its j-th token with the key fold_in(fold_in(rng, first_row + b), j).
     stop_ids: token ids that end a response; the one sampled belongs to it.
     weights: of the members' logits.
     samples_per_prompt: responses a prompt, in adjacent rows: row b answers prompt
@@ -87,6 +88,8 @@ def generate(
     refill: share of the slots that must have ended before waiting rows take their place.
       A refill costs about as much as one or two steps.
     with_entropy: also the entropy of every distribution drawn from.
+    first_row: int32, where these rows stand among those of a larger batch, which is sampled in
+      parts with the responses that it would have as a whole.
   """
   members = tuple(gathered(model.cfg, variables) for variables in members)
   prompt_GxP, segments_GxP = right_align(prompts)
@@ -113,6 +116,7 @@ def generate(
       sampling=sampling,
       stop_ids=tuple(stop_ids),
       rng=rng,
+      first_row=first_row,
       rows=rows,
       slots=slots,
       lanes=lanes,

@@ -47,7 +47,7 @@ def test_rollout_counts_steps_and_tokens(lines):
   line = lines("rollout")
   skewed = line["skewed"]
   # The responses do not depend on how they are batched.
-  assert skewed["refilled"]["tokens"] == skewed["wide"]["tokens"]
+  assert skewed["plain"]["tokens"] == skewed["refilled"]["tokens"] == skewed["wide"]["tokens"]
   assert skewed["wide"]["steps"] == skewed["wide"]["longest"] - 1
   assert skewed["refilled"]["longest"] <= 8 and skewed["refilled"]["steps"] >= 1
   assert line["shared_prefill"]["samples"] == 2 and line["shared_prefill"]["shared_seconds"] > 0

@@ -43,7 +43,7 @@ def _updated(tmp_path, *plans) -> str:
   for _ in range(2):  # The second time changes nothing.
     tables.update(str(tmp_path), str(document))
   text = document.read_text()
-  assert text.startswith("before\n") and "old" not in text and text.count("behind\n") == 3
+  assert text.startswith("before\n") and "old" not in text and text.count("behind\n") == 4
   assert text.endswith(f"{marks[-1][1]}\nbehind\n")
   return text
 
@@ -74,6 +74,24 @@ def test_rematerializations_are_warned_of(times, wanted, tmp_path):
   (warning,) = [s for s in tables.plan_text(made).splitlines() if s.startswith("warning")]
   assert "sft_step" in warning and wanted in warning
   assert warning in _updated(tmp_path, made)
+
+
+def test_all_meshes_of_a_search_are_listed(tmp_path):
+  def candidate(mesh, parts, fits=None, gib=None, seconds=None):
+    return {"mesh": dict(zip(("data", "fsdp", "tensor"), mesh)), "accumulation": [parts, parts],
+            "fits": fits, "peak_bytes": gib and gib * 2**30, "floor_seconds": seconds}
+
+  made = _made(fits=True, candidates=[
+      candidate((1, 4, 1), 1, False), candidate((1, 1, 4), 2, True, 7.25, 3.5),
+      candidate((1, 2, 2), 2, True, 7.5, 3.0), candidate((2, 2, 1), 2), candidate((4, 1, 1), 2),
+  ])
+  text = _updated(tmp_path, made, _made(searched=False))
+  begin, end = tables.marks("meshes")
+  rows = text.partition(begin)[2].partition(end)[0].strip().splitlines()[2:]
+  assert rows == [
+      "| x, LoRA 8 | v5e:2x2 | 1, 1 |  | 1,4,1 |  |",
+      "| x, LoRA 8 | v5e:2x2 | 2, 2 | **1,2,2** (7.5, 3.00); 1,1,4 (7.2, 3.50) |  | 2,2,1; 4,1,1 |",
+  ]
 
 
 def test_lora_stands_beside_the_full_plan_of_the_same_batch(tmp_path):

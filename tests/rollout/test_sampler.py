@@ -221,6 +221,19 @@ def test_a_queue_draws_what_the_plain_batch_draws(make_model, rng, fields, slots
   assert int(plain.steps) == fed.max()
 
 
+def test_parts_of_a_batch_draw_what_the_whole_draws(make_model, rng):
+  model, variables = make_model(int(rng.integers(1 << 30)))
+  prompts, key = _prompts(rng), jax.random.key(int(rng.integers(1 << 30)))
+  half = len(LENGTHS) // 2
+  how = dict(max_new_tokens=N, stop_ids=(1, 2), samples_per_prompt=2)
+  whole = sample(model, (variables,), prompts, key, **how)
+  part = jax.jit(lambda prompts, first_row: generate(
+      model, (variables,), prompts, key, first_row=first_row, **how))
+  parts = [part(jax.tree.map(lambda x: x[at], prompts), 2 * first)  # noqa: B023
+           for first, at in ((0, slice(half)), (half, slice(half, None)))]
+  np.testing.assert_array_equal(np.concatenate([x.tokens for x in parts]), whole.tokens)
+
+
 def test_samples_of_a_prompt_differ_and_share_one_prefill(make_model, rng):
   model, variables = make_model(int(rng.integers(1 << 30)))
   widths = []
