@@ -102,7 +102,8 @@ def test_tables_are_filled(lines):
   # Filling twice is filling once; tables without a record stay as they were.
   assert render.render(filled, records) == filled
   original = dict(re.findall(r"<!-- table:(\w+) -->\n(.*?)\n<!-- /table -->", page, re.DOTALL))
-  assert bodies["memory_gemma"] == original["memory_gemma"]
+  for name in ("memory_gemma", "sft_step_full"):
+    assert bodies[name] == original[name]
   with pytest.raises(UserError, match="table:nonsense"):
     render.render("<!-- table:nonsense -->\n<!-- /table -->", records)
 

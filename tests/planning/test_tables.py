@@ -64,7 +64,7 @@ def test_the_tables_of_a_folder_go_between_the_marks(tmp_path):
 
 
 def test_no_plans_give_no_tables(tmp_path):
-  assert _updated(tmp_path).count("No plans here yet") == 3
+  assert _updated(tmp_path).count("No plans here yet") == 4
 
 
 @pytest.mark.parametrize("times, wanted", [(3, "3 times"), (None, "not known")])
