@@ -31,7 +31,8 @@ lora=(--config.model.lora.rank=16)
 large=(--config.sft.batch_size=256 --config.dpr.batch_size=256
   --config.sft.accumulation=1 --config.dpr.accumulation=1)
 for config in llama31_8b qwen25_7b mistral_7b gemma3_4b; do
-  plan "${config}_v5e_4x4" "$config" v5e:4x4 "${short[@]}" ${flags[@]+"${flags[@]}"}
+  # Every mesh that may fit, where memory is short and the choice matters.
+  plan "${config}_v5e_4x4" "$config" v5e:4x4 --exhaustive "${short[@]}" ${flags[@]+"${flags[@]}"}
   plan "${config}_v5p_2x2x2" "$config" v5p:2x2x2 ${flags[@]+"${flags[@]}"}
   plan "${config}_v6e_4x4" "$config" v6e:4x4 ${flags[@]+"${flags[@]}"}
   plan "${config}_lora_v5e_4x4" "$config" v5e:4x4 "${short[@]}" "${lora[@]}" ${flags[@]+"${flags[@]}"}

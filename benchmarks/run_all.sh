@@ -5,9 +5,9 @@
 #
 # Environment: PYTHON (ours), PEER_PYTHON (has torch, transformers, trl), TUNIX_PYTHON (has
 # google-tunix), each "" to leave those peers out; MODEL (a CKPT; default: random weights of
-# SmolLM2-135M's shape); REPEATS (5); REMAT of the SFT step ("dots full"); ACCELERATOR (1: instead, the
-# shape of a model of 1.2 billion parameters in bfloat16, rows of 2,048 tokens, for a GPU or TPU);
-# EXTRA (flags of every benchmark, such as --sequential).
+# SmolLM2-135M's shape); REPEATS (5); REMAT of the SFT step ("dots full", with ACCELERATOR dots);
+# ACCELERATOR (1: instead, the shape of a model of 1.2 billion parameters in bfloat16, rows of 2,048
+# tokens, for a GPU or TPU); EXTRA (flags of every benchmark, such as --sequential).
 # Then: python -m benchmarks.render RESULTS.jsonl docs/performance.md
 set -euo pipefail
 results=${1:?usage: benchmarks/run_all.sh RESULTS.jsonl}
@@ -46,11 +46,13 @@ bench() {
 
 if [[ -n ${ACCELERATOR-} ]]; then
   extra+=(--config=configs/llama32_1b.py --dtype=bfloat16 --logits_budget=1)
+  remats=${REMAT:-dots}
   sft=(--batch=4 --length=2048) score=(--batch=8 --length=2048)
   rollout=(--batch=64 --prompt=256 --new=256) step=(--batch=64 --prompt=256 --new=256 --skew=64)
   skewed=(--batch=64 --prompt=256 --new=256 --skew=64 --slots=64 --skew_rows=256 --samples=4)
   slots=32
 else
+  remats=${REMAT:-dots full}
   sft=(--batch=4 --length=256 --logits_budget=0.125)
   score=(--batch=8 --length=192)
   rollout=(--batch=8 --prompt=64 --new=128) step=(--batch=16 --prompt=64 --new=64 --skew=16)
@@ -59,7 +61,7 @@ else
 fi
 
 peers torch trl tunix
-for remat in ${REMAT:-dots full}; do
+for remat in $remats; do
   bench sft_step "${sft[@]}" --remat="$remat" ${flags[@]+"${flags[@]}"}
 done
 peers torch tunix

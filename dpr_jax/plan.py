@@ -37,7 +37,8 @@ def parse(argv: Sequence[str]):
     flags.DEFINE_string("output", "", "JSON file to write.", flag_values=v)
     flags.DEFINE_string("mesh", "", "data,fsdp,tensor; by default a search.", flag_values=v)
     flags.DEFINE_integer("compile", 3, "Meshes compiled at most.", lower_bound=1, flag_values=v)
-    flags.DEFINE_bool("exhaustive", False, "Compile every mesh that may fit.", flag_values=v)
+    flags.DEFINE_bool("exhaustive", False, "Compile every mesh that may fit, whatever --compile.",
+                      flag_values=v)
     flags.DEFINE_bool("quick", False, "Compile with less effort.", flag_values=v)
 
   config, values = parse_config(
@@ -64,6 +65,8 @@ def main(argv: Sequence[str]) -> None:
 
   if values.quick:
     jax.config.update("jax_exec_time_optimization_effort", -1.0)
+  if values.mesh and values.exhaustive:
+    raise UserError("--exhaustive searches meshes and --mesh names one: give one of them")
   shape = parse_mesh(values.mesh, topology.size) if values.mesh else None
   name = config_path(argv)
   say = lambda text: print(text, file=sys.stderr, flush=True)

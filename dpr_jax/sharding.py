@@ -114,10 +114,9 @@ def batch_ways() -> int:
 
 
 def vocab_ways(vocab_size: int) -> int:
-  """Into how many parts the mesh that is set splits logits over the vocabulary."""
-  mesh = jax.sharding.get_abstract_mesh()
-  ways = 1 if mesh.empty else mesh.shape["tensor"]
-  return ways if vocab_size % ways == 0 else 1
+  """Into how many parts the mesh that is set splits a vocabulary over tensor."""
+  tensor = mesh_shape()[2]
+  return tensor if vocab_size % tensor == 0 else 1
 
 
 def without_fsdp(names: Sequence[str | None]) -> tuple[str | None, ...]:
@@ -152,6 +151,8 @@ def move(
   over which alone things move, the cast is all.
 
   Args:
+    x: any shape, with as many dims as the names of each of the following.
+    names, to: logical axes of each dim.
     back: where the cotangent of the result goes, one after the other.
   """
   if mesh_shape()[1] == 1:

@@ -120,7 +120,8 @@ def chunk_size_for(rows: int, vocab_size: int, budget: int, mesh: jax.sharding.M
 
   A chunk of the backward pass holds about three float32 arrays [rows, columns, V]: logits,
   probabilities and their gradient. Rows are split over data and fsdp, the vocabulary over
-  tensor, where they divide.
+  tensor, where they divide; or rows over data alone and the vocabulary over the other two, which
+  is as much (`models/table.py`).
 
   Args:
     rows: of the batch (of the micro-batch under accumulation), over all devices.

@@ -7,11 +7,11 @@ have to move. What is less moves:
 - a lookup: each device looks its own columns up for all rows of its replica, then they exchange
   columns for rows (an all-to-all). It receives as much as its own activations.
 - logits: all rows of a replica are gathered, and each device computes their logits over its own
-  part of the vocabulary, split over tensor and fsdp. It receives the activations of a replica.
+  part of the vocabulary, split over tensor and fsdp. It receives the activations of a replica, and
+  of the head its part of the vocabulary in exchange for its columns: 1 / fsdp of a gathered head.
 
-Either way the operations are as many as with a gathered table, and the gradient of the table
-stays on its device. Logits are computed in chunks of columns (`logprobs.py`): a gathered head
-would be gathered, and its gradient reduced, once a chunk, while activations are so once in all.
+Either way the operations are as many as with a gathered table. Logits are computed in chunks of
+columns (`logprobs.py`), and what is received of the head, and of its gradient, is so once a chunk.
 
 Dims: V vocabulary, D hidden, B batch, T tokens, C columns of a chunk.
 """
@@ -24,26 +24,32 @@ from dpr_jax import sharding
 from dpr_jax.models import products
 from dpr_jax.models.attention import target_platform
 from dpr_jax.models.config import ModelConfig
+from dpr_jax.models.parameters import parameter
 from dpr_jax.sharding import constrain
 
-_STORED = ("vocab", "embed")
+STORED = ("vocab", "embed")
 GATHERED_HEAD = ("batch", "sequence", "vocab")
 FINE_HEAD = ("replica_batch", "sequence", "fine_vocab")
-
-
-def parameter(
-    module: nn.Module, name: str, init, axes: tuple[str | None, ...], shape: tuple[int, ...]
-):
-  """A float32 parameter of a module, with its logical axes."""
-  return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
 def logits_axes(batch: int, columns: int, vocab_size: int) -> tuple[str, str, str]:
   """Logical axes of logits [batch, columns, vocab_size] on the mesh that is set."""
   data, fsdp, tensor = sharding.mesh_shape()
-  divides = batch % (data * fsdp) == 0 and vocab_size % (tensor * fsdp) == 0
-  less = batch // data * columns < vocab_size // tensor
-  return FINE_HEAD if fsdp > 1 and divides and less else GATHERED_HEAD
+  if fsdp == 1 or batch % (data * fsdp) or vocab_size % (tensor * fsdp):
+    return GATHERED_HEAD
+  # In rows of D columns that a device receives: activations and exchanged head, or whole head.
+  fine = batch // data * columns + vocab_size // (tensor * fsdp)
+  return FINE_HEAD if fine < vocab_size // tensor else GATHERED_HEAD
+
+
+def rows_move(batch: int, length: int, table: jax.Array, dtype: jnp.dtype) -> bool:
+  """Whether a lookup of [batch, length] tokens moves activations of `dtype`, not the table."""
+  data, fsdp, _ = sharding.mesh_shape()
+  vocab_size, hidden_size = table.shape
+  if fsdp == 1 or batch % (data * fsdp) or hidden_size % fsdp:
+    return False
+  moved = batch // (data * fsdp) * length * dtype.itemsize
+  return moved < vocab_size // sharding.vocab_ways(vocab_size) * table.dtype.itemsize
 
 
 class Table(nn.Module):
@@ -56,30 +62,30 @@ class Table(nn.Module):
         self,
         "table",
         nn.initializers.normal(0.02),
-        _STORED,
+        STORED,
         (self.cfg.vocab_size, self.cfg.hidden_size),
     )
 
-  def lookup(self, tokens_BxT):
-    """[B, T] -> [B, T, D] in the compute dtype; an id outside of the vocabulary gives NaN."""
+  def lookup(self, tokens_BxT, gathered: bool = False):
+    """[B, T] -> [B, T, D] in the compute dtype; an id outside of the vocabulary gives NaN.
+
+    Cast after the lookup, so that the gradient of a token sums in the dtype of the table: in
+    bfloat16 the sum over the many places of a frequent token would stop to grow.
+
+    Args:
+      gathered: the table lies on all of fsdp already, as while decoding.
+    """
     dtype = jnp.dtype(self.cfg.dtype)
-    if self._rows_move(*tokens_BxT.shape):
-      table = constrain(self.table.astype(dtype), *_STORED)
-      x_BxTxD = jnp.take(table, constrain(tokens_BxT, "replica_batch", "sequence"), axis=0)
+    if not gathered and rows_move(*tokens_BxT.shape, self.table, dtype):
+      tokens_BxT = constrain(tokens_BxT, "replica_batch", "sequence")
+      x_BxTxD = jnp.take(constrain(self.table, *STORED), tokens_BxT, axis=0).astype(dtype)
       x_BxTxD = constrain(x_BxTxD, "replica_batch", "sequence", "embed")
     else:
       # Gathered before the lookup: one on a table that is split over both axes makes the
       # partitioner replicate it in full, twice.
-      gathered = sharding.without_fsdp(_STORED)
-      table = sharding.move(self.table, dtype, _STORED, gathered, (gathered,))
-      x_BxTxD = jnp.take(table, tokens_BxT, axis=0)
+      table = constrain(self.table, *sharding.without_fsdp(STORED))
+      x_BxTxD = jnp.take(table, tokens_BxT, axis=0).astype(dtype)
     return constrain(x_BxTxD, "batch", "sequence", None)
-
-  def _rows_move(self, batch: int, length: int) -> bool:
-    data, fsdp, tensor = sharding.mesh_shape()
-    if length == 1 or fsdp == 1 or self.cfg.hidden_size % fsdp:
-      return False  # A step of decoding has the table gathered already.
-    return batch // (data * fsdp) * length < self.cfg.vocab_size // tensor
 
   def logits(self, hidden):
     """[B, C, D], or [B, D] of a step of decoding, -> float32 [..., V]."""
@@ -88,13 +94,13 @@ class Table(nn.Module):
       axes = logits_axes(*hidden.shape[:2], self.cfg.vocab_size)
       if axes == FINE_HEAD:
         fine = (axes[-1], None)
-        table = sharding.move(self.table, dtype, _STORED, fine, (fine, _STORED))
+        table = sharding.move(self.table, dtype, STORED, fine, (fine, STORED))
         rows, replica = ("batch", "sequence", None), (*axes[:-1], None)
         hidden = sharding.move(hidden, dtype, rows, replica, (rows,))
         return constrain(products.logits(hidden, table), *axes)
-    table = sharding.gather_weight(self.table, dtype, _STORED)
+    table = sharding.gather_weight(self.table, dtype, STORED)
     if hidden.ndim == 2 and target_platform() == "cpu":
-      # One token a row: the CPU reads a table on the left of a product once and a half as fast.
+      # One token a row: a CPU reads a table on the left of a product faster, 1.2 to 1.5 times.
       # Without the barrier, the transpose would be folded back into the product.
       contract = (((1,), (1,)), ((), ()))
       logits_VxB = jax.lax.dot_general(table, hidden, contract, preferred_element_type=jnp.float32)

@@ -26,7 +26,8 @@ from dpr_jax.models import lora as lora_lib
 from dpr_jax.models import products
 from dpr_jax.models.cache import Cache
 from dpr_jax.models.config import ModelConfig
-from dpr_jax.models.table import Table, parameter
+from dpr_jax.models.parameters import parameter
+from dpr_jax.models.table import Table
 from dpr_jax.sharding import constrain
 
 
@@ -283,7 +284,8 @@ class Transformer(nn.Module):
     if keep:
       shared["keep"] = ()
 
-    x_BxTxD = self.embed.lookup(tokens_BxT)
+    # What makes or takes a cache is given gathered weights (`variables.gathered`).
+    x_BxTxD = self.embed.lookup(tokens_BxT, gathered=keep or cache is not None)
     if cfg.embed_scale != 1.0:
       # Rounded to the compute dtype first, as the published weights were trained.
       x_BxTxD = x_BxTxD * jnp.asarray(cfg.embed_scale, x_BxTxD.dtype)

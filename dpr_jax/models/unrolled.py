@@ -5,8 +5,7 @@ nothing beside the product of a whole row, but when a step has one token a row, 
 bytes again as the step needs at least. Unrolled, every layer has arrays of its own, sliced once
 before the loop over tokens, and a GPU is given whole steps to run (as CUDA graphs) in place of one
 layer at a time: docs/performance.md has what it gives. It costs compile time, and on a TPU it was
-not measured: there the scan stays. For a CPU the kernels are turned once as well (see
-`products.turned`); a GPU reads them as fast as they are.
+not measured: there the scan stays.
 """
 
 import dataclasses

@@ -62,8 +62,7 @@ def gathered(cfg: ModelConfig, variables: Any) -> Any:
   function bit for bit: the model makes that cast itself, and norms, which it computes in
   float32, are left alone.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if cfg.dtype == "float32" and (mesh.empty or mesh.shape["fsdp"] == 1):
+  if cfg.dtype == "float32" and sharding.mesh_shape()[1] == 1:
     return variables  # As they are.
   boxed = _boxed(cfg)
 

@@ -120,6 +120,7 @@ def make_plan(
       "attention": best["attention"],
       "parameters": cfg.num_params,
       "searched": shape is None,
+      "exhaustive": shape is None and exhaustive,
       "sft_minimum_bytes": _minimum(config, cfg, best["mesh"]),
       "chip": dataclasses.asdict(topology.chip),
       "candidates": [
@@ -147,8 +148,9 @@ def _worth(planned: dict[str, Any]) -> tuple[float, ...]:
   of those that fit the sum of the longest floors, then of all: often all compute the same."""
   if not planned["fits"]:
     return False, _got_to(planned), 0.0, 0.0
-  floors = [p["floor_seconds"].values() for p in planned["programs"].values()]
-  return True, _got_to(planned), -sum(map(max, floors)), -sum(map(sum, floors))
+  programs = planned["programs"].values()
+  all_floors = sum(sum(p["floor_seconds"].values()) for p in programs)
+  return True, _got_to(planned), -sum(map(report.floor, programs)), -all_floors
 
 
 def _compiled_to(planned: dict[str, Any] | None) -> dict[str, Any]:

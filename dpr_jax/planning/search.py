@@ -1,7 +1,8 @@
 """Which meshes are worth compiling: a coarse estimate of memory and time of every candidate.
 
 The estimate only orders the candidates and drops hopeless ones; what a plan reports comes from the
-compiled programs.
+compiled programs. It counts the tables as gathered like any weight, though less may move
+(`models/table.py`).
 """
 
 import dataclasses

@@ -160,10 +160,10 @@ def _longest_floor(entry: dict[str, Any]) -> str:
 
 
 def meshes_markdown(plans: Sequence[Plan]) -> str:
-  """One row a search and number of micro-batches: which meshes fit, the chosen one in bold."""
+  """Of exhaustive searches a row a number of micro-batches: which meshes fit; the best in bold."""
   head = ["config", "topology", "accumulation", "fit: mesh (GiB, s)", "do not fit", "not compiled"]
   rows = []
-  for plan in (p for p in plans if p["searched"]):
+  for plan in (p for p in plans if p["exhaustive"]):
     of_round = {}
     for c in plan["candidates"]:
       of_round.setdefault(tuple(c["accumulation"]), []).append(c)

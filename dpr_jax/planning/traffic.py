@@ -63,14 +63,15 @@ def rollout(
 def minimum_received(
     cfg: ModelConfig, fsdp: int, accumulation: int, tokens: int
 ) -> dict[str, float]:
-  """Bytes that one of `fsdp` devices must receive in a full train step on mesh (1, fsdp, 1).
+  """Least bytes for one of `fsdp` devices to receive in a full train step on mesh (1, fsdp, 1).
 
   A device holds 1/n of every weight, n = fsdp. Of the layers it receives the other (n - 1)/n in the
   compute dtype, forward and backward for each micro-batch, and of their gradients its part from
   n - 1 others once, added up on the way. What remat computes again needs no gather of its own: it
   uses the weights that the backward pass of that layer uses next. Of the embedding, whose values
   the backward pass does not need, and of the head it receives either the weights or activations,
-  whichever is less (see `models/table.py`).
+  whichever is less (see `models/table.py`). The least of these ways, that is, all columns of the
+  rows counted; not a proof that there is no other.
 
   Args:
     tokens: of a micro-batch, on one device.

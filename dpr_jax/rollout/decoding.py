@@ -49,7 +49,7 @@ class Decoding:
   sampling: Sampling
   stop_ids: tuple[int, ...]
   rng: jax.Array
-  first_row: jax.Array | int  # what the first row is called in its keys.
+  first_row: jax.Array | int  # index of the first row in its random keys.
   rows: int
   slots: int
   lanes: int

@@ -88,8 +88,8 @@ def generate(
     refill: share of the slots that must have ended before waiting rows take their place.
       A refill costs about as much as one or two steps.
     with_entropy: also the entropy of every distribution drawn from.
-    first_row: int32, where these rows stand among those of a larger batch, which is sampled in
-      parts with the responses that it would have as a whole.
+    first_row: int32, where the first of these responses stands among those of a larger batch
+      (prompts x samples_per_prompt), which is sampled in parts as it would be in one.
   """
   members = tuple(gathered(model.cfg, variables) for variables in members)
   prompt_GxP, segments_GxP = right_align(prompts)

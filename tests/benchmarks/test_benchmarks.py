@@ -62,8 +62,6 @@ def test_dpr_step_samples_and_leaves_one_trick_out_at_a_time(lines):
   assert sum(line["shares"].values()) == pytest.approx(1.0)
   tricks = {"no_refill", "own_prefill", "rescored", "no_chunks"}
   assert set(line["without"]) == set(line["predicted_gain"]) == tricks
-  for name, found in line["without"].items():
-    assert found["gain"] == pytest.approx(found["seconds"] / line["seconds"]), name
 
 
 def test_memory_tells_whether_all_logits_live(lines):

@@ -102,15 +102,16 @@ def steps_of_both_forms(shapes, dtype, vocab):
     return sharding.constrain(x.astype(dtype), *to)
 
   axes = table.logits_axes
-  gathered = lambda *_: table.GATHERED_HEAD
-  forms = {"ours": (dtype, sharding.move, axes), "plain": (dtype, cast_and_move, gathered),
-           "exact": ("float32", cast_and_move, gathered)}
+  rows_move, gathered, stay = table.rows_move, lambda *_: table.GATHERED_HEAD, lambda *_: False
+  forms = {"ours": (dtype, sharding.move, rows_move, axes),
+           "plain": (dtype, cast_and_move, stay, gathered),
+           "exact": ("float32", cast_and_move, stay, gathered)}
   out = {"axes": []}
   boxed = jax.eval_shape(lambda key: init_variables(cfg, key), jax.random.key(0))
   for shape in shapes:
     mesh = sharding.make_mesh(*shape)
     placed = sharding.place(batch, mesh)
-    for name, (how, sharding.move, axes_of) in forms.items():
+    for name, (how, sharding.move, table.rows_move, axes_of) in forms.items():
       table.logits_axes = logprobs.logits_axes = axes_of
       model = Transformer(dataclasses.replace(cfg, dtype=how))
       optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, eps=1e-4), 10)
@@ -157,45 +158,63 @@ def test_tables_on_their_shards_train_as_the_plain_form_does(
       assert np.mean(np.abs(ours - exact)) < 1.2 * np.mean(np.abs(plain - exact)), shape
 
 
-def chunked_bytes():
-  """Bytes that a device receives for values and gradients of log-probs, by chunk and vocabulary."""
+def received(cfg, mesh, columns, chunk):
+  """Bytes that a device receives for values and gradients of log-probs of 8 rows."""
   import jax
   import jax.numpy as jnp
 
   from dpr_jax import sharding
-  from dpr_jax.models import ModelConfig, Transformer
+  from dpr_jax.models import Transformer
   from dpr_jax.models.logprobs import token_logprobs
   from dpr_jax.models.variables import abstract_variables
   from dpr_jax.planning.hlo import collectives
 
-  mesh = sharding.make_mesh(1, 8, 1)
-  tokens = jax.ShapeDtypeStruct((8, 65), jnp.int32, sharding=sharding.batch_sharding(mesh))
-  out = {}
-  for vocab in (4096, 8192):
-    cfg = ModelConfig(vocab_size=vocab, hidden_size=32, mlp_size=64, num_layers=1, num_heads=4,
-                      num_kv_heads=2, head_dim=8, tied_head=False)
-    variables = abstract_variables(cfg, mesh)
-    own = jax.tree.map(lambda x: x.sharding, variables)
-    for chunk in (8, 64):
-      def loss(variables, tokens, cfg=cfg, chunk=chunk):
-        return token_logprobs(Transformer(cfg), variables, tokens, chunk_size=chunk).logp.sum()
+  rows = sharding.batch_sharding(mesh)
+  tokens = jax.ShapeDtypeStruct((8, columns + 1), jnp.int32, sharding=rows)
+  variables = abstract_variables(cfg, mesh)
 
-      with jax.set_mesh(mesh):
-        lowered = jax.jit(jax.grad(loss), out_shardings=own).lower(variables, tokens)
-        out[f"{vocab} {chunk}"] = sum(collectives(lowered.compile().as_text()).bytes.values())
-  return out, 4 * 32 * 4096
+  def loss(variables, tokens):
+    return token_logprobs(Transformer(cfg), variables, tokens, chunk_size=chunk).logp.sum()
+
+  with jax.set_mesh(mesh):
+    own = jax.tree.map(lambda x: x.sharding, variables)
+    lowered = jax.jit(jax.grad(loss), out_shardings=own).lower(variables, tokens)
+    return sum(collectives(lowered.compile().as_text()).bytes.values())
+
+
+def bytes_of_heads():
+  """By vocabulary and chunk; and at a shape, as it is computed and in either form."""
+  from dpr_jax import sharding
+  from dpr_jax.models import ModelConfig, logprobs, table
+
+  cfg = lambda vocab: ModelConfig(vocab_size=vocab, hidden_size=32, mlp_size=64, num_layers=1,
+                                  num_heads=4, num_kv_heads=2, head_dim=8, tied_head=False)
+  mesh = sharding.make_mesh(1, 8, 1)
+  chunks = {f"{v} {c}": received(cfg(v), mesh, 64, c) for v in (4096, 8192) for c in (8, 64)}
+  near, chosen = {}, table.logits_axes
+  mesh = sharding.make_mesh(4, 2, 1)
+  forms = {"ours": chosen, "gathered": lambda *_: table.GATHERED_HEAD,
+           "fine": lambda *_: table.FINE_HEAD}
+  for columns in (80, 400):
+    for name, axes in forms.items():
+      table.logits_axes = logprobs.logits_axes = axes
+      near[f"{columns} {name}"] = received(cfg(1024), mesh, columns, columns)
+  return chunks, near, 4 * 32 * 4096
 
 
 def test_chunks_of_logits_do_not_gather_the_head_again(run_on_devices):
-  received, table = run_on_devices(chunked_bytes).result
+  chunks, near, table = run_on_devices(bytes_of_heads).result
   # Neither more chunks nor a larger vocabulary move much: a part of a part of the head.
   for vocab in (4096, 8192):
-    assert received[f"{vocab} 8"] - received[f"{vocab} 64"] < 8 * 3 * (vocab / 4096 * table) / 8
-  assert received["8192 64"] - received["4096 64"] < table
+    assert chunks[f"{vocab} 8"] - chunks[f"{vocab} 64"] < 8 * 3 * (vocab / 4096 * table) / 8
+  assert chunks["8192 64"] - chunks["4096 64"] < table
+  # Of the two forms the one that receives less is taken, on either side of where they meet.
+  assert near["80 ours"] == near["80 fine"] < near["80 gathered"]
+  assert near["400 ours"] == near["400 gathered"] < near["400 fine"]
 
 
 def decoding():
-  """All-gathered bytes of a rollout by number of new tokens, and what decoding is given."""
+  """Bytes that sampling receives by number of new tokens, and what decoding is given."""
   import jax
   import jax.numpy as jnp
 
@@ -204,12 +223,12 @@ def decoding():
   from dpr_jax.models import ModelConfig, Transformer
   from dpr_jax.models.variables import abstract_variables, gathered
   from dpr_jax.planning.hlo import collectives
-  from dpr_jax.rollout import make_rollout_step
+  from dpr_jax.rollout.sampler import generate
 
   cfg = ModelConfig(vocab_size=640, hidden_size=64, mlp_size=128, num_layers=1, num_heads=4,
                     num_kv_heads=2, head_dim=16, dtype="bfloat16")
   mesh = sharding.make_mesh(1, 4, 2)
-  policy, held = abstract_variables(cfg, mesh), abstract_variables(cfg, mesh, "bfloat16")
+  policy = abstract_variables(cfg, mesh)
   rows = sharding.batch_sharding(mesh)
   prompts = PromptBatch(tokens=jax.ShapeDtypeStruct((8, 4), jnp.int32, sharding=rows),
                         lengths=jax.ShapeDtypeStruct((8,), jnp.int32, sharding=rows))
@@ -217,9 +236,10 @@ def decoding():
   received = {}
   with jax.set_mesh(mesh):
     for new in (4, 20):
-      step = make_rollout_step(Transformer(cfg), max_new_tokens=new, stop_ids=(1,), chunk_size=32)
-      found = collectives(step.lower(policy, held, held, prompts, key).compile().as_text(), new - 1)
-      received[str(new)] = found.bytes.get("all-gather", 0)
+      step = jax.jit(lambda policy, prompts, key, new=new: generate(
+          Transformer(cfg), (policy,), prompts, key, max_new_tokens=new, stop_ids=(1,)))
+      found = collectives(step.lower(policy, prompts, key).compile().as_text(), new - 1)
+      received[str(new)] = [found.bytes.get(k, 0) for k in ("all-gather", "all-to-all")]
     out = jax.jit(lambda v: gathered(cfg, v)).lower(policy).compile()
   specs = {}
   for (path, sharding_), x in zip(
@@ -232,10 +252,10 @@ def decoding():
 
 def test_decoding_gathers_the_weights_once_and_not_for_each_token(run_on_devices):
   received, specs, weights = run_on_devices(decoding).result
-  assert received["4"] > weights / 2 * 3 / 4  # The gather itself: 3/4 of what tensor leaves.
-  # Scoring moves the activations of 16 more columns; of weights nothing moves for a token more.
-  activations = 2 * (16 * 8 * 64) * 4
-  assert received["20"] - received["4"] < activations < 16 * 0.05 * weights
+  (few, exchanged), (many, _) = received["4"], received["20"]
+  assert few > weights / 2 * 3 / 4  # The gather itself: 3/4 of what tensor leaves.
+  assert many - few < 0.05 * weights
+  assert exchanged == 0  # The table of embeddings is there: no activations move to it.
   for name, (fsdp, tensor, dtype) in specs.items():
     assert not fsdp, name
     if "norm" in name:

@@ -26,6 +26,7 @@ def _made(**changes):
                    "reinforce_step": report.not_compiled()},
       "tokens_per_second_bound": 1234.0, "dpr_tokens_per_second_bound": None, "lora_rank": 8,
       "batch": {"sft": [8, 64, 1], "dpr": [8, 32, 16, 2]}, "searched": True,
+      "exhaustive": False,
       "sft_minimum_bytes": None,
       "candidates": [{"mesh": mesh, "accumulation": [1, 2], "fits": False,
                       "peak_bytes": 3 * 2**30, "floor_seconds": None,
@@ -81,11 +82,11 @@ def test_all_meshes_of_a_search_are_listed(tmp_path):
     return {"mesh": dict(zip(("data", "fsdp", "tensor"), mesh)), "accumulation": [parts, parts],
             "fits": fits, "peak_bytes": gib and gib * 2**30, "floor_seconds": seconds}
 
-  made = _made(fits=True, candidates=[
+  made = _made(fits=True, exhaustive=True, candidates=[
       candidate((1, 4, 1), 1, False), candidate((1, 1, 4), 2, True, 7.25, 3.5),
       candidate((1, 2, 2), 2, True, 7.5, 3.0), candidate((2, 2, 1), 2), candidate((4, 1, 1), 2),
   ])
-  text = _updated(tmp_path, made, _made(searched=False))
+  text = _updated(tmp_path, made, _made())
   begin, end = tables.marks("meshes")
   rows = text.partition(begin)[2].partition(end)[0].strip().splitlines()[2:]
   assert rows == [
