@@ -224,13 +224,16 @@ def test_a_plan_of_a_tiny_config(tmp_path):
     assert p["fits"] and 0 < p["peak_bytes"] < 2**30, name
     assert all(s >= 0 for s in p["floor_seconds"].values()) and p["flops"] > 0
     assert p["involuntary_rematerializations"] == 0, name  # None is a log that was not read.
-    # Gradients go straight to their shards: only the embedding's, once, is summed whole.
+    # Neither table is gathered, and no gradient of one is summed over devices: what moves is that
+    # of the layers, 0.6 of a head, and activations. (Gathered tables were 3.2 and 1.9 heads.)
     if name != "rollout_step":
-      assert p["collective_bytes"].get("all-reduce", 0) < 2.2 * head
+      moved = p["collective_bytes"]
+      assert moved.get("all-reduce", 0) < 0.2 * head and moved["all-gather"] < 1.6 * head, name
+      assert moved.get("reduce-scatter", 0) < 0.6 * head and moved["all-to-all"] < head, name
       assert p["alias_bytes"] > 0.9 * p["output_bytes"]
   # The weights are gathered before the loop of decoding, not for each token.
   weights = 2 * made["parameters"]
-  assert made["programs"]["rollout_step"]["collective_bytes"]["all-gather"] < 8 * weights
+  assert made["programs"]["rollout_step"]["collective_bytes"]["all-gather"] < 1.5 * weights
   assert made["tokens_per_second_bound"] > 0 and made["dpr_tokens_per_second_bound"] > 0
   assert made["attention"] == "splash"
   assert "warning" not in done.stdout and "suggested: --config.mesh.data=1" in done.stdout
