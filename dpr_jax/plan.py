@@ -48,6 +48,9 @@ def parse(argv: Sequence[str]):
       define=define,
       required={"config": "configs/llama31_8b.py", "topology": "v5e:4x4"},
   )
+  if values.mesh and values.exhaustive:
+    raise UserError(f"--mesh={values.mesh} names a mesh and --exhaustive searches one: give one of "
+                    "them")
   return config_lib.resolve(config), values
 
 
@@ -65,8 +68,6 @@ def main(argv: Sequence[str]) -> None:
 
   if values.quick:
     jax.config.update("jax_exec_time_optimization_effort", -1.0)
-  if values.mesh and values.exhaustive:
-    raise UserError("--exhaustive searches meshes and --mesh names one: give one of them")
   shape = parse_mesh(values.mesh, topology.size) if values.mesh else None
   name = config_path(argv)
   say = lambda text: print(text, file=sys.stderr, flush=True)

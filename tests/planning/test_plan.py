@@ -55,6 +55,7 @@ def _said(argv, capsys) -> str:
      "config.sft.batch_size=63"),
     (["--topology=v5e:4x4", "--config.model.shape.vocab_size=0"], "vocab_size=0"),
     (["--topology=v5e:4x4", "--config.data.row_length=200000"], "config.data.row_length=200000"),
+    (["--topology=v5e:4x4", "--mesh=1,4,4", "--exhaustive"], "--mesh=1,4,4 names a mesh"),
     (["--topology=v5e:4x4", "here"], "'here' is not a flag"),
 ])
 def test_what_the_door_refuses(argv, wanted, capsys):

@@ -1,6 +1,7 @@
 """Plans as text: what the door prints, and the tables of docs/scaling.md."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -119,3 +120,11 @@ def test_the_minimum_stands_beside_what_was_compiled(tmp_path):
   rows = text.partition(begin)[2].partition(end)[0].strip().splitlines()[2:]
   assert rows == ["| x | v5e:2x2 | 1,4,1 | 8 / 1 | 4.00 | 3.00 | 2.00 | 9.00 | 11.00 | 10.00 | "
                   "1.00 |"]
+
+
+def test_the_page_says_what_the_plans_say(tmp_path):
+  docs = pathlib.Path(tables.__file__).parents[2] / "docs"
+  page = tmp_path / "scaling.md"
+  page.write_text((docs / "scaling.md").read_text())
+  tables.update(str(docs / "plans"), str(page))
+  assert page.read_text() == (docs / "scaling.md").read_text()
