@@ -1,4 +1,4 @@
-"""Demonstrations sampled from a model that we have: how close does a smaller student come to it?
+"""Demonstrations sampled from a model at hand: how close does a smaller student come to it?
 
 The expert is SmolLM2-135M-Instruct, the student six of its thirty layers. No judge is needed: the
 report has KL to the expert in both directions, and the expert's likelihood of every system.
@@ -13,13 +13,14 @@ PATH as in configs/smollm2_135m.py; PROMPTS are lines {"prompt": str}. The budge
 and in the first command are the same, so that a demonstration is cut off where a rollout would be.
 """
 
-from dpr_jax.config import CONTROLS, shrink
-from dpr_jax.config_args import other_config
-from dpr_jax.errors import UserError
+from model_shapes import debugged
+
+from dpr_jax.config.files import other_config
+from dpr_jax.references.midrun import Midrun
 
 
 def get_config(arg: str = ""):
-  """arg: "" or "debug", the same way in seconds on a random model and built-in tasks.
+  """arg: "" or "debug", the same run in seconds on a random model and built-in tasks.
 
   Under debug there is no expert, unless one is given: a stage of another debug run will do.
   """
@@ -36,21 +37,16 @@ def get_config(arg: str = ""):
   # What one CPU core does for a seed in about twenty minutes, evaluation included.
   config.sft.steps, config.sft.batch_size, config.sft.milestones = 60, 16, (0.1, 0.5)
   config.sft.optimizer.learning_rate, config.sft.optimizer.warmup_steps = 3e-4, 5
-  config.reference.fraction, config.reference.num_prompts = 0.1, 16
+  config.reference, config.eval.reference_prompts = Midrun(fraction=0.1), 16
 
-  config.dpr.steps, config.dpr.batch_size = 12, 16
-  config.dpr.max_new_tokens = config.eval.max_new_tokens = 16
-  config.dpr.beta = 1.0
-  config.dpr.optimizer.learning_rate, config.dpr.optimizer.warmup_steps = 2e-4, 2
-  config.baseline.names = (
-      "continued_sft", "spin", "gsil", "sentence_level", "reward_to_go"
+  config.budget.steps, config.budget.batch_size = 12, 16
+  config.budget.max_new_tokens = config.eval.max_new_tokens = 16
+  config.budget.optimizer.learning_rate, config.budget.optimizer.warmup_steps = 2e-4, 2
+  config.compare = (
+      "low_temperature", "contrastive", "weight_extrapolation", "resampled", "continued_sft",
+      "spin", "gsil", "sentence_level", "reward_to_go", "dpr",
   )
-  config.eval.controls, config.eval.candidates = CONTROLS, 4
+  config.methods.resampled.candidates = 4
   config.eval.batch_size, config.eval.corrupted_tokens, config.eval.heatmaps = 32, 64, 2
   config.checkpoint.every = 200
-
-  if arg == "debug":
-    return shrink(config)
-  if arg:
-    raise UserError(f"configs/known_expert.py takes '' or 'debug', not {arg!r}")
-  return config
+  return debugged(config, arg, "configs/known_expert.py")

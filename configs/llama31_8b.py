@@ -4,34 +4,10 @@ python -m dpr_jax.main --config=configs/llama31_8b.py --workdir=DIR \
     --config.model.pretrained=FOLDER --config.data.demos=FILE
 """
 
-from dpr_jax.config import default_config, shrink
-from dpr_jax.errors import UserError
+from model_shapes import LLAMA31_8B, debugged, large
 
 
 def get_config(arg: str = ""):
-  """arg: "" or "debug", the same way in seconds on a random model and built-in tasks."""
-  config = default_config()
-  config.model.pretrained = "weights/Llama-3.1-8B"
-  # What the weights have; for planning, and for those who start from none.
-  shape = config.model.shape
-  shape.vocab_size, shape.hidden_size, shape.mlp_size, shape.num_layers = 128_256, 4096, 14_336, 32
-  shape.num_heads, shape.num_kv_heads, shape.head_dim = 32, 8, 128
-  shape.max_length, shape.norm_eps, shape.tied_head = 131_072, 1e-5, False
-  shape.rope.theta, shape.rope.scaling, shape.rope.factor = 500_000.0, "llama3", 8.0
-
-  config.model.logits_budget = 1.0
-  config.data.row_length, config.data.prompt_length = 2048, 1024
-  config.data.overlong_prompt = config.data.on_empty = "drop"
-  config.data.holdout = 512
-
-  config.sft.steps, config.sft.batch_size = 1000, 64
-  config.sft.optimizer.learning_rate = 1e-5
-  config.dpr.steps, config.dpr.batch_size = 200, 64
-  config.dpr.max_new_tokens = config.eval.max_new_tokens = 512
-  config.dpr.optimizer.learning_rate = 1e-6
-
-  if arg == "debug":
-    return shrink(config)
-  if arg:
-    raise UserError(f"configs/llama31_8b.py takes '' or 'debug', not {arg!r}")
-  return config
+  """arg: "" or "debug", the same run in seconds on a random model and built-in tasks."""
+  config = large("weights/Llama-3.1-8B", LLAMA31_8B)
+  return debugged(config, arg, "configs/llama31_8b.py")

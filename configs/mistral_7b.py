@@ -4,34 +4,10 @@ python -m dpr_jax.main --config=configs/mistral_7b.py --workdir=DIR \
     --config.model.pretrained=FOLDER --config.data.demos=FILE
 """
 
-from dpr_jax.config import default_config, shrink
-from dpr_jax.errors import UserError
+from model_shapes import MISTRAL_7B, debugged, large
 
 
 def get_config(arg: str = ""):
-  """arg: "" or "debug", the same way in seconds on a random model and built-in tasks."""
-  config = default_config()
-  config.model.pretrained = "weights/Mistral-7B-v0.1"
-  # What the weights have; for planning, and for those who start from none.
-  shape = config.model.shape
-  shape.vocab_size, shape.hidden_size, shape.mlp_size, shape.num_layers = 32_000, 4096, 14_336, 32
-  shape.num_heads, shape.num_kv_heads, shape.head_dim = 32, 8, 128
-  shape.max_length, shape.norm_eps, shape.tied_head = 32_768, 1e-5, False
-  shape.layer_pattern, shape.window = ("local",), 4096
-
-  config.model.logits_budget = 1.0
-  config.data.row_length, config.data.prompt_length = 2048, 1024
-  config.data.overlong_prompt = config.data.on_empty = "drop"
-  config.data.holdout = 512
-
-  config.sft.steps, config.sft.batch_size = 1000, 64
-  config.sft.optimizer.learning_rate = 1e-5
-  config.dpr.steps, config.dpr.batch_size = 200, 64
-  config.dpr.max_new_tokens = config.eval.max_new_tokens = 512
-  config.dpr.optimizer.learning_rate = 1e-6
-
-  if arg == "debug":
-    return shrink(config)
-  if arg:
-    raise UserError(f"configs/mistral_7b.py takes '' or 'debug', not {arg!r}")
-  return config
+  """arg: "" or "debug", the same run in seconds on a random model and built-in tasks."""
+  config = large("weights/Mistral-7B-v0.1", MISTRAL_7B)
+  return debugged(config, arg, "configs/mistral_7b.py")

@@ -1,22 +1,19 @@
-"""The whole way in minutes on a CPU: built-in tasks, a byte-level decoder, nothing to download.
+"""The whole run in minutes on a CPU: built-in tasks, a byte-level decoder, nothing to download.
 
 python -m dpr_jax.main --config=configs/smoke.py --workdir=runs/smoke
 """
 
-from dpr_jax.config import default_config, shrink
-from dpr_jax.errors import UserError
+from model_shapes import debugged
+
+from dpr_jax.config import default_config
 
 
 def get_config(arg: str = ""):
-  """arg: "" or "debug", the same way in seconds."""
+  """arg: "" or "debug", the same run in seconds."""
   config = default_config()
   config.model.remat = "none"  # A layer is small enough to keep.
-  config.sft.steps, config.dpr.steps = 480, 60
+  config.sft.steps, config.budget.steps = 480, 60
   # The longest prompt and answer of the built-in tasks.
   config.data.prompt_length = 32
-  config.dpr.max_new_tokens = config.eval.max_new_tokens = 20
-  if arg == "debug":
-    return shrink(config)
-  if arg:
-    raise UserError(f"configs/smoke.py takes '' or 'debug', not {arg!r}")
-  return config
+  config.budget.max_new_tokens = config.eval.max_new_tokens = 20
+  return debugged(config, arg, "configs/smoke.py")

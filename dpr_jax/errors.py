@@ -2,9 +2,14 @@
 
 Anything that is wrong with a file, a flag, a config field or a checkpoint is
 raised as `UserError` with a single line that names the place (field, flag, or
-file and line) and says what would be right. The doors (`main`, `score`, ...)
-print that line and exit with code 2; in a notebook it is an ordinary exception.
+file and line) and says what would be right. The entry points (`main`, `score`,
+...) print that line and exit with code 2; in a notebook it is an ordinary exception. Library code
+names its own arguments; whoever read them from a config or a flag adds that name (`naming`).
 """
+
+import contextlib
+from collections.abc import Iterator
+
 
 
 class UserError(ValueError):
@@ -24,3 +29,12 @@ class StageEnded(RuntimeError):
 
 class Preempted(RuntimeError):
   """The machines were told to end (SIGTERM); a checkpoint of this step is saved."""
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+  """Turns a ValueError of the block into a UserError that begins with `where`, a field or flag."""
+  try:
+    yield
+  except ValueError as e:
+    raise UserError(f"{where}: {e}") from None

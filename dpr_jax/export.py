@@ -5,26 +5,31 @@
 A LoRA stage is merged into its base; --adapter writes the adapter alone, in PEFT's format.
 """
 
-import argparse
 from collections.abc import Sequence
 
+from absl import flags
+
 from dpr_jax import cli
+from dpr_jax.cli import models as models_cli
 from dpr_jax.errors import UserError
 
 
-def parser() -> argparse.ArgumentParser:
-  out = argparse.ArgumentParser("dpr_jax.export", description=__doc__.splitlines()[0])
-  out.add_argument("--model", required=True, help="CKPT")
-  out.add_argument("--output", required=True, help="folder to write; must not exist or be empty")
-  out.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-  out.add_argument("--adapter", action="store_true",
-                   help="of a LoRA stage: only the adapter, for PEFT")
-  return out
+def define(values: flags.FlagValues) -> None:
+  flags.DEFINE_string("model", None, "CKPT.", flag_values=values)
+  flags.DEFINE_string("output", None, "Folder to write; must not exist or be empty.",
+                      flag_values=values)
+  flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the weights.",
+                    flag_values=values)
+  flags.DEFINE_bool("adapter", False, "Of a LoRA stage: only the adapter, for PEFT.",
+                    flag_values=values)
 
 
 def main(argv: Sequence[str]) -> None:
-  args = parser().parse_args(argv)
-  output = cli.new_folder("--output", args.output)
+  args = cli.parse_flags(
+      argv, entry_point="dpr_jax.export", doc=__doc__, define=define,
+      required={"model": "runs/smoke/dpr", "output": "HF_DIR"},
+  )
+  output = models_cli.new_folder("--output", args.output)
   import dataclasses
 
   import jax
@@ -56,4 +61,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  cli.run_door(main)
+  cli.run_entry_point(main)

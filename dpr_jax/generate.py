@@ -2,87 +2,81 @@
 
     python -m dpr_jax.generate --model=CKPT --input=PROMPTS.jsonl --output=OUT.jsonl
 
-Reads lines {"prompt": str} or {"messages": [...]} (a closing assistant turn is left out) and
-adds "response", "length" (tokens, EOS included) and "hit_eos", false where --max_new_tokens cut
-the response off. With --samples=N each line appears N times, in the order of the prompts.
+Reads lines {"prompt": str} or {"messages": [...]} (a closing assistant turn is left out) and adds
+"response", "length" (tokens, EOS included) and "hit_eos", false where --max_new_tokens cut the
+response off. With --samples=N each line appears N times, in the order of the prompts.
 """
 
-import argparse
 from collections.abc import Sequence
 
+from absl import flags
+
 from dpr_jax import cli
-from dpr_jax.errors import UserError
+from dpr_jax.cli import models as models_cli
+from dpr_jax.errors import UserError, naming
 
 
-def parser() -> argparse.ArgumentParser:
-  out = argparse.ArgumentParser("dpr_jax.generate", description=__doc__.splitlines()[0])
-  out.add_argument("--model", required=True, help="CKPT")
-  out.add_argument("--input", required=True, help="JSONL, JSON or Parquet")
-  out.add_argument("--output", required=True, help="JSONL to write; must not exist")
-  out.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-  out.add_argument("--top_k", type=int, default=0, help="0 keeps all tokens")
-  out.add_argument("--top_p", type=float, default=1.0)
-  out.add_argument("--max_new_tokens", type=cli.positive, default=256)
-  out.add_argument("--samples", type=cli.positive, default=1, help="responses a prompt")
-  out.add_argument("--batch_size", type=cli.positive, default=8, help="prompts decoded at a time")
-  out.add_argument("--seed", type=int, default=0)
-  cli.add_model_flags(out)
-  return out
+def define(values: flags.FlagValues) -> None:
+  flags.DEFINE_string("model", None, "CKPT.", flag_values=values)
+  flags.DEFINE_string("input", None, "JSONL, JSON or Parquet.", flag_values=values)
+  flags.DEFINE_string("output", None, "JSONL to write; must not exist.", flag_values=values)
+  flags.DEFINE_float("temperature", 1.0, "0 is greedy.", flag_values=values)
+  flags.DEFINE_integer("top_k", 0, "0 keeps all tokens.", flag_values=values)
+  flags.DEFINE_float("top_p", 1.0, "1 keeps all tokens.", flag_values=values)
+  flags.DEFINE_integer("max_new_tokens", 256, "Per response.", lower_bound=1, flag_values=values)
+  flags.DEFINE_integer("samples", 1, "Responses per prompt.", lower_bound=1, flag_values=values)
+  flags.DEFINE_integer("seed", 0, "Of the sampling.", flag_values=values)
+  models_cli.define_model_flags(values, "Responses decoded")
 
 
 def main(argv: Sequence[str]) -> None:
-  args = parser().parse_args(argv)
-  output = cli.new_file("--output", args.output)
+  values = cli.parse_flags(
+      argv, entry_point="dpr_jax.generate", doc=__doc__, define=define,
+      required={"model": "runs/smoke/dpr", "input": "PROMPTS.jsonl", "output": "OUT.jsonl"},
+  )
+  output = models_cli.new_file("--output", values.output)
   from dpr_jax.data.formats import read_prompts
 
-  items = read_prompts(args.input)
+  items = read_prompts(values.input)
   import jax
 
   from dpr_jax.data.templates import render_prompt
-  from dpr_jax.evals.responses import respond, response_text
+  from dpr_jax.evaluation.responses import Responder, response_text
   from dpr_jax.loading import load_checkpoint
-  from dpr_jax.rollout.drawing import Sampling
+  from dpr_jax.rollout import Sampling
   from dpr_jax.workdir import write_lines
 
-  try:
-    sampling = Sampling(args.temperature, args.top_k, args.top_p)
-  except ValueError as e:
-    raise UserError(f"--temperature, --top_k, --top_p: {e}") from None
-  with cli.model_mesh(args) as (mesh, dtype):
-    loaded = load_checkpoint(args.model, mesh, dtype)
-    template = args.template or loaded.template
-    where = [f"{args.input}: prompt {i + 1}" for i in range(len(items))]
+  with naming("--temperature, --top_k, --top_p"):
+    sampling = Sampling(values.temperature, values.top_k, values.top_p)
+  with models_cli.model_mesh(values) as (mesh, dtype):
+    loaded = load_checkpoint(values.model, mesh, dtype)
+    template = values.template or loaded.template
+    where = [f"{values.input}: prompt {i + 1}" for i in range(len(items))]
     prompts = [
         render_prompt(messages, loaded.tokenizer, template, w)
         for (messages, _), w in zip(items, where, strict=True)
     ]
     longest = max(len(p) for p in prompts)
-    if longest + args.max_new_tokens > loaded.model.cfg.max_length:
+    if longest + values.max_new_tokens > loaded.model.cfg.max_length:
       at = max(range(len(prompts)), key=lambda i: len(prompts[i]))
       raise UserError(
-          f"{where[at]}: {longest} tokens and --max_new_tokens={args.max_new_tokens} exceed the "
+          f"{where[at]}: {longest} tokens and --max_new_tokens={values.max_new_tokens} exceed the "
           f"{loaded.model.cfg.max_length} that the model was made for"
       )
-    with cli.bar("generate", len(prompts) * args.samples, "response") as progress:
-      responses = respond(
-          loaded.model,
-          (loaded.variables,),
-          prompts,
-          jax.random.key(args.seed),
-          mesh=mesh,
-          batch_size=args.batch_size,
-          prompt_length=-(-longest // 32) * 32,
-          max_new_tokens=args.max_new_tokens,
-          stop_ids=loaded.stop_ids,
-          sampling=sampling,
-          samples_per_prompt=args.samples,
-          on_batch=progress.update,
+    responder = Responder(
+        loaded.model, mesh, values.batch_size, -(-longest // 32) * 32, values.max_new_tokens,
+        loaded.stop_ids,
+    )
+    with models_cli.bar("generate", len(prompts) * values.samples, "response") as progress:
+      responses = responder.respond(
+          (loaded.variables,), prompts, jax.random.key(values.seed), sampling=sampling,
+          samples_per_prompt=values.samples, on_batch=progress.update,
       )
   records = []
   for i, response in enumerate(responses):
-    text = response_text(loaded.tokenizer, response, loaded.stop_ids)
+    text = response_text(loaded.tokenizer, response.tokens, response.hit_eos, loaded.stop_ids)
     records.append({
-        **items[i // args.samples][1],
+        **items[i // values.samples][1],
         "response": text,
         "length": len(response.tokens),
         "hit_eos": response.hit_eos,
@@ -91,4 +85,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  cli.run_door(main)
+  cli.run_entry_point(main)

@@ -1,6 +1,6 @@
 """Where variables come from: pretrained or random ones to start with, checkpoints later.
 
-A CKPT argument of a door is a Hugging Face folder, a .gguf file, or a stage of a workdir:
+A CKPT argument of an entry point is a Hugging Face folder, a .gguf file, or a stage of a workdir:
 DIR/sft, DIR/sft@0.5 (a milestone), DIR/dpr, DIR/seed_0/sft.
 """
 
@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 
-from dpr_jax import config as config_lib
-from dpr_jax.errors import UserError
+from dpr_jax.config.sections import ModelSection
+from dpr_jax.config.values import build
+from dpr_jax.errors import UserError, naming
 from dpr_jax.models import ModelConfig, Transformer
 from dpr_jax.models.depth import shallow_params
 from dpr_jax.models.lora import LoRA, split_trainable
 from dpr_jax.models.variables import abstract_variables, cast, random_adapter, random_variables
-from dpr_jax.rewards.references import milestone_steps, reference_step
+from dpr_jax.references.base import Milestones
 from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.workdir import Workdir
 
@@ -36,7 +37,7 @@ def compute_dtype(dtype: str) -> str:
 
 
 def base_variables(
-    section: config_lib.ModelSection,
+    section: ModelSection,
     cfg: ModelConfig,
     mesh: jax.sharding.Mesh,
     seed: int,
@@ -113,7 +114,7 @@ def stage_step(path: pathlib.Path, fraction: str, record: Mapping[str, Any]) -> 
     raise UserError(f"{path}: no finished checkpoint yet")
   if fraction in ("", "ema"):
     return steps[-1]
-  section = record["config"].get(path.name)
+  section = record["config"]["sft"]
   try:
     value = float(fraction)
   except ValueError:
@@ -121,9 +122,11 @@ def stage_step(path: pathlib.Path, fraction: str, record: Mapping[str, Any]) -> 
                     "ema") from None
   if path.name != "sft":
     raise UserError(f"{path}@{fraction}: only the sft stage keeps milestones")
-  step = reference_step(value, section["milestones"], section["steps"])
+  milestones = Milestones(section["milestones"], section["steps"])
+  with naming(f"{path}@{fraction}"):
+    step = milestones.step(value)
   if step not in steps:
-    kept = milestone_steps(section["milestones"], section["steps"])
+    kept = milestones.by_fraction()
     there = [f for f, s in kept.items() if s in steps]
     raise UserError(f"{path}@{fraction}: no checkpoint there yet; finished fractions: {there}")
   return step
@@ -185,9 +188,11 @@ def load_checkpoint(
         attention="auto",  # The run may have been on another platform.
     )
     step = stage_step(path, fraction, record)
-    run_config = config_lib.resolve(record["config"])
     # The paths of config.json are as they were typed, from another directory perhaps.
-    section = dataclasses.replace(run_config.model, pretrained=record["model"]["pretrained"])
+    section = dataclasses.replace(
+        build(ModelSection, record["config"]["model"], "model."),
+        pretrained=record["model"]["pretrained"],
+    )
     frozen = {}
     if cfg.lora.rank and beside is not None and beside.workdir == workdir.path:
       frozen = {"params": beside.variables["params"]}

@@ -1,19 +1,21 @@
-"""Runs a config: SFT, Dense-Path REINFORCE, controls, evaluation, report.
+"""Runs a config: SFT, Dense-Path REINFORCE, other methods, evaluation, report.
 
     python -m dpr_jax.main --config=configs/smoke.py --workdir=DIR [--config.sft.steps=200 ...]
 
-The same command after an interruption goes on where it stopped. --profile_steps=3:5 writes a
-profiler trace of these steps of every trained stage to DIR/profile. --compilation_cache=FOLDER
-keeps compiled programs where other runs find them; otherwise they are in the workdir.
+Rerun the same command after an interruption to resume. --config.reference.kind=ema puts a value of
+another kind in place of one. --profile_steps=3:5 writes a profiler trace of these steps of every
+trained stage to DIR/profile. --compilation_cache=FOLDER keeps compiled programs where other runs
+find them; otherwise they are in the workdir.
 """
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
-from dpr_jax import cli, compilations
+from dpr_jax import cli, compilation_cache
 
 
 def parse(argv: Sequence[str]):
@@ -23,7 +25,7 @@ def parse(argv: Sequence[str]):
     UserError: naming the flag or the field, and what would be right.
   """
   from dpr_jax import config as config_lib
-  from dpr_jax.flags import parse_config
+  from dpr_jax.errors import naming
   from dpr_jax.training import profiling
 
   def define(values: flags.FlagValues) -> None:
@@ -33,31 +35,29 @@ def parse(argv: Sequence[str]):
         flag_values=values,
     )
     flags.DEFINE_string(
-        "compilation_cache", None, f"{compilations.HELP} in the workdir.", flag_values=values
+        "compilation_cache", None, f"{compilation_cache.HELP} in the workdir.", flag_values=values
     )
 
-  config, values = parse_config(
+  values = cli.parse_flags(
       argv,
-      door="dpr_jax.main",
+      entry_point="dpr_jax.main",
       doc=__doc__,
       define=define,
       required={"config": "configs/smoke.py", "workdir": "runs/smoke"},
   )
-  run_config = config_lib.resolve(config)
-  for where, steps in (("config.log.profile_steps", run_config.log.profile_steps),
-                       ("--profile_steps", values.profile_steps)):
-    if steps is not None:
-      profiling.parse_steps(steps, where)
+  run_config = config_lib.resolve(values.config)
   if values.profile_steps is not None:
+    with naming("--profile_steps"):
+      profiling.parse_steps(values.profile_steps)
     log = dataclasses.replace(run_config.log, profile_steps=values.profile_steps)
     run_config = dataclasses.replace(run_config, log=log)
   if values.compilation_cache:
-    compilations.check_folder(values.compilation_cache)
+    compilation_cache.check_folder(values.compilation_cache)
   return run_config, values.workdir, values.compilation_cache
 
 
 def main(argv: Sequence[str]) -> None:
-  run_config, workdir, compilation_cache = parse(argv)
+  run_config, workdir, compiled = parse(argv)
   from dpr_jax import distributed
 
   distributed.initialize()
@@ -65,40 +65,40 @@ def main(argv: Sequence[str]) -> None:
 
   from dpr_jax import pipeline
 
-  results = pipeline.run(run_config, workdir, compilation_cache)
+  results = pipeline.run(run_config, workdir, compiled)
   if jax.process_index() == 0:
     print(summary(results, workdir))
 
 
-def summary(results, workdir: str) -> str:
+def summary(results: Mapping[str, Any], workdir: str) -> str:
   """The table that ends a run; of a sweep, one for each point."""
+  columns = results["columns"]
   if "sweep" in results:
     sweep = results["sweep"]
-    parts = [f"{sweep['field']} = {p['value']}\n{_table(p)}" for p in sweep["points"]]
+    parts = [f"{sweep['field']} = {p['value']}\n{_table(p, columns)}" for p in sweep["points"]]
   else:
-    parts = [_table(results)]
+    parts = [_table(results, columns)]
+    parts += [verdict["text"] for name, verdict in results.get("gaming", {}).items()
+              if name == results["main"]]
   return "\n".join([*parts, f"report: {workdir}/report/report.html"])
 
 
-def _table(results) -> str:
-  metrics = [
-      m
-      for m in ("accuracy_sampled", "accuracy_greedy", "token_f1_sampled", "length_sampled",
-                "reverse_kl", "forward_kl")
-      if any(m in s for s in results["systems"].values())
+def _table(results: Mapping[str, Any], columns: Mapping[str, Any]) -> str:
+  main = [
+      name for name, column in columns.items()
+      if column["main"] and "/" not in name and not name.startswith(("eos_rate", "length_greedy"))
+      and any(name in s for s in results["systems"].values())
   ]
-  lines = [f"{'system':<22}" + "".join(f"{m:>28}" for m in metrics)]
+  lines = [f"{'system':<22}" + "".join(f"{m:>28}" for m in main)]
   for name, values in results["systems"].items():
     cells = []
-    for metric in metrics:
+    for metric in main:
       x = values.get(metric)
       cells.append("" if x is None else f"{x['mean']:.3f} [{x['ci95'][0]:.3f}, {x['ci95'][1]:.3f}]")
     lines.append(f"{name:<22}" + "".join(f"{c:>28}" for c in cells))
-  if results.get("gaming"):
-    lines.append(results["gaming"]["text"])
   return "\n".join(lines)
 
 
 if __name__ == "__main__":
-  cli.run_door(main)
+  cli.run_entry_point(main)
   sys.exit(0)

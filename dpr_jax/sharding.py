@@ -197,31 +197,12 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(mesh: jax.sharding.Mesh, **sizes: int) -> None:
-  """Raises UserError naming the config field whose row count the mesh does not divide."""
+def check_rows(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, name: str, rows: int) -> None:
+  """Raises ValueError, naming `name`, where the mesh does not divide a number of rows."""
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  for field, size in sizes.items():
-    if size <= 0 or size % ways:
-      raise UserError(
-          f"config.{field.replace('__', '.')}={size} is not divisible by mesh.data * mesh.fsdp = "
-          f"{ways}; use a positive multiple of {ways}"
-      )
-
-
-def check_rollouts(mesh: jax.sharding.Mesh, batch_size: int, samples: int, slots: int) -> None:
-  """Raises UserError where the prompts or the slots of a rollout do not split over the mesh."""
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if batch_size // samples % ways:
-    raise UserError(
-        f"config.dpr.batch_size={batch_size} with config.dpr.samples_per_prompt={samples} are "
-        f"{batch_size // samples} prompts, not divisible by mesh.data * mesh.fsdp = {ways}; use a "
-        f"batch of a multiple of {ways * samples}"
-    )
-  if 0 < slots < batch_size and slots % ways:
-    raise UserError(
-        f"config.dpr.slots={slots} is not divisible by mesh.data * mesh.fsdp = {ways}; use a "
-        f"multiple of {ways}, or 0"
-    )
+  if rows <= 0 or rows % ways:
+    raise ValueError(f"{name}={rows} is not divisible by mesh.data * mesh.fsdp = {ways}; use a "
+                     f"positive multiple of {ways}")
 
 
 def place(batch: Any, mesh: jax.sharding.Mesh) -> Any:

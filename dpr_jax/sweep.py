@@ -5,9 +5,9 @@
       beta=0.5/             a point: a workdir of its own; the stages that it shares are links
     DIR/report/             results.json with all points; report.html with their table and plot
 
-What a field cannot change is done once: a sweep over dpr.* trains SFT and a reference of its own
-once, one over reference.fraction trains SFT once. Fields of which nothing is known (data.*, sft.*,
-model.*) share nothing.
+What a field cannot change is done once: a sweep over a field of one method trains SFT, the
+reference and all other methods once. Fields of which nothing is known (data.*, sft.*, model.*)
+share nothing.
 """
 
 import dataclasses
@@ -16,18 +16,18 @@ import os
 import re
 import shutil
 import typing
+from collections.abc import Mapping
+from typing import Any
 
 from dpr_jax import config as config_lib
-from dpr_jax.config import RunConfig, SweepSection
+from dpr_jax.config import RunConfig
+from dpr_jax.config.sections import SweepSection
+from dpr_jax.config.values import hints, optional
 from dpr_jax.errors import UserError
-from dpr_jax.evals.corruption import CORRUPTION_FILE
-from dpr_jax.evals.results import EXPERT_FILE, NLL_FILE
-from dpr_jax.evals.systems import system_file
-from dpr_jax.rewards.references import milestone_steps, reference_members
 from dpr_jax.workdir import Workdir
 
 # Sections of which a sweep makes no sense, or which name what a sweep itself uses.
-_REFUSED = ("sweep", "mesh", "checkpoint", "log", "seed", "seeds")
+_REFUSED = ("sweep", "mesh", "checkpoint", "log", "seed", "seeds", "compare")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,11 @@ class Point:
 class Shared:
   """What is done once for all points."""
 
-  stages: tuple[str, ...] = ()  # trained.
-  evaluated: tuple[str, ...] = ()  # systems, and "corruption".
+  sft: bool = False
+  reference: bool = False
+  methods: tuple[str, ...] = ()  # trained.
+  systems: tuple[str, ...] = ()  # evaluated.
+  evaluation: bool = True  # what else is measured of sft and ref.
 
 
 def points(config: RunConfig) -> list[Point]:
@@ -55,16 +58,17 @@ def points(config: RunConfig) -> list[Point]:
       range, or stands there twice. Nothing has been written then.
   """
   path, values = config.sweep.field, config.sweep.values
-  kind = _kind_of(path)
+  kind = _kind_of(config, path)
   if not values:
     raise UserError(f"config.sweep.values is empty; give the values of config.{path}")
   out, seen = [], {}
   for value in values:
     parsed = _parse(path, kind, value)
-    if parsed in seen:
-      raise UserError(f"config.sweep.values: {seen[parsed]!r} and {value!r} are the same value of "
+    key = str(parsed)
+    if key in seen:
+      raise UserError(f"config.sweep.values: {seen[key]!r} and {value!r} are the same value of "
                       f"config.{path}")
-    seen[parsed] = value
+    seen[key] = value
     flat = config_lib.to_json(dataclasses.replace(config, sweep=SweepSection()))
     section = flat
     *parents, last = path.split(".")
@@ -73,8 +77,6 @@ def points(config: RunConfig) -> list[Point]:
     section[last] = parsed
     try:
       point = config_lib.resolve(flat)
-      milestone_steps(point.sft.milestones, point.sft.steps)
-      reference_members(point)
     except UserError as e:
       raise UserError(f"config.sweep.values: at {value!r}: {e}") from None
     folder = re.sub(r"[^\w.+-]", "_", value)
@@ -85,30 +87,45 @@ def points(config: RunConfig) -> list[Point]:
   return out
 
 
-def _kind_of(path: str) -> type:
-  """The type of a field, given its dotted path."""
-  section, names = RunConfig, path.split(".")
+def _kind_of(config: RunConfig, path: str) -> Any:
+  """The type of a field, given its dotted path; dict for a slot, which takes the name of a kind."""
+  section, names = config, path.split(".")
+  kind: Any = RunConfig
   for i, name in enumerate(names):
-    fields = {f.name: f.type for f in dataclasses.fields(section)}
-    if name not in fields or (i == 0 and name in _REFUSED):
-      known = sorted(n for n in fields if i or n not in _REFUSED)
+    if isinstance(section, Mapping):
+      known, fields = list(section), {}
+    else:
+      fields = {f.name: f for f in dataclasses.fields(section)}
+      known = [n for n in fields if i or n not in _REFUSED]
+    if name not in known:
       near = difflib.get_close_matches(name, known, 1)
-      hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+      hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
       raise UserError(f"config.sweep.field={path!r}: {name!r} is not a field to sweep over; {hint}")
-    kind = fields[name]
-    if i < len(names) - 1 and not dataclasses.is_dataclass(kind):
+    if isinstance(section, Mapping):
+      kind, section = Mapping, section[name]
+    else:
+      is_slot = "slot" in fields[name].metadata
+      kind = dict if is_slot else optional(hints(type(section))[name])[0]
+      section = getattr(section, name)
+    last = i == len(names) - 1
+    if not last and not dataclasses.is_dataclass(section) and not isinstance(section, Mapping):
       raise UserError(f"config.sweep.field={path!r}: {name!r} is a field, not a section")
-    section = kind
-  if dataclasses.is_dataclass(kind):
+  if kind is dict:
+    return dict
+  if isinstance(section, Mapping) or dataclasses.is_dataclass(section):
+    names = list(section) if isinstance(section, Mapping) else [
+        f.name for f in dataclasses.fields(section)]
     raise UserError(f"config.sweep.field={path!r} is a section; name one of its fields, such as "
-                    f"{path}.{dataclasses.fields(kind)[0].name}")
+                    f"{path}.{names[0]}")
   if kind not in (bool, int, float, str):
     raise UserError(f"config.sweep.field={path!r} holds {typing.get_origin(kind) or kind}; only a "
                     "number, a switch or a word can be swept over")
   return kind
 
 
-def _parse(path: str, kind: type, value: str) -> bool | int | float | str:
+def _parse(path: str, kind: Any, value: str) -> Any:
+  if kind is dict:
+    return {"kind": value}
   if kind is bool:
     if value not in ("True", "False"):
       raise UserError(f"config.sweep.values: {value!r} must be True or False, for config.{path}")
@@ -123,18 +140,22 @@ def _parse(path: str, kind: type, value: str) -> bool | int | float | str:
 
 def shared(config: RunConfig) -> Shared:
   """What the points of a sweep have in common."""
-  path = config.sweep.field
-  own_ref = ("ref",) if config.reference.kind == "half_data" else ()
-  everywhere = ("base", "sft", "low_temperature")
-  if path.startswith("dpr."):
-    sets_it = path in ("dpr.beta", "dpr.beta_ref", "dpr.target_kl") or config.dpr.target_kl
-    same_strength = config.eval.contrastive_alpha or not sets_it
-    free = ("contrastive", "weight_extrapolation", "resampled") if same_strength else ()
-    return Shared(("sft", *own_ref), (*everywhere, "ref", *free, "corruption"))
-  if path == "reference.fraction":
-    return Shared(("sft",), everywhere)
-  if path.startswith("eval."):
-    return Shared(("sft", *own_ref))
+  top, _, rest = config.sweep.field.partition(".")
+  compared = config.compared()
+  every = ("base", "ref", "sft")
+  if top == "methods":
+    swept = rest.partition(".")[0]
+    free = tuple(n for n, m in compared.items() if n != swept and swept not in m.refers())
+    return Shared(True, True, free, (*every, *free))
+  if top == "budget":
+    free = tuple(n for n, m in compared.items() if not m.trained and not m.refers())
+    return Shared(True, True, (), (*every, *free))
+  if top == "reference":
+    same = {p.config.reference.ema_decay for p in points(config)} == {config.reference.ema_decay}
+    free = tuple(n for n, m in compared.items() if not m.reads_reference)
+    return Shared(True, False, free, ("base", "sft", *free), False) if same else Shared()
+  if top == "eval":
+    return Shared(True, True, tuple(compared), (), False)
   return Shared()
 
 
@@ -143,17 +164,22 @@ def adopt(what: Shared, source: Workdir, point: Workdir) -> None:
 
   To be called by one process, after the point's config.json is there; again, it changes nothing.
   """
-  for name in what.stages:
+  stages = [*(["sft"] if what.sft else []), *(["ref"] if what.reference else []), *what.methods]
+  for name in stages:
     link = point.stage(name)
     if not link.is_symlink() and source.stage(name).is_dir():
       link.symlink_to(os.path.relpath(source.stage(name), point.path), target_is_directory=True)
-  files = [system_file(source.samples, name) for name in what.evaluated]
-  files.append(source.samples / CORRUPTION_FILE)  # Also the name of its entry.
-  files += [source.samples / NLL_FILE, source.samples / EXPERT_FILE]
-  for file in dict.fromkeys(files):
-    target = point.samples / file.name
+  files = [source.system_file(name) for name in what.systems]
+  files += [source.frontier / f"{name}.jsonl" for name in what.systems]
+  files += [source.reference_file] if what.reference else []
+  if what.systems:
+    files += [source.measures_file]
+  if what.evaluation:
+    files += [source.corruption_file]
+  for file in files:
+    target = point.path / file.relative_to(source.path)
     if file.exists() and not target.exists():
-      point.samples.mkdir(parents=True, exist_ok=True)
+      target.parent.mkdir(parents=True, exist_ok=True)
       temporary = target.with_name(target.name + ".tmp")
       shutil.copyfile(file, temporary)
       os.replace(temporary, target)

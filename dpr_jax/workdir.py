@@ -1,15 +1,16 @@
 """The files of a run.
 
-    config.json            what was run: resolved config, model, data, versions
+    config.json            what was run: resolved config, model, data, versions, labels
     tokenizer/             the tokenizer of the run, so that a stage can be used on its own
-    sft/ dpr/ BASELINE/    one folder a trained stage: checkpoints/ and metrics.jsonl
+    sft/ dpr/ METHOD/      one folder per trained stage: checkpoints/ and metrics.jsonl
     reference.json         what was measured of the reference
-    samples/               responses of every system on the held-out prompts; scored tokens;
-                           corruption.jsonl, rewards of demonstrations with one wrong token;
-                           expert.json, KLs to the known expert, where there is one
+    samples/               SYSTEM.jsonl, responses on the held-out prompts with their scores;
+                           measures.json, what models say of them; frontier/, several responses by
+                           temperature; corruption.jsonl, rewards of demonstrations with one wrong
+                           token; heatmap_*.jsonl, scored tokens
     tensorboard/
     report/                report.html, results.json, PNG plots
-    profile/               one folder a stage: traces of --profile_steps, if asked for
+    profile/               one folder per stage: traces of --profile_steps, if asked for
     compilation_cache/     compiled programs; may be deleted
 With several seeds, seed_N/ is a whole workdir for each, and report/ is of all of them. A sweep has
 a workdir for each of its points, such as beta=0.5/, whose shared stages are links (see sweep.py).
@@ -29,6 +30,12 @@ import jax
 from dpr_jax import config as config_lib
 from dpr_jax.errors import UserError
 from dpr_jax.sharding import barrier
+
+# Names in a workdir that no stage may have.
+RESERVED = (
+    "tokenizer", "samples", "tensorboard", "report", "profile", "compilation_cache", "base", "sft",
+    "ref",
+)
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
@@ -89,6 +96,9 @@ class Workdir:
     self.tokenizer = self.path / "tokenizer"
     self.reference_file = self.path / "reference.json"
     self.samples = self.path / "samples"
+    self.measures_file = self.samples / "measures.json"
+    self.corruption_file = self.samples / "corruption.jsonl"
+    self.frontier = self.samples / "frontier"
     self.tensorboard = self.path / "tensorboard"
     self.report = self.path / "report"
     self.profile = self.path / "profile"
@@ -96,6 +106,9 @@ class Workdir:
 
   def stage(self, name: str) -> pathlib.Path:
     return self.path / name
+
+  def system_file(self, name: str) -> pathlib.Path:
+    return self.samples / f"{name}.jsonl"
 
   def read_config(self) -> dict[str, Any]:
     try:

@@ -3,15 +3,14 @@
 python -m dpr_jax.main --config=configs/sweeps/gamma.py --workdir=runs/gamma
 """
 
-from dpr_jax.config_args import evaluate_on_others, other_config
+from dpr_jax.config.files import evaluate_on_others, other_config
 
 
 def get_config(arg: str = ""):
   """arg: "" or "debug", as of configs/smoke.py, on which the sweep is."""
   config = other_config(__file__, "../smoke.py", arg)
   evaluate_on_others(config)
-  config.baseline.names = ()  # Each would be trained at every point.
-  config.dpr.returns, config.dpr.transforms = "reward_to_go", ()
-  config.sweep.field = "dpr.gamma"
+  config.methods.dpr.returns = "reward_to_go"
+  config.sweep.field = "methods.dpr.gamma"
   config.sweep.values = ("0", "0.9", "0.99", "1")
   return config

@@ -3,15 +3,13 @@
 python -m dpr_jax.main --config=configs/sweeps/returns.py --workdir=runs/returns
 """
 
-from dpr_jax.config_args import evaluate_on_others, other_config
+from dpr_jax.config.files import evaluate_on_others, other_config
 
 
 def get_config(arg: str = ""):
   """arg: "" or "debug", as of configs/smoke.py, on which the sweep is."""
   config = other_config(__file__, "../smoke.py", arg)
   evaluate_on_others(config)
-  config.baseline.names = ()  # Each would be trained at every point.
-  config.dpr.transforms = ()  # Centred ones would have one expected gradient.
-  config.sweep.field = "dpr.returns"
+  config.sweep.field = "methods.dpr.returns"
   config.sweep.values = ("reward_to_go", "full_return", "per_token")
   return config

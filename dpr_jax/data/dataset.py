@@ -5,7 +5,7 @@ import hashlib
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from dpr_jax.config import DataSection
+from dpr_jax.config.sections import DataSection
 from dpr_jax.data.formats import Demo, check_disjoint, read_demos, split_holdout
 from dpr_jax.data.loader import Prompts, make_prompts
 from dpr_jax.data.packing import PackedRows, pack
@@ -27,7 +27,7 @@ class Dataset:
   rows: PackedRows  # training demonstrations, packed; for SFT.
   prompts: Prompts  # training prompts within the budget; for rollouts.
   heldout: Prompts  # prompts never trained on; for evaluation.
-  verifier: str  # name in evals/verifiers.py that fits the demonstrations.
+  benchmark: str  # kind of the benchmark that fits the demonstrations.
   summary: dict[str, Any]  # counts and origin, for config.json and the report.
 
 
@@ -45,7 +45,7 @@ def _demos(section: DataSection, seed: int) -> tuple[list[Demo], list[Demo], str
     return train, heldout, "tasks", {"source": "built-in tasks", "tasks": list(names)}
   found = read_demos(section.demos, section.format, section.max_demos, section.on_empty)
   train, heldout = split_holdout(found.demos, section.holdout, HOLDOUT_SEED)
-  verifier = "gsm8k" if found.format == "gsm8k" else "exact"
+  benchmark = "gsm8k" if found.format == "gsm8k" else "exact"
   summary = {
       "source": section.demos,
       "blake2b": fingerprint(section.demos),
@@ -53,7 +53,7 @@ def _demos(section: DataSection, seed: int) -> tuple[list[Demo], list[Demo], str
       "dropped_empty": found.dropped_empty,
       "cut_off": sum(not demo.ended for demo in found.demos),
   }
-  return train, heldout, verifier, summary
+  return train, heldout, benchmark, summary
 
 
 def build_dataset(section: DataSection, tokenizer: "PreTrainedTokenizerFast", seed: int) -> Dataset:
@@ -65,7 +65,7 @@ def build_dataset(section: DataSection, tokenizer: "PreTrainedTokenizerFast", se
   Raises:
     UserError: as the readers; naming file and line, or the field.
   """
-  train, heldout, verifier, summary = _demos(section, seed)
+  train, heldout, benchmark, summary = _demos(section, seed)
   check_disjoint(train, heldout)
   examples = [encode_demo(demo, tokenizer, section.train_on, section.template) for demo in train]
   rows = pack(examples, section.row_length, section.overlong, seed)
@@ -84,4 +84,4 @@ def build_dataset(section: DataSection, tokenizer: "PreTrainedTokenizerFast", se
       "heldout": len(held.tokens),
       "dropped_heldout": held.dropped_overlong,
   }
-  return Dataset(rows=rows, prompts=prompts, heldout=held, verifier=verifier, summary=summary)
+  return Dataset(rows=rows, prompts=prompts, heldout=held, benchmark=benchmark, summary=summary)

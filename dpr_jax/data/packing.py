@@ -29,6 +29,11 @@ class PackedRows:
   def __len__(self) -> int:
     return len(self.tokens)
 
+  def first(self, n: int) -> "PackedRows":
+    """The first n rows; the counts stay those of all."""
+    keep = {name: getattr(self, name)[:n] for name in ("tokens", "segment_ids", "loss_mask")}
+    return dataclasses.replace(self, **keep)
+
 
 def _best_fit(lengths: np.ndarray, row_length: int, rng: np.random.Generator) -> list[list[int]]:
   """Best-fit decreasing: each example goes to the fullest row it fits into, longest first.

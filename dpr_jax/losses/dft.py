@@ -15,7 +15,7 @@ from dpr_jax.data.batches import SFTBatch
 from dpr_jax.models.logprobs import token_logprobs
 
 
-def make_dft_loss(model, *, chunk_size: int = 128):
+def make_dft_loss(model):
   """Returns loss_fn(variables, batch: SFTBatch, rng) -> (loss_sum, weight, metrics).
 
   loss_sum: nats, weighed as above and summed over trained tokens; weight: their number, not
@@ -24,9 +24,7 @@ def make_dft_loss(model, *, chunk_size: int = 128):
 
   def loss_fn(variables, batch: SFTBatch, rng):
     rngs = None if rng is None else {"dropout": rng}
-    out = token_logprobs(
-        model, variables, batch.tokens, batch.segment_ids, chunk_size=chunk_size, rngs=rngs
-    )
+    out = token_logprobs(model, variables, batch.tokens, batch.segment_ids, rngs=rngs)
     on = batch.loss_mask > 0
     logp = jnp.where(on, out.logp, 0.0)
     probability = jax.lax.stop_gradient(jnp.exp(logp))

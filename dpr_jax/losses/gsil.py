@@ -58,7 +58,6 @@ def make_gsil_loss(
     alpha: float = 0.1,
     offset: float = 0.0,
     max_exponent: float = 5.0,
-    chunk_size: int = 128,
 ):
   """Returns loss_fn(variables, batch: PairBatch, rng) -> (loss_sum, weight, metrics).
 
@@ -80,7 +79,7 @@ def make_gsil_loss(
     raise ValueError(f"alpha={alpha} must be above 0")
 
   def loss_fn(variables, batch: PairBatch, rng):
-    demo_B, generated_B, on_B = log_ratios(model, variables, batch, rng, chunk_size)
+    demo_B, generated_B, on_B = log_ratios(model, variables, batch, rng)
     u_B, v_B = alpha * demo_B + offset, alpha * generated_B + offset
     demo_losses_B, generated_losses_B = gsil_terms(kind, u_B, v_B, max_exponent)
     losses_B = demo_losses_B + generated_losses_B

@@ -26,7 +26,7 @@ def next_values(values_BxT: jax.Array, mask_BxT: jax.Array, segments_BxT: jax.Ar
   return jnp.where(goes_on, following(values_BxT), 0.0)
 
 
-def make_iq_lm_loss(model, *, lam: float = 1.0, chunk_size: int = 128):
+def make_iq_lm_loss(model, *, lam: float = 1.0):
   """Returns loss_fn(variables, batch: SFTBatch, rng) -> (loss_sum, weight, metrics).
 
   Args:
@@ -44,9 +44,7 @@ def make_iq_lm_loss(model, *, lam: float = 1.0, chunk_size: int = 128):
 
   def loss_fn(variables, batch: SFTBatch, rng):
     rngs = None if rng is None else {"dropout": rng}
-    out = token_logprobs(
-        model, variables, batch.tokens, batch.segment_ids, chunk_size=chunk_size, rngs=rngs
-    )
+    out = token_logprobs(model, variables, batch.tokens, batch.segment_ids, rngs=rngs)
     on = batch.loss_mask > 0
     logp = jnp.where(on, out.logp, 0.0)
     after = next_values(out.logsumexp, batch.loss_mask, batch.segment_ids)

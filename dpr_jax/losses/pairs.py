@@ -28,19 +28,13 @@ class PairBatch:
   generated_logp: Any  # float32 [B], log pi_k(y').
 
 
-def summed_logp(
-    model, variables, rows: SFTBatch, *, chunk_size: int = 128, rngs=None
-) -> jax.Array:
+def summed_logp(model, variables, rows: SFTBatch, *, rngs=None) -> jax.Array:
   """float32 [B], log pi of each row's trained tokens, summed, nats."""
-  out = token_logprobs(
-      model, variables, rows.tokens, rows.segment_ids, chunk_size=chunk_size, rngs=rngs
-  )
+  out = token_logprobs(model, variables, rows.tokens, rows.segment_ids, rngs=rngs)
   return jnp.sum(jnp.where(rows.loss_mask > 0, out.logp, 0.0), axis=1)
 
 
-def make_pair_batch(
-    model, frozen, demos: SFTBatch, generated: SFTBatch, *, chunk_size: int = 128
-) -> PairBatch:
+def make_pair_batch(model, frozen, demos: SFTBatch, generated: SFTBatch) -> PairBatch:
   """The batch of an iteration, with the log-probs of its frozen model computed once. Jittable.
 
   Args:
@@ -55,9 +49,7 @@ def make_pair_batch(
         f"{demos.tokens.shape[0]} demonstrations and {generated.tokens.shape[0]} generated rows "
         "make no pairs"
     )
-  score = lambda rows: jax.lax.stop_gradient(
-      summed_logp(model, frozen, rows, chunk_size=chunk_size)
-  )
+  score = lambda rows: jax.lax.stop_gradient(summed_logp(model, frozen, rows))
   return PairBatch(
       demos=demos, generated=generated, demo_logp=score(demos), generated_logp=score(generated)
   )
@@ -74,7 +66,7 @@ def generated_rows(rollout) -> SFTBatch:
 
 
 def log_ratios(
-    model, variables, batch: PairBatch, rng, chunk_size: int
+    model, variables, batch: PairBatch, rng
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """(demo, generated, on), float32 [B] each: log pi - log pi_k of both rows; 0 off the pairs.
 
@@ -89,7 +81,7 @@ def log_ratios(
   demo_B, generated_B = (
       jnp.where(
           on_B,
-          summed_logp(model, variables, rows, chunk_size=chunk_size, rngs=rngs)
+          summed_logp(model, variables, rows, rngs=rngs)
           - jax.lax.stop_gradient(frozen_B),
           0.0,
       )

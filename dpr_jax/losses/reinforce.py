@@ -1,6 +1,6 @@
 """Dense-Path REINFORCE: the policy gradient of token rewards with a KL to SFT.
 
-    loss = - sum_t m_t stop_gradient(A_t) log pi(y_t | s_t) / normaliser
+    loss = - sum_t m_t stop_gradient(A_t) log pi(y_t | s_t) / loss_aggregation
 
 One update per batch of rollouts, so there is no importance ratio. Advantages are made
 once from the whole batch of rollouts (`reinforce_batch`), before it is split into
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpr_jax.models.logprobs import token_logprobs
-from dpr_jax.rewards import token_rewards
+from dpr_jax.rewards import shaping
 from dpr_jax.rewards.returns import advantages as advantages_of
 from dpr_jax.rewards.returns import returns as returns_of
 from dpr_jax.rewards.transforms import RewardContext, Transform
 
-NORMALISERS = ("tokens", "sequences", "constant")
+LOSS_AGGREGATIONS = ("tokens", "sequences", "constant")
 
 
 @struct.dataclass
@@ -40,7 +40,7 @@ def reinforce_batch(
     beta_ref: float = 0.0,
     gamma: float = 1.0,
     returns: str = "reward_to_go",
-    baseline: str = "none",
+    variance_baseline: str = "none",
     group_size: int = 1,
     truncated: str = "keep",
     transform: Transform | None = None,
@@ -56,11 +56,11 @@ def reinforce_batch(
     beta_ref: weight of a KL to ref beside it (dual KL), in the same unit; the optimum is then
       proportional to pi_sft^((1 + beta) / b) pi_ref^((beta_ref - 1) / b), b = beta + beta_ref.
     gamma: discount; the paper's objective is undiscounted.
-    returns, baseline, group_size: see `rewards.returns`.
+    returns, variance_baseline, group_size: see `rewards.returns`.
     truncated: what to do with a rollout that ended without EOS: "keep", or "mask" it.
     transform: see `rewards.transforms`; before the rewards are mixed and the KL is added.
     external, external_weight: float32 [B] scores of whole responses, and their share w in
-      (1 - w) r + w external (see `token_rewards.hybrid`).
+      (1 - w) r + w external (see `shaping.hybrid`).
   """
   if truncated not in ("keep", "mask"):
     raise ValueError(f"truncated={truncated!r} is not 'keep' or 'mask'")
@@ -71,12 +71,12 @@ def reinforce_batch(
   if transform is not None:
     rewards = transform(rewards, RewardContext.of(rollout, mask))
   if external is not None:
-    rewards = token_rewards.hybrid(rewards, external, mask, external_weight)
-  shaped = token_rewards.kl_penalised(
+    rewards = shaping.hybrid(rewards, external, mask, external_weight)
+  shaped = shaping.kl_penalized(
       rewards, rollout.policy_logp, rollout.sft_logp, mask, beta, rollout.ref_logp, beta_ref
   )
   g = returns_of(shaped, mask, returns, gamma)
-  advantages = advantages_of(g, mask, baseline, group_size)
+  advantages = advantages_of(g, mask, variance_baseline, group_size)
   tokens = jnp.maximum(jnp.sum(mask), 1.0)
   mean = jnp.sum(advantages * mask) / tokens
   metrics = {
@@ -94,15 +94,15 @@ def reinforce_batch(
   return batch, metrics
 
 
-def make_reinforce_loss(model, *, normaliser: str = "tokens", chunk_size: int = 128):
+def make_reinforce_loss(model, *, loss_aggregation: str = "tokens"):
   """Returns loss_fn(variables, batch, rng) -> (loss_sum, weight, metrics).
 
   Args:
-    normaliser: what the sum is divided by: "tokens" (of the batch), "sequences", or
+    loss_aggregation: what the sum is divided by: "tokens" (of the batch), "sequences", or
       "constant" (rows x response columns: no length preference through the weight).
   """
-  if normaliser not in NORMALISERS:
-    raise ValueError(f"normaliser={normaliser!r} is not one of {NORMALISERS}")
+  if loss_aggregation not in LOSS_AGGREGATIONS:
+    raise ValueError(f"loss_aggregation={loss_aggregation!r} is not one of {LOSS_AGGREGATIONS}")
 
   def loss_fn(variables, batch: ReinforceBatch, rng):
     rngs = None if rng is None else {"dropout": rng}
@@ -113,7 +113,6 @@ def make_reinforce_loss(model, *, normaliser: str = "tokens", chunk_size: int = 
         batch.tokens,
         batch.segment_ids,
         start=batch.tokens.shape[1] - length,
-        chunk_size=chunk_size,
         rngs=rngs,
     )
     # where, not a product: whatever stands outside of the mask must not turn into a NaN.
@@ -121,7 +120,7 @@ def make_reinforce_loss(model, *, normaliser: str = "tokens", chunk_size: int = 
     weighted = jnp.where(on, jax.lax.stop_gradient(batch.advantages) * out.logp, 0.0)
     rows = jnp.sum(jnp.any(on, axis=1).astype(jnp.float32))
     tokens = jnp.sum(batch.mask)
-    weight = {"tokens": tokens, "sequences": rows, "constant": rows * length}[normaliser]
+    weight = {"tokens": tokens, "sequences": rows, "constant": rows * length}[loss_aggregation]
     # What the sampler said of its tokens, against a forward pass: numerical noise, or a bug.
     gap = jnp.where(on, jax.lax.stop_gradient(out.logp) - batch.behaviour_logp, 0.0)
     metrics = {

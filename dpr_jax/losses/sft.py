@@ -9,7 +9,7 @@ from dpr_jax.data.batches import SFTBatch
 from dpr_jax.models.logprobs import token_logprobs
 
 
-def make_sft_loss(model, *, chunk_size: int = 128):
+def make_sft_loss(model):
   """Returns loss_fn(variables, batch, rng) -> (loss_sum, weight, metrics).
 
   loss_sum: nats summed over trained tokens; weight: their number. The mean is taken once,
@@ -18,9 +18,7 @@ def make_sft_loss(model, *, chunk_size: int = 128):
 
   def loss_fn(variables, batch: SFTBatch, rng):
     rngs = None if rng is None else {"dropout": rng}
-    out = token_logprobs(
-        model, variables, batch.tokens, batch.segment_ids, chunk_size=chunk_size, rngs=rngs
-    )
+    out = token_logprobs(model, variables, batch.tokens, batch.segment_ids, rngs=rngs)
     loss_sum = -jnp.sum(out.logp * batch.loss_mask)
     weight = jnp.sum(batch.loss_mask)
     return loss_sum, weight, {"tokens": weight}

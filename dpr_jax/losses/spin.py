@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from dpr_jax.losses.pairs import PairBatch, log_ratios, pair_metrics
 
 
-def make_spin_loss(model, *, beta: float = 0.1, chunk_size: int = 128):
+def make_spin_loss(model, *, beta: float = 0.1):
   """Returns loss_fn(variables, batch: PairBatch, rng) -> (loss_sum, weight, metrics).
 
   Args:
@@ -29,7 +29,7 @@ def make_spin_loss(model, *, beta: float = 0.1, chunk_size: int = 128):
     raise ValueError(f"beta={beta} must be above 0")
 
   def loss_fn(variables, batch: PairBatch, rng):
-    demo_B, generated_B, on_B = log_ratios(model, variables, batch, rng, chunk_size)
+    demo_B, generated_B, on_B = log_ratios(model, variables, batch, rng)
     # softplus: the loss is linear in a margin of thousands of nats, where exp would overflow.
     losses_B = jax.nn.softplus(-beta * (demo_B - generated_B))
     metrics = pair_metrics(demo_B, generated_B, on_B)

@@ -70,6 +70,7 @@ class ModelConfig:
   scan_layers: bool = True  # False: every pattern is a group of its own; see models/unrolled.py.
   remat: str = "full"  # none | dots | full: what the backward pass recomputes in a layer.
   attention: str = "auto"  # auto | xla | cudnn | splash: over whole rows; see models/attention.py.
+  logits_budget: float = 0.25  # GiB per device for logits that live at a time; models/logprobs.py.
 
   def __post_init__(self):
     object.__setattr__(self, "layer_pattern", tuple(self.layer_pattern))

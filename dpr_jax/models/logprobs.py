@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dpr_jax.models.config import ModelConfig
 from dpr_jax.models.table import logits_axes
-from dpr_jax.sharding import constrain
+from dpr_jax.sharding import batch_ways, constrain, vocab_ways
 
 
 @struct.dataclass
@@ -26,11 +27,11 @@ class TokenLogProbs:
 
   logp: jax.Array  # log p(token_t | tokens before it in its segment), nats.
   logsumexp: jax.Array  # V(s_t): logsumexp of the logits from which token t is chosen.
-  entropy: jax.Array  # of that distribution, nats, without gradient; 0 unless asked for.
+  entropy: jax.Array | None  # of that distribution, nats, without gradient; None unless asked for.
 
 
 def chunk_logprobs(logits_BxCxV: jax.Array, targets_BxC: jax.Array, with_entropy: bool):
-  """(logp, logsumexp, entropy) of one chunk, float32 [B, C] each."""
+  """(logp, logsumexp, entropy or None) of one chunk, float32 [B, C] each."""
   axes = logits_axes(*logits_BxCxV.shape)
   logits_BxCxV, targets_BxC = constrain(logits_BxCxV, *axes), constrain(targets_BxC, *axes[:2])
   vocab_1x1xV = jnp.arange(logits_BxCxV.shape[-1], dtype=targets_BxC.dtype)[None, None, :]
@@ -38,7 +39,7 @@ def chunk_logprobs(logits_BxCxV: jax.Array, targets_BxC: jax.Array, with_entropy
   hit_BxCxV = vocab_1x1xV == targets_BxC[:, :, None]
   target_BxC = jnp.sum(jnp.where(hit_BxCxV, logits_BxCxV, 0.0), axis=-1)
   lse_BxC = jax.nn.logsumexp(logits_BxCxV, axis=-1)
-  entropy_BxC = jnp.zeros_like(lse_BxC)
+  entropy_BxC = None
   if with_entropy:
     # From log p, not as lse - sum(p * logits): that cancels where logits are large.
     log_p_BxCxV = jax.lax.stop_gradient(logits_BxCxV - lse_BxC[:, :, None])
@@ -51,9 +52,9 @@ def hidden_logprobs(
     hidden_BxTxD: jax.Array,
     targets_BxT: jax.Array,
     *,
-    chunk_size: int = 128,
+    chunk_size: int,
     with_entropy: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """(logp, logsumexp, entropy) of targets, float32 [B, T]; hidden[:, t] predicts targets[:, t].
 
   Args:
@@ -115,22 +116,22 @@ def per_token(
   return out
 
 
-def chunk_size_for(rows: int, vocab_size: int, budget: int, mesh: jax.sharding.Mesh) -> int:
-  """Token columns whose logits fit a budget on every device; at least 1.
+def chunk_columns(cfg: ModelConfig, rows: int, models: int = 1) -> int:
+  """Token columns whose logits fit `cfg.logits_budget` on every device; at least 1.
 
   A chunk of the backward pass holds about three float32 arrays [rows, columns, V]: logits,
-  probabilities and their gradient. Rows are split over data and fsdp, the vocabulary over
-  tensor, where they divide; or rows over data alone and the vocabulary over the other two, which
-  is as much (`models/table.py`).
+  probabilities and their gradient. On the mesh that is set, rows are split over data and fsdp and
+  the vocabulary over tensor, where they divide; or rows over data alone and the vocabulary over
+  the other two, which takes as much memory.
 
   Args:
     rows: of the batch (of the micro-batch under accumulation), over all devices.
-    budget: bytes a device.
+    models: how many models' logits live at once.
   """
-  split = lambda n, ways: n // ways if n % ways == 0 else n
-  rows = split(rows, mesh.shape["data"] * mesh.shape["fsdp"])
-  vocab = split(vocab_size, mesh.shape["tensor"])
-  return max(1, budget // (3 * 4 * rows * vocab))
+  ways = batch_ways()
+  rows = models * (rows // ways if rows % ways == 0 else rows)
+  vocab = cfg.vocab_size // vocab_ways(cfg.vocab_size)
+  return max(1, int(cfg.logits_budget * 2**30) // (3 * 4 * rows * vocab))
 
 
 def token_logprobs(
@@ -141,14 +142,13 @@ def token_logprobs(
     positions_BxT: jax.Array | None = None,
     *,
     start: int = 0,
-    chunk_size: int = 128,
     with_entropy: bool = False,
     rngs: Any = None,
 ) -> TokenLogProbs:
   """Teacher-forced log-probabilities of the tokens in columns [start, T) of each row.
 
   Args:
-    model: a `Transformer` or anything with its `apply` and `unembed`.
+    model: a `Transformer` or anything with its `cfg`, `apply` and `unembed`.
     variables: {"params": ...} (and "lora").
     segment_ids_BxT: 0 padding, 1, 2, ... packed rows; by default all 1.
     start: first column wanted. A rollout passes its prompt length, so that the head never
@@ -169,7 +169,7 @@ def token_logprobs(
         unembed,
         hidden_BxTxD[:, states],
         tokens_BxT[:, chosen],
-        chunk_size=chunk_size,
+        chunk_size=chunk_columns(model.cfg, tokens_BxT.shape[0]),
         with_entropy=with_entropy,
     )
 

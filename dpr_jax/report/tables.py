@@ -8,16 +8,7 @@ from dpr_jax.report.render import finite, number, significant
 
 Results = Mapping[str, Any]
 
-LABELS = {
-  "base": "Base model", "ref": "Reference", "sft": "SFT", "dpr": "DPR",
-  "continued_sft": "Continued SFT", "contrastive": "Contrastive decoding",
-  "weight_extrapolation": "Weight extrapolation", "low_temperature": "SFT, low temperature",
-  "resampled": "SFT, resampled by weight",
-  "dft": "DFT", "iq_lm": "IQ-LM", "spin": "SPIN", "gsil": "GSIL",
-  "reward_to_go": "DPR, reward-to-go",
-  "sentence_level": "Sentence-level REINFORCE", "endogenous": "DPR, endogenous reward",
-  "log_likelihood": "DPR, no reference",
-}
+LABELS: dict[str, str] = {}
 _MAIN = (
   "accuracy_sampled", "accuracy_greedy", "accuracy_sampled/unique", "accuracy_sampled/varied",
   "token_f1_sampled", "token_f1_greedy", "length_sampled", "eos_rate_sampled", "heldout_nll",

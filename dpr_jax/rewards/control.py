@@ -1,5 +1,7 @@
 """What steers and what stops the KL to SFT. Pure functions of scalars, jittable."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -17,7 +19,7 @@ def next_beta(beta: jax.Array, kl: jax.Array, target: float, gain: float) -> jax
   batch (a sampled KL may even be negative) from moving beta far.
 
   Args:
-    kl, target: nats a response.
+    kl, target: nats per response.
     gain: 0.1 in the paper.
   """
   error = jnp.clip((kl - target) / target, -_MAX_ERROR, _MAX_ERROR)
@@ -32,19 +34,25 @@ def moving_mean(
   return mean + (value - mean) / count, count
 
 
-def initial_control(*, beta: float, target_kl: float, kl_budget: float) -> dict[str, float]:
-  """What a state carries for these settings (`TrainState.control`); nothing where both are 0."""
-  out = {"beta": beta} if target_kl else {}
-  return {**out, "kl_mean": 0.0, "kl_count": 0.0} if kl_budget else out
+@dataclasses.dataclass(frozen=True)
+class KLControl:
+  """What a policy carries from step to step to steer or to stop its KL to SFT."""
 
+  beta: float  # weight of the KL to SFT; with `target_kl` that of the first step.
+  target_kl: float = 0.0  # nats per response; steers beta. 0 keeps it fixed.
+  beta_gain: float = 0.1  # of that control.
+  kl_budget: float = 0.0  # nats per response; bounds the moving mean of the KL. 0: no bound.
 
-def next_control(
-    control: dict[str, jax.Array], kl: jax.Array, *, target_kl: float, beta_gain: float
-) -> dict[str, jax.Array]:
-  """The scalars after a step whose sampled KL was `kl`, nats a response."""
-  out = dict(control)
-  if "beta" in control:
-    out["beta"] = next_beta(control["beta"], kl, target_kl, beta_gain)
-  if "kl_mean" in control:
-    out["kl_mean"], out["kl_count"] = moving_mean(control["kl_mean"], control["kl_count"], kl)
-  return out
+  def initial(self) -> dict[str, float]:
+    """The scalars before the first step (`TrainState.control`)."""
+    out = {"beta": self.beta} if self.target_kl else {}
+    return {**out, "kl_mean": 0.0, "kl_count": 0.0} if self.kl_budget else out
+
+  def next(self, control: dict[str, jax.Array], kl: jax.Array) -> dict[str, jax.Array]:
+    """The scalars after a step whose sampled KL was `kl`, nats per response."""
+    out = dict(control)
+    if "beta" in control:
+      out["beta"] = next_beta(control["beta"], kl, self.target_kl, self.beta_gain)
+    if "kl_mean" in control:
+      out["kl_mean"], out["kl_count"] = moving_mean(control["kl_mean"], control["kl_count"], kl)
+    return out

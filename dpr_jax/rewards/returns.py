@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 RETURNS = ("reward_to_go", "full_return", "per_token")
-BASELINES = ("none", "position_mean", "leave_one_out", "whiten")
+VARIANCE_BASELINES = ("none", "position_mean", "leave_one_out", "whiten")
 
 
 def reward_to_go(rewards: jax.Array, mask: jax.Array, gamma: float = 1.0) -> jax.Array:
@@ -48,12 +48,12 @@ def returns(rewards: jax.Array, mask: jax.Array, kind: str = "reward_to_go", gam
 
 
 def advantages(
-    returns_BxT: jax.Array, mask_BxT: jax.Array, baseline: str = "none", group_size: int = 1
+    returns_BxT: jax.Array, mask_BxT: jax.Array, variance_baseline: str = "none", group_size: int = 1
 ) -> jax.Array:
   """A_t = G_t - b_t, 0 outside of the mask.
 
   Args:
-    baseline: one of BASELINES.
+    variance_baseline: one of VARIANCE_BASELINES.
       none           b = 0.
       position_mean  mean return of the rows that still have a token at position t.
       leave_one_out  mean return at t of the *other* samples of the same prompt that still
@@ -63,30 +63,30 @@ def advantages(
     group_size: samples of a prompt; they stand in adjacent rows.
 
   Raises:
-    ValueError: unknown baseline, or leave_one_out with group_size < 2 or not dividing B.
+    ValueError: unknown variance_baseline, or leave_one_out with group_size < 2 or not dividing B.
   """
   g = jnp.where(mask_BxT > 0, returns_BxT, 0.0)
-  if baseline == "none":
+  if variance_baseline == "none":
     b = jnp.zeros_like(g)
-  elif baseline == "position_mean":
+  elif variance_baseline == "position_mean":
     count = jnp.sum(mask_BxT, axis=0, keepdims=True)
     b = jnp.broadcast_to(jnp.sum(g, axis=0, keepdims=True) / jnp.maximum(count, 1.0), g.shape)
-  elif baseline == "leave_one_out":
+  elif variance_baseline == "leave_one_out":
     batch, length = g.shape
     if group_size < 2 or batch % group_size:
       raise ValueError(
-          f"leave_one_out needs at least 2 samples a prompt, dividing the batch: group_size="
+          f"leave_one_out needs at least 2 samples per prompt, dividing the batch: group_size="
           f"{group_size}, batch={batch}"
       )
     grouped = lambda x: x.reshape(batch // group_size, group_size, length)
     rest = lambda x: jnp.sum(x, axis=1, keepdims=True) - x
     others = lambda x: rest(grouped(x)).reshape(batch, length)
     b = others(g) / jnp.maximum(others(mask_BxT), 1.0)
-  elif baseline == "whiten":
+  elif variance_baseline == "whiten":
     count = jnp.maximum(jnp.sum(mask_BxT), 1.0)
     mean = jnp.sum(g) / count
     variance = jnp.sum(jnp.square(g - mean) * mask_BxT) / count
     return jnp.where(mask_BxT > 0, (g - mean) * jax.lax.rsqrt(variance + 1e-8), 0.0)
   else:
-    raise ValueError(f"baseline={baseline!r} is not one of {BASELINES}")
+    raise ValueError(f"variance_baseline={variance_baseline!r} is not one of {VARIANCE_BASELINES}")
   return jnp.where(mask_BxT > 0, g - b, 0.0)

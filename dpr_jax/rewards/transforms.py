@@ -3,7 +3,7 @@
 They trade fidelity to the log-ratio for robustness: one token with a reward of -12 can
 otherwise outweigh a whole batch. All give 0 where the mask is 0, whatever stands there.
 
-A config names them as a list, applied from first to last: ("centre", "clip:2", "scale:0.5").
+A config names them as a list, applied from first to last: ("center", "clip:2", "scale:0.5").
 In code, any function of the same shape is one more:
 
     def skip_first(rewards, context):
@@ -20,8 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-
-from dpr_jax.errors import UserError
 
 
 @struct.dataclass
@@ -93,17 +91,17 @@ def mask_unsure(nats: float) -> Transform:
   return apply
 
 
-def centre() -> Transform:
+def center() -> Transform:
   """r(s_t, a_t) - E_{a ~ policy} r(s_t, a): what the choice of the token earned.
 
   The mean reward of a state is taken away, and with it the pressure to go on that
-  E_{a ~ sft} r = KL(sft || ref) >= 0 exerts. Beware of what that means for returns: centred
+  E_{a ~ sft} r = KL(sft || ref) >= 0 exerts. Beware of what that means for returns: centered
   rewards of later tokens have mean 0 given the past, so under on-policy sampling the expected
   gradient of a reward-to-go is that of `returns="per_token"` (gamma = 0), whose optimum is
   contrastive decoding; the later tokens only add variance. Pair it with per_token unless that is
   what is to be shown.
   """
-  return lambda rewards, context: rewards - _needed(context, "expected_rewards", "centre")
+  return lambda rewards, context: rewards - _needed(context, "expected_rewards", "center")
 
 
 def compose(transforms: Sequence[Transform]) -> Transform:
@@ -130,21 +128,21 @@ _SPECS = {
     "clip": ((1, 2), "clip:NATS (to [-NATS, NATS]) or clip:LOW:HIGH with LOW below HIGH"),
     "zscore": ((0,), "zscore"),
     "mask_unsure": ((1,), "mask_unsure:NATS, above 0"),
-    "centre": ((0,), "centre, the first of the list"),
+    "center": ((0,), "center, the first of the list"),
 }
 
 
 def _parse_one(spec: str, index: int) -> tuple[str, tuple[float, ...]]:
-  """'clip:2' -> ('clip', (-2.0, 2.0)). UserError naming the place."""
+  """'clip:2' -> ('clip', (-2.0, 2.0)). ValueError naming the entry."""
   name, *rest = spec.split(":")
-  where = f"config.dpr.transforms[{index}]={spec!r}"
+  where = f"transforms[{index}]={spec!r}"
   if name not in _SPECS:
-    raise UserError(f"{where}: {name!r} is not one of {', '.join(_SPECS)}")
+    raise ValueError(f"{where}: {name!r} is not one of {', '.join(_SPECS)}")
   counts, usage = _SPECS[name]
   try:
     numbers = tuple(float(x) for x in rest)
   except ValueError:
-    raise UserError(f"{where}: expected {usage}") from None
+    raise ValueError(f"{where}: expected {usage}") from None
   good = len(numbers) in counts and all(math.isfinite(x) for x in numbers)
   if good and name == "clip":
     numbers = (-numbers[0], numbers[0]) if len(numbers) == 1 else numbers
@@ -153,31 +151,31 @@ def _parse_one(spec: str, index: int) -> tuple[str, tuple[float, ...]]:
     good = numbers[0] != 0
   elif good and name == "mask_unsure":
     good = numbers[0] > 0
-  elif name == "centre":  # The expected rewards are those of the untransformed reward.
+  elif name == "center":  # The expected rewards are those of the untransformed reward.
     good = good and index == 0
   if not good:
-    raise UserError(f"{where}: expected {usage}")
+    raise ValueError(f"{where}: expected {usage}")
   return name, numbers
 
 
 def parse(specs: Sequence[str]) -> Transform:
-  """config.dpr.transforms -> one transform, which applies them from first to last.
+  """Specs of a config -> one transform, which applies them from first to last.
 
-  scale:FACTOR, clip:NATS, clip:LOW:HIGH, zscore, mask_unsure:NATS, centre (first only).
+  scale:FACTOR, clip:NATS, clip:LOW:HIGH, zscore, mask_unsure:NATS, center (first only).
 
   Raises:
-    UserError: naming the entry, and what would be right.
+    ValueError: naming the entry, and what would be right.
   """
   makers = {
       "scale": scale, "clip": clip, "zscore": zscore_by_position, "mask_unsure": mask_unsure,
-      "centre": centre,
+      "center": center,
   }
   found = [_parse_one(spec, i) for i, spec in enumerate(specs)]
   return compose([makers[name](*numbers) for name, numbers in found])
 
 
 def needs(specs: Sequence[str]) -> frozenset[str]:
-  """What the rollouts must compute for these transforms: of "expected_rewards", "entropies"."""
+  """The extras that rollouts must compute for these transforms; see `rollout.step.EXTRAS`."""
   names = {_parse_one(spec, i)[0] for i, spec in enumerate(specs)}
-  wanted = {"centre": "expected_rewards", "mask_unsure": "entropies"}
-  return frozenset(wanted[name] for name in names if name in wanted)
+  wanted = {"center": ("expected_rewards",), "mask_unsure": ("sft_entropy", "ref_entropy")}
+  return frozenset(extra for name in names for extra in wanted.get(name, ()))

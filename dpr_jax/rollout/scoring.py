@@ -1,56 +1,45 @@
 """Teacher-forced scores of sampled responses under sft, ref and, where needed, the policy."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from dpr_jax.models.logprobs import TokenLogProbs, chunk_logprobs, in_chunks
-from dpr_jax.rewards.references import combine_logps
-
-
-@struct.dataclass
-class ResponseScores:
-  """Of the response columns, float32 [B, N] each; what stands outside of responses is finite."""
-
-  sft: TokenLogProbs
-  ref: TokenLogProbs  # of an ensemble: logp combined, logsumexp 0, entropy the members' mean.
-  policy: TokenLogProbs | None
-  expected: jax.Array  # E_{a ~ policy} r(s_t, a), nats; 0 unless asked for.
+from dpr_jax.models.logprobs import TokenLogProbs, chunk_columns, chunk_logprobs, in_chunks
+from dpr_jax.references.base import Reference
+from dpr_jax.rewards.base import RewardFn, Scores, check_pointwise, needs
 
 
 def score_response(
     model: Any,
     *,
-    sft: Any,
-    refs: tuple[Any, ...],
     policy: Any | None,
+    sft: Any,
+    ref: Reference,
     tokens_BxS: jax.Array,
     segment_ids_BxS: jax.Array,
     start: int,
-    chunk_size: int,
-    full_reward: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     entropies: bool = False,
-    combine: str = "logmeanexp",
-) -> ResponseScores:
+    expected: RewardFn | None = None,
+) -> tuple[Scores, TokenLogProbs | None, jax.Array | None]:
   """Scores columns [start, S) without gradient memory.
 
   Models are scored one after the other, so that the logits of one chunk of one model live at a
-  time; with `full_reward` those of one chunk of all models do.
+  time; for an expectation those of one chunk of all models do.
 
   Args:
     policy: variables, to be scored with its entropy; None leaves it out.
-    full_reward: (log_sft, log_ref), [B, C, V] each -> the reward of every token [B, C, V]; asks
-      for its expectation under the policy.
     entropies: of sft and ref as well.
-    combine: see `rewards.references.combine_logps`.
+    expected: a pointwise reward whose expectation under the policy is wanted.
+
+  Returns:
+    (scores without a mask; what the policy says; E_{a ~ policy} r(s_t, a) in nats). float32 [B, N]
+    each, finite outside of the responses; None where it was not asked for.
   """
-  members = {"sft": sft, **{f"ref_{i}": ref for i, ref in enumerate(refs)}}
+  members = {"sft": sft, **{f"ref_{i}": member for i, member in enumerate(ref.members)}}
   if policy is not None:
     members["policy"] = policy
-  wants_entropy = lambda name: name == "policy" or entropies
+  with_entropy = lambda name: name == "policy" or entropies
   targets_BxN = tokens_BxS[:, start:]
 
   def hidden(variables):
@@ -60,36 +49,39 @@ def score_response(
   def logits(name, hidden_BxCxD):
     return model.apply(members[name], hidden_BxCxD, method="unembed")
 
-  expected_BxN = jnp.zeros(targets_BxN.shape, jnp.float32)
-  if full_reward is None:
-    scores = {}
+  columns = lambda models: chunk_columns(model.cfg, tokens_BxS.shape[0], models)
+  expected_BxN = None
+  if expected is None:
+    found = {}
     for name, variables in members.items():
-      body = lambda y, h, name=name: chunk_logprobs(logits(name, h), y, wants_entropy(name))
-      scores[name] = in_chunks(body, chunk_size, targets_BxN, hidden(variables))
+      body = lambda y, h, name=name: chunk_logprobs(logits(name, h), y, with_entropy(name))
+      found[name] = in_chunks(body, columns(1), targets_BxN, hidden(variables))
   else:
+    check_pointwise(expected)
 
     def together(y_BxC, *hidden_BxCxD):
       out, log_p = {}, {}
       for name, h in zip(members, hidden_BxCxD, strict=True):
         logits_BxCxV = logits(name, h)
-        out[name] = chunk_logprobs(logits_BxCxV, y_BxC, wants_entropy(name))
+        out[name] = chunk_logprobs(logits_BxCxV, y_BxC, with_entropy(name))
         log_p[name] = logits_BxCxV - out[name][1][:, :, None]
-      log_ref = combine_logps(jnp.stack([log_p[f"ref_{i}"] for i in range(len(refs))]), combine)
-      reward_BxCxV = full_reward(log_p["sft"], log_ref)
+      names = [name for name in members if name.startswith("ref_")]
+      log_p["ref"] = Reference(tuple(names), ref.combine).logps(log_p.__getitem__)
+      reward_BxCxV = expected(**{n: log_p[n.removesuffix("_logp")] for n in needs(expected)})
       return out, jnp.sum(jnp.exp(log_p["policy"]) * reward_BxCxV, axis=-1)
 
     states = [hidden(variables) for variables in members.values()]
-    scores, expected_BxN = in_chunks(together, chunk_size, targets_BxN, *states)
+    found, expected_BxN = in_chunks(together, columns(len(members)), targets_BxN, *states)
 
-  scores = {name: TokenLogProbs(*x) for name, x in scores.items()}
-  ref = scores["ref_0"]
-  if len(refs) > 1:
-    of_refs = [scores[f"ref_{i}"] for i in range(len(refs))]
-    ref = TokenLogProbs(
-        logp=combine_logps(jnp.stack([x.logp for x in of_refs]), combine),
-        logsumexp=jnp.zeros_like(ref.logsumexp),
-        entropy=sum(x.entropy for x in of_refs) / len(refs),
-    )
-  return ResponseScores(
-      sft=scores["sft"], ref=ref, policy=scores.get("policy"), expected=expected_BxN
+  found = {name: TokenLogProbs(*x) for name, x in found.items()}
+  of_refs = [found[f"ref_{i}"] for i in range(len(ref.members))]
+  policy_scores = found.get("policy")
+  scores = Scores(
+      sft_logp=found["sft"].logp,
+      sft_logsumexp=found["sft"].logsumexp,
+      sft_entropy=found["sft"].entropy,
+      ref_logp=Reference(tuple(of_refs), ref.combine).logps(lambda x: x.logp),
+      ref_entropy=sum(x.entropy for x in of_refs) / len(of_refs) if entropies else None,
+      policy_logp=None if policy_scores is None else policy_scores.logp,
   )
+  return scores, policy_scores, expected_BxN

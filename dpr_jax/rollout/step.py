@@ -6,7 +6,7 @@ through a bandwidth-bound loop; teacher forcing is one parallel pass each. The p
 log-probs and entropy come out of decoding: another pass would only compute them twice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpr_jax.data.batches import PromptBatch
-from dpr_jax.models.logprobs import TokenLogProbs
-from dpr_jax.rewards import token_rewards
+from dpr_jax.references.base import Reference
+from dpr_jax.rewards.base import RewardFn, apply_reward, check_pointwise, needs
+from dpr_jax.rewards.baseline_relative import BaselineRelative
 from dpr_jax.rollout.drawing import ON_POLICY, Sampling
 from dpr_jax.rollout.sampler import generate
 from dpr_jax.rollout.scoring import score_response
@@ -51,22 +52,8 @@ class Rollout:
     return self.tokens[:, -self.mask.shape[1] :]
 
 
-RewardFn = Callable[[TokenLogProbs, TokenLogProbs, jax.Array], jax.Array]
-
-REWARDS: dict[str, RewardFn] = {
-    "baseline_relative": lambda sft, ref, mask: token_rewards.baseline_relative(
-        sft.logp, ref.logp, mask
-    ),
-    "log_likelihood": lambda sft, ref, mask: token_rewards.log_likelihood(sft.logp, mask),
-    "endogenous": lambda sft, ref, mask: token_rewards.endogenous(sft.logp, sft.logsumexp, mask),
-}
-
-# The same rewards as functions of the log-probs of every token of the vocabulary, for their
-# expectation. The endogenous one of token a needs the value of the state that a leads to.
-FULL_REWARDS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "baseline_relative": lambda log_sft, log_ref: log_sft - log_ref,
-    "log_likelihood": lambda log_sft, log_ref: log_sft,
-}
+# What may be asked of rollouts beside the rewards; fields of `Rollout`.
+EXTRAS = ("expected_rewards", "sft_entropy", "ref_entropy")
 
 
 def make_rollout_step(
@@ -75,44 +62,43 @@ def make_rollout_step(
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
     sampling: Sampling = ON_POLICY,
-    reward: str | RewardFn = "baseline_relative",
-    chunk_size: int = 128,
+    reward: RewardFn = BaselineRelative(),
+    extras: Collection[str] = (),
     samples_per_prompt: int = 1,
     slots: int = 0,
     refill: float = 0.125,
     rescore: bool = False,
-    expected: bool = False,
-    entropies: bool = False,
-    combine: str = "logmeanexp",
-):
+) -> Callable[..., Rollout]:
   """Returns jitted rollout_step(policy, sft, ref, prompts, rng) -> Rollout.
 
   policy, sft and ref are variables ({"params": ...} and maybe "lora") of `model`; none is
-  donated. `ref` may be a tuple of variables, an ensemble. Run it under the mesh the variables
-  live on.
+  donated. `ref` may be a `references.Reference` of several models. Run it under the mesh the
+  variables live on.
 
   Args:
     max_new_tokens: response columns N.
     stop_ids: token ids that end a response.
-    sampling: the behaviour; anything but the default biases the policy gradient.
-    reward: a name in REWARDS, or a function (sft, ref, mask) -> [B, N].
-    chunk_size: columns whose logits live at a time while scoring.
-    samples_per_prompt: responses a prompt, in adjacent rows; `prompts` has each prompt once.
+    sampling: the behavior; anything but the default biases the policy gradient.
+    reward: a function of the scores that its parameters name; see `rewards.base`.
+    extras: of EXTRAS, what else to compute; expected rewards score the policy, too, over the
+      whole vocabulary.
+    samples_per_prompt: responses per prompt, in adjacent rows; `prompts` has each prompt once.
     slots, refill: see `generate`.
     rescore: policy_logp and entropy by teacher forcing, one more pass, instead of as decoded.
-    expected: also expected_rewards; scores the policy, too, over the whole vocabulary.
-    entropies: also sft_entropy and ref_entropy.
-    combine: of an ensemble's log-probs; see `rewards.references`.
 
   Raises:
-    ValueError: no stop_ids; or `expected` of a reward that has no exact expectation.
+    ValueError: no stop_ids; a reward that asks for what is no score, or one without an exact
+      expectation whose expectation is wanted; an unknown extra.
   """
-  reward_fn = REWARDS[reward] if isinstance(reward, str) else reward
   if not stop_ids:
     raise ValueError("stop_ids is empty: a response could never end")
-  if expected and reward not in FULL_REWARDS:
-    raise ValueError(f"reward={reward!r} has no exact expectation; known: "
-                     f"{', '.join(FULL_REWARDS)}")
+  if unknown := set(extras) - set(EXTRAS):
+    raise ValueError(f"extras: {min(unknown)!r} is not one of {', '.join(EXTRAS)}")
+  asked = needs(reward)
+  expected = "expected_rewards" in extras
+  if expected:
+    check_pointwise(reward)
+  entropies = bool({"sft_entropy", "ref_entropy"} & {*asked, *extras})
 
   @jax.jit
   def rollout_step(policy, sft, ref, prompts: PromptBatch, rng) -> Rollout:
@@ -129,20 +115,20 @@ def make_rollout_step(
         refill=refill,
         with_entropy=not (rescore or expected),
     )
-    scores = score_response(
+    scores, rescored, expected_BxN = score_response(
         model,
-        sft=sft,
-        refs=ref if isinstance(ref, tuple) else (ref,),
         policy=policy if rescore or expected else None,
+        sft=sft,
+        ref=Reference.of(ref),
         tokens_BxS=sample.tokens,
         segment_ids_BxS=sample.segment_ids,
         start=prompts.tokens.shape[1],
-        chunk_size=chunk_size,
-        full_reward=FULL_REWARDS[reward] if expected else None,
         entropies=entropies,
-        combine=combine,
+        expected=reward if expected else None,
     )
-    mask, by_decoding = sample.mask, scores.policy is None
+    mask = sample.mask
+    policy_logp = sample.logp if rescored is None else rescored.logp * mask
+    masked = lambda name, x: x * mask if name in extras else None
     return Rollout(
         tokens=sample.tokens,
         segment_ids=sample.segment_ids,
@@ -150,15 +136,15 @@ def make_rollout_step(
         lengths=sample.lengths,
         hit_eos=sample.hit_eos,
         mask=mask,
-        rewards=reward_fn(scores.sft, scores.ref, mask),
-        policy_logp=sample.logp if by_decoding else scores.policy.logp * mask,
-        sft_logp=scores.sft.logp * mask,
-        ref_logp=scores.ref.logp * mask,
-        entropy=sample.entropy if by_decoding else scores.policy.entropy * mask,
+        rewards=apply_reward(reward, scores.replace(policy_logp=policy_logp, mask=mask)),
+        policy_logp=policy_logp,
+        sft_logp=scores.sft_logp * mask,
+        ref_logp=scores.ref_logp * mask,
+        entropy=sample.entropy if rescored is None else rescored.entropy * mask,
         decode_steps=sample.steps,
-        expected_rewards=scores.expected * mask if expected else None,
-        sft_entropy=scores.sft.entropy * mask if entropies else None,
-        ref_entropy=scores.ref.entropy * mask if entropies else None,
+        expected_rewards=masked("expected_rewards", expected_BxN),
+        sft_entropy=masked("sft_entropy", scores.sft_entropy),
+        ref_entropy=masked("ref_entropy", scores.ref_entropy),
     )
 
   return rollout_step

@@ -20,7 +20,8 @@ from dpr_jax.losses.reinforce import ReinforceBatch, make_reinforce_loss, reinfo
 from dpr_jax.models import cache as cache_lib
 from dpr_jax.models.config import ModelConfig
 from dpr_jax.models.logprobs import token_logprobs
-from dpr_jax.rollout.step import REWARDS, RewardFn, Rollout
+from dpr_jax.rewards import BaselineRelative, RewardFn, Scores, apply_reward
+from dpr_jax.rollout.step import Rollout
 from dpr_jax.theory.mdp import TokenMDP
 from dpr_jax.training.steps import TrainState, make_train_step
 
@@ -105,7 +106,7 @@ class TabularModel:
 
 
 def enumerate_rollout(
-    model: TabularModel, policy, sft, ref, reward: str | RewardFn = "baseline_relative"
+    model: TabularModel, policy, sft, ref, reward: RewardFn = BaselineRelative()
 ) -> Rollout:
   """Every response to every prompt as a `Rollout`, scored by the product's code. Jittable.
 
@@ -120,7 +121,10 @@ def enumerate_rollout(
       model, variables, tokens, segments, start=1, with_entropy=True
   )
   policy_out, sft_out, ref_out = score(policy), score(sft), score(ref)
-  reward_fn = REWARDS[reward] if isinstance(reward, str) else reward
+  scores = Scores(
+      sft_logp=sft_out.logp, sft_logsumexp=sft_out.logsumexp, sft_entropy=sft_out.entropy,
+      ref_logp=ref_out.logp, ref_entropy=ref_out.entropy, policy_logp=policy_out.logp, mask=mask,
+  )
   return Rollout(
       tokens=tokens,
       segment_ids=segments,
@@ -128,7 +132,7 @@ def enumerate_rollout(
       lengths=jnp.asarray(y.lengths_Y, jnp.int32),
       hit_eos=jnp.asarray(y.hit_eos_Y),
       mask=mask,
-      rewards=reward_fn(sft_out, ref_out, mask),
+      rewards=apply_reward(reward, scores),
       policy_logp=policy_out.logp * mask,
       sft_logp=sft_out.logp * mask,
       ref_logp=ref_out.logp * mask,
@@ -159,7 +163,7 @@ def ascend(
     *,
     steps: int = 400,
     learning_rate: float = 0.2,
-    reward: str | RewardFn = "baseline_relative",
+    reward: RewardFn = BaselineRelative(),
     start_SxA: np.ndarray | None = None,
     every: int = 50,
     **kwargs,
@@ -183,8 +187,8 @@ def ascend(
   state = TrainState.create(
       model.variables(sft_SxA if start_SxA is None else start_SxA), optimizer, jax.random.key(0)
   )
-  train_step = make_train_step(make_reinforce_loss(model, normaliser="sequences"), optimizer)
-  weigh = jax.jit(
+  train_step = make_train_step(make_reinforce_loss(model, loss_aggregation="sequences"), optimizer)
+  advantages = jax.jit(
       lambda policy: expected_batch(
           enumerate_rollout(model, policy, sft, ref, reward), mdp.num_prompts, **kwargs
       )
@@ -192,7 +196,7 @@ def ascend(
   table = lambda: np.asarray(state.trainable["params"]["table"], np.float64)
   kept = [(0, table())]
   for step in range(1, steps + 1):
-    state, _ = train_step(state, weigh(state.variables))
+    state, _ = train_step(state, advantages(state.variables))
     if step % every == 0 or step == steps:
       kept.append((step, table()))
   return kept[-1][1], kept

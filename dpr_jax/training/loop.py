@@ -1,17 +1,20 @@
-"""The one training loop. It knows no algorithm: a step function maps (state, batch) to
-(state, metrics), and every stage (SFT, DPR, baselines) is such a function.
+"""The one training loop. It knows no algorithm: a step maps (state, batch) to (state, metrics), and
+every stage (SFT, DPR, any other method) is such a step.
 """
 
+import dataclasses
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
 
 from dpr_jax import sharding
+from dpr_jax.config.sections import CheckpointSection, LogSection
 from dpr_jax.errors import Preempted, StageEnded
 from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.training.metrics import MetricsWriter
-from dpr_jax.training.profiling import trace_steps
+from dpr_jax.training.profiling import parse_steps, trace_steps
 from dpr_jax.training.steps import TrainState
 from dpr_jax.training.stopping import last_step, write_stopped
 
@@ -25,78 +28,93 @@ class Batches(Protocol):
   def set_state(self, state: dict[str, Any]) -> None: ...
 
 
-def run_stage(
-    name: str,
-    step_fn: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]],
-    *,
-    make_state: Callable[[], TrainState],
-    abstract: TrainState,
-    batches: Batches,
-    steps: int,
-    directory,
-    mesh: jax.sharding.Mesh,
-    checkpoint_every: int,
-    checkpoint_keep: int = 1,
-    keep_steps: Sequence[int] = (),
-    log_every: int = 1,
-    progress: bool = True,
-    tensorboard_dir=None,
-    frozen: Any = None,
-    schedule: Callable[[int], Any] | None = None,
-    profile_steps: tuple[int, int] | None = None,
-    profile_dir=None,
-) -> TrainState:
+class Step(Protocol):
+  """An algorithm. It makes the states that it takes, so that the two always fit.
+
+  It may end its stage by raising `StageEnded`: the state before that step is saved as the stage's
+  last, and stopped.json says why; the stage does not go on when it is run again.
+  """
+
+  def init(self, variables: Any, rng: jax.Array, frozen: Any = None) -> TrainState: ...
+  def abstract(self, variables: Any, rng: jax.Array) -> TrainState: ...
+  def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """What a stage trains: a step, what it is fed, and where it starts."""
+
+  step: Step
+  batches: Batches  # yields the whole batch; set to the restored position.
+  start: Callable[[], Any]  # the trainable variables at step 0; called without a checkpoint only.
+  abstract: Any  # their shapes and shardings.
+  rng: jax.Array  # of the state.
+  frozen: Any = None  # variables that are not trained.
+  schedule: Callable[[int], Any] | None = None  # learning rate by step, to be logged.
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """Where a stage runs, for how long, and what it keeps and tells."""
+
+  name: str
+  directory: pathlib.Path  # checkpoints/ and metrics.jsonl go here.
+  mesh: jax.sharding.Mesh
+  steps: int
+  keep_steps: Sequence[int] = ()  # whose checkpoint is kept for ever.
+  checkpoint: CheckpointSection = CheckpointSection()
+  log: LogSection = LogSection(tensorboard=False)
+  tensorboard_dir: pathlib.Path | None = None
+  profile_dir: pathlib.Path | None = None
+
+
+def run_stage(stage: Stage, build: Callable[[], Training]) -> TrainState | None:
   """Runs a stage to its last step, from its newest checkpoint if it has one.
 
   Args:
-    name: of the stage, for logs.
-    step_fn: the algorithm.
-    make_state: the state at step 0; called only if there is no checkpoint.
-    abstract: the state's shapes and shardings.
-    batches: yields this process's rows of each batch; set to the restored position.
-    directory: of the stage; checkpoints/ and metrics.jsonl go here.
-    keep_steps: steps whose checkpoint is kept for ever.
-    schedule: learning rate by step, to be logged.
-    profile_steps: first and last step of a profiler trace, written to `profile_dir`.
-
-  A step function may end the stage by raising `StageEnded`: the state before that step is saved
-  as the stage's last, and stopped.json says why; the stage does not go on when it is run again.
+    build: makes the training; not called if the stage is finished.
 
   Returns:
-    The state after `steps` updates, or where the stage ended; it is saved.
+    The state after the last update, which is saved; None if the stage was finished before.
 
   Raises:
     Diverged: the loss or the gradient was not finite. Nothing of that step is saved.
     Preempted: a process got SIGTERM (in a distributed run); the step is saved.
   """
+  directory, steps = stage.directory, stage.steps
   with Checkpoints(
-      directory / "checkpoints", keep=checkpoint_keep, keep_steps=keep_steps
+      directory / "checkpoints", keep=stage.checkpoint.keep, keep_steps=stage.keep_steps
   ) as checkpoints:
-    restored = checkpoints.restore(abstract, frozen)
+    if last_step(directory, steps) in checkpoints.steps():
+      return None
+    training = build()
+    step_fn, batches = training.step, training.batches
+    restored = checkpoints.restore(
+        step_fn.abstract(training.abstract, training.rng), training.frozen
+    )
     if restored is None:
-      state, start = make_state(), 0
+      state, start = step_fn.init(training.start(), training.rng, training.frozen), 0
     else:
       state, data_state = restored
       start = int(state.step)
       batches.set_state(data_state)
-    if start >= last_step(directory, steps):
-      return state
-    due = {*keep_steps, steps}
+    due = {*stage.keep_steps, steps}
     writer = MetricsWriter(
         directory,
-        stage=name,
+        stage=stage.name,
         steps=steps,
         start_step=start,
-        every=log_every,
-        tensorboard_dir=tensorboard_dir,
-        progress=progress,
+        every=stage.log.every,
+        tensorboard_dir=stage.tensorboard_dir if stage.log.tensorboard else None,
+        progress=stage.log.progress,
     )
-    with writer, trace_steps(profile_steps, profile_dir) as trace:
+    profiled = parse_steps(stage.log.profile_steps)
+    with writer, trace_steps(profiled, stage.profile_dir) as trace:
       for step in range(start + 1, steps + 1):
         position = batches.get_state()
         try:
           with trace.step(step) as results:
-            batch = sharding.place(next(batches), mesh)
+            batch = sharding.place(next(batches), stage.mesh)
             state, metrics = step_fn(state, batch)
             results.append(state)
         except StageEnded as end:
@@ -105,17 +123,19 @@ def run_stage(
           checkpoints.wait()
           write_stopped(directory, step - 1, steps, str(end))
           break
-        if schedule is not None:
-          metrics = {**metrics, "learning_rate": schedule(step - 1)}
+        if training.schedule is not None:
+          metrics = {**metrics, "learning_rate": training.schedule(step - 1)}
         writer.write(step, metrics)
         preempted = checkpoints.reached_preemption(step)
-        if step in due or step % checkpoint_every == 0 or preempted:
+        if step in due or step % stage.checkpoint.every == 0 or preempted:
           # Metrics first: a step that is not finite raises here, and is not saved; and no
           # checkpoint is ahead of its metrics.
           writer.flush()
           checkpoints.save(state, step, batches.get_state())
         if preempted:
           checkpoints.wait()
-          raise Preempted(f"{name}: told to end; step {step} is saved, the same command goes on")
+          raise Preempted(
+              f"{stage.name}: told to end; step {step} is saved; rerun the same command to resume"
+          )
     checkpoints.wait()
   return state

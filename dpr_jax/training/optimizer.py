@@ -1,10 +1,13 @@
 """AdamW with clipping and a schedule, from a config section."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from dpr_jax.config import OptimizerConfig
+from dpr_jax.config.sections import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -28,11 +31,19 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   return optax.join_schedules([ramp, after], [warmup])
 
 
-def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-  """`optax.clip_by_global_norm` with a product for each gradient in place of a quotient.
+class Optimizer(NamedTuple):
+  """An `optax.GradientTransformation` that knows its learning rate by update."""
 
-  XLA duplicates a product into the updates of both moments, but computes a quotient once and so
-  keeps another array of the size of all gradients.
+  init: Callable[[Any], Any]
+  update: Callable[..., tuple[Any, Any]]
+  schedule: optax.Schedule
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+  """`optax.clip_by_global_norm` that multiplies each gradient instead of dividing it.
+
+  XLA duplicates a multiplication into the updates of both moments, but computes a division once
+  and so keeps another array of the size of all gradients.
   """
 
   def update(grads, state, params=None):
@@ -43,8 +54,8 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """Global-norm clipping, then AdamW; no decay on norms and biases (fewer than 2 dims a layer)."""
+def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
+  """Global-norm clipping, then AdamW; no decay on norms and biases."""
 
   def decayed(params):
     def leaf(path, x):
@@ -53,12 +64,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 
-  transforms = []
+  schedule, transforms = make_schedule(config, steps), []
   if config.max_grad_norm:
     transforms.append(clip_by_global_norm(config.max_grad_norm))
   transforms.append(
       optax.adamw(
-          make_schedule(config, steps),
+          schedule,
           b1=config.b1,
           b2=config.b2,
           eps=config.eps,
@@ -66,4 +77,4 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
           mask=decayed,
       )
   )
-  return optax.chain(*transforms)
+  return Optimizer(*optax.chain(*transforms), schedule)

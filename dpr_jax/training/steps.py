@@ -181,49 +181,78 @@ def accumulate(loss_fn: LossFn, trainable, frozen, batch, rng, parts: int):
   return total
 
 
-def make_train_step(
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
-    *,
-    accumulation: int = 1,
-    ema_decay: float = 0.0,
-    donate: bool = True,
-):
-  """Returns train_step(state, batch) -> (state, metrics), jitted at its first call.
+class TrainStep:
+  """train_step(state, batch) -> (state, metrics), jitted at its first call; see `make_train_step`.
 
-  The returned state keeps the shardings of the state that came in, and takes its buffers
-  (`donate`); `state.frozen` and `state.rng` are never donated. The update
-  is sum(gradients) / sum(weights) over micro-batches and devices. An update whose loss or
-  gradient is not finite leaves variables and moments as they were and reports
-  `skipped` = 1.
-
-  Args:
-    loss_fn: see the module docstring. `rng` is a fresh key every step and micro-batch.
-    optimizer: an optax transformation, clipping included (see `make_optimizer`).
-    accumulation: micro-batches a batch is split into, inside the jit.
-    ema_decay: d of ema = d * ema + (1 - d) * variables after each update, for a state that keeps
-      one (`TrainState.create(..., ema=True)`).
-
-  The metrics are device scalars: `loss`, `grad_norm`, `skipped` and those of the loss.
+  It owns the optimizer, so that a state made by `init` always fits.
   """
 
-  def update(state: TrainState, fixed, batch):
+  def __init__(
+      self,
+      loss_fn: LossFn,
+      optimizer: optax.GradientTransformation,
+      accumulation: int,
+      ema_decay: float,
+      donate: bool,
+  ):
+    self.optimizer = optimizer
+    self._loss_fn, self._accumulation = loss_fn, accumulation
+    self._ema_decay, self._donate = ema_decay, donate
+    self._jitted = None
+
+  def init(self, variables: Any, rng: jax.Array, frozen: Any = None) -> TrainState:
+    """A state at step 0, which takes over `variables`."""
+    return TrainState.create(variables, self.optimizer, rng, frozen, ema=self._ema_decay > 0)
+
+  def abstract(self, variables: Any, rng: jax.Array) -> TrainState:
+    """The shapes and shardings of such a state, from those of its variables."""
+    return abstract_state(variables, self.optimizer, rng, ema=self._ema_decay > 0)
+
+  def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    frozen, rng = state.frozen, state.rng
+    inner, fixed = self._split(state)
+    state, metrics = self._program(inner)(inner, fixed, batch)
+    return state.replace(frozen=frozen, rng=rng), metrics
+
+  def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
+    """The program for these shapes, which may be abstract."""
+    inner, fixed = self._split(state)
+    return self._program(inner).lower(inner, fixed, batch)
+
+  def compilations(self) -> int:
+    """How many programs were compiled."""
+    return 0 if self._jitted is None else self._jitted._cache_size()
+
+  def _split(self, state: TrainState) -> tuple[TrainState, tuple[Any, Any]]:
+    # What a step does not change stays outside of the donated state: frozen variables are shared
+    # with other models, and the caller may use its key again.
+    return state.replace(frozen={}, rng=None), (state.frozen, state.rng)
+
+  def _program(self, inner: TrainState):
+    if self._jitted is None:
+      shardings = jax.tree.map(lambda x: x.sharding, inner)
+      self._jitted = jax.jit(
+          self._update,
+          donate_argnums=(0,) if self._donate else (),
+          out_shardings=(shardings, None),
+      )
+    return self._jitted
+
+  def _update(self, state: TrainState, fixed, batch):
     frozen, rng = fixed
+    key = jax.random.fold_in(rng, state.step)
     grads, loss_sum, weight, metrics = accumulate(
-        loss_fn, state.trainable, frozen, batch, jax.random.fold_in(rng, state.step), accumulation
+        self._loss_fn, state.trainable, frozen, batch, key, self._accumulation
     )
     safe = jnp.where(weight == 0, 1.0, weight)
     grads = jax.tree.map(lambda g: g / safe.astype(g.dtype), grads)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
 
-    def average(old, new):
-      return (ema_decay * old + (1.0 - ema_decay) * new).astype(old.dtype)
-
     def apply(trainable, opt_state, ema):
-      updates, opt_state = optimizer.update(grads, opt_state, trainable)
+      updates, opt_state = self.optimizer.update(grads, opt_state, trainable)
       trainable = optax.apply_updates(trainable, updates)
-      return trainable, opt_state, jax.tree.map(average, ema, trainable) if ema_decay else ema
+      return trainable, opt_state, self._averaged(ema, trainable)
 
     # A branch, not a where over new and old: that would need both at once.
     trainable, opt_state, ema = jax.lax.cond(
@@ -233,25 +262,35 @@ def make_train_step(
     out = {"loss": loss_sum / safe, "grad_norm": grad_norm, "skipped": 1.0 - finite}
     return state, {**reduce_metrics(metrics), **out}
 
-  jitted = None
+  def _averaged(self, ema, trainable):
+    decay = self._ema_decay
+    if not decay:
+      return ema
+    return jax.tree.map(lambda a, b: (decay * a + (1.0 - decay) * b).astype(a.dtype), ema, trainable)
 
-  def lower_or_call(state: TrainState, batch, method):
-    nonlocal jitted
-    # What a step does not change stays outside of the donated state: frozen variables are
-    # shared with other models, and the caller may use its key again.
-    inner, fixed = state.replace(frozen={}, rng=None), (state.frozen, state.rng)
-    if jitted is None:
-      shardings = jax.tree.map(lambda x: x.sharding, inner)
-      jitted = jax.jit(
-          update, donate_argnums=(0,) if donate else (), out_shardings=(shardings, None)
-      )
-    return getattr(jitted, method)(inner, fixed, batch)
 
-  def train_step(state: TrainState, batch):
-    frozen, rng = state.frozen, state.rng
-    state, metrics = lower_or_call(state, batch, "__call__")
-    return state.replace(frozen=frozen, rng=rng), metrics
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulation: int = 1,
+    ema_decay: float = 0.0,
+    donate: bool = True,
+) -> TrainStep:
+  """Returns train_step(state, batch) -> (state, metrics), jitted at its first call.
 
-  train_step.lower = lambda state, batch: lower_or_call(state, batch, "lower")
-  train_step.compilations = lambda: 0 if jitted is None else jitted._cache_size()
-  return train_step
+  The returned state keeps the shardings of the state that came in, and takes its buffers
+  (`donate`); `state.frozen` and `state.rng` are never donated. The update is sum(gradients) /
+  sum(weights) over micro-batches and devices. An update whose loss or gradient is not finite
+  leaves variables and moments as they were and reports `skipped` = 1.
+
+  Args:
+    loss_fn: see the module docstring. `rng` is a fresh key every step and micro-batch.
+    optimizer: an optax transformation, clipping included (see `make_optimizer`).
+    accumulation: micro-batches that a batch is split into, inside the jit.
+    ema_decay: d of ema = d * ema + (1 - d) * variables after each update, for a state that keeps
+      one (`train_step.init`, or `TrainState.create(..., ema=True)`); 0 keeps none.
+
+  The metrics are device scalars: `loss`, `grad_norm`, `skipped` and those of the loss.
+  """
+  return TrainStep(loss_fn, optimizer, accumulation, ema_decay, donate)

@@ -1,0 +1,101 @@
+"""Flags of the entry points that take a CKPT, and what they name."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from absl import flags
+
+from dpr_jax import compilation_cache
+from dpr_jax.errors import UserError, naming
+
+
+def define_model_flags(values: flags.FlagValues, batch: str) -> None:
+  """--dtype, --template, --mesh, --batch_size, --compilation_cache.
+
+  Args:
+    batch: what --batch_size counts.
+  """
+  flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"],
+                    "Compute dtype; auto: bfloat16 on TPU and GPU, float32 on CPU.",
+                    flag_values=values)
+  flags.DEFINE_string("template", "", "A .jinja chat template; '' is the tokenizer's own.",
+                      flag_values=values)
+  flags.DEFINE_string("mesh", "1,-1,1", "data,fsdp,tensor; one may be -1, the rest.",
+                      flag_values=values)
+  flags.DEFINE_integer("batch_size", 8, f"{batch} at a time.", lower_bound=1, flag_values=values)
+  flags.DEFINE_string("compilation_cache", "", f"{compilation_cache.HELP} none.",
+                      flag_values=values)
+
+
+def new_file(flag: str, path: str) -> pathlib.Path:
+  """A file to be written; refuses to overwrite one."""
+  target = pathlib.Path(path)
+  if target.exists():
+    raise UserError(f"{flag}={path} exists already; name a new file")
+  if not target.absolute().parent.is_dir():
+    raise UserError(f"{flag}={path}: there is no folder {target.absolute().parent}")
+  return target
+
+
+def new_folder(flag: str, path: str) -> pathlib.Path:
+  """A folder to be written; refuses one that holds files."""
+  target = pathlib.Path(path)
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise UserError(f"{flag}={path} exists already; name a new or empty folder")
+  return target
+
+
+@contextlib.contextmanager
+def model_mesh(values: flags.FlagValues) -> Iterator[tuple[Any, str]]:
+  """Sets the mesh that --mesh names; yields (mesh, compute dtype)."""
+  import jax
+
+  from dpr_jax import distributed, sharding
+  from dpr_jax.loading import compute_dtype
+
+  distributed.initialize()
+  compilation_cache.keep_compilations(values.compilation_cache)
+  try:
+    data, fsdp, tensor = (int(x) for x in values.mesh.split(","))
+  except ValueError:
+    raise UserError(f"--mesh={values.mesh} must be three integers data,fsdp,tensor") from None
+  with naming("--mesh"):
+    mesh = sharding.make_mesh(data, fsdp, tensor)
+  if values.batch_size % (ways := mesh.shape["data"] * mesh.shape["fsdp"]):
+    raise UserError(f"--batch_size={values.batch_size} must be a multiple of {ways}, the data and "
+                    "fsdp axes of the mesh")
+  with jax.set_mesh(mesh):
+    yield mesh, compute_dtype(values.dtype)
+
+
+def load_pair(sft: str, ref: str, mesh: Any, dtype: str) -> tuple[Any, Any]:
+  """Two checkpoints of one architecture and one tokenizer.
+
+  Raises:
+    UserError: their shapes or vocabularies differ; rewards would be meaningless.
+  """
+  from dpr_jax.loading import load_checkpoint
+
+  a = load_checkpoint(sft, mesh, dtype)
+  b = load_checkpoint(ref, mesh, dtype, beside=a)
+  for field in dataclasses.fields(a.model.cfg):
+    x, y = getattr(a.model.cfg, field.name), getattr(b.model.cfg, field.name)
+    if x != y and field.name not in ("remat", "attention", "logits_budget"):
+      raise UserError(f"--sft={sft} and --ref={ref} differ in {field.name} ({x} and {y}); they "
+                      "must be checkpoints of one architecture")
+  if a.tokenizer.get_vocab() != b.tokenizer.get_vocab():
+    raise UserError(f"--sft={sft} and --ref={ref} have different vocabularies; token rewards need "
+                    "the same tokens")
+  return a, b
+
+
+def bar(name: str, total: int, unit: str):
+  """A progress bar on stderr, from process 0."""
+  import jax
+  import tqdm
+
+  return tqdm.tqdm(total=total, desc=name, unit=unit, disable=jax.process_index() != 0,
+                   dynamic_ncols=True, mininterval=0.5)

@@ -1,0 +1,5 @@
+"""Benchmarks, one a file; see `benchmarks.base`."""
+
+from dpr_jax.evaluation.benchmarks.base import Benchmark
+
+__all__ = ["Benchmark"]

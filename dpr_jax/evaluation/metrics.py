@@ -1,0 +1,220 @@
+"""Metrics: what a figure is (`Column`), and how it is measured of a system's responses.
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Words(ResponseMetric):
+      title, unit = "Words", "words"
+
+      def score(self, record):
+        return len(record["response"].split())
+
+    config.eval.metrics.words = Words()
+
+The column of a response metric is called NAME_sampled, NAME_greedy. A metric that needs a model's
+opinion is a `SystemMetric`. `DEFAULTS` is the table of those that every run measures.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from dpr_jax.config.fields import Value, title_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """One figure of results.json; the mean over prompts unless said otherwise."""
+
+  label: str
+  unit: str = ""  # "%" of a share in [0, 1], "nats", "tokens", ...
+  better: int = 0  # 1: higher is better; -1: lower; 0: neither.
+  compared: bool = True  # paired differences between systems are reported.
+  main: bool = False  # stands in the first table of the report.
+  # The value of a prompt is a list, one number per token. It is averaged over as many tokens as
+  # the shorter one of the two compared responses has, so that length alone cannot win.
+  per_token: bool = False
+
+  def of_mode(self, mode: str) -> "Column":
+    return dataclasses.replace(self, label=f"{self.label}, {mode}")
+
+  def of_group(self, group: str) -> "Column":
+    words = {"unique": "one right answer", "varied": "many right answers"}.get(group, group)
+    return dataclasses.replace(
+        self, label=f"{self.label}, {words}", compared=False, main=group in ("unique", "varied")
+    )
+
+
+ACCURACY = Column("Accuracy", "%", better=1, main=True)
+
+
+class ResponseMetric(Value):
+  """A figure of each response alone."""
+
+  unit: ClassVar[str] = ""
+  better: ClassVar[int] = 0
+  compared: ClassVar[bool] = True
+  main: ClassVar[bool] = False
+
+  def score(self, record: Mapping[str, Any]) -> float:
+    """Of one line of samples/SYSTEM.jsonl: response, token_ids, length, hit_eos, answer, ..."""
+    raise NotImplementedError
+
+  def column(self) -> Column:
+    return Column(title_of(self), self.unit, self.better, self.compared, self.main)
+
+
+class SystemMetric(Value):
+  """A figure of each prompt that needs models: the system's own, or others that judge it."""
+
+  columns: ClassVar[Mapping[str, Column]] = {}
+
+  def applies(self, evaluation: Any, system: Any) -> bool:
+    """Whether it can be measured of a system."""
+    return True
+
+  def measure(
+      self, evaluation: Any, system: Any, records: Sequence[Mapping[str, Any]]
+  ) -> Mapping[str, Sequence[Any]]:
+    """Column -> a value for each prompt (or demonstration).
+
+    Args:
+      evaluation: an `evaluate.Evaluation`: the run, prompts, demonstrated responses, a scorer.
+      records: the lines of samples/SYSTEM.jsonl.
+    """
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Length(ResponseMetric):
+  """Tokens of a response, EOS included."""
+
+  kind = "length"
+  title, unit, main = "Length", "tokens", True
+
+  def score(self, record):
+    return record["length"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EosRate(ResponseMetric):
+  """Share of responses that ended by themselves."""
+
+  kind = "eos_rate"
+  title, unit, compared, main = "Ends with EOS", "%", False, True
+
+  def score(self, record):
+    return float(record["hit_eos"])
+
+
+def _nll(logps: Sequence[np.ndarray]) -> list[float]:
+  return [-float(x.astype(np.float64).sum()) for x in logps]
+
+
+def _sampled(records: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+  return [np.asarray(r["token_ids"], np.int32) for r in records if r["mode"] == "sampled"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldoutNLL(SystemMetric):
+  """Of the demonstrated responses, EOS included. Rises under DPR by design, and decides nothing."""
+
+  kind = "heldout_nll"
+  columns = {
+      "heldout_nll": Column("Held-out NLL", "nats", better=-1, compared=False, main=True)
+  }
+
+  def applies(self, evaluation, system):
+    return system.single
+
+  def measure(self, evaluation, system, records):
+    e = evaluation
+    prompts, demonstrated = ([x[i] for i in e.fits] for x in (e.prompts.tokens, e.demonstrated))
+    ref = e.members_as_reference(system)
+    return {"heldout_nll": _nll(e.scorer.reference_logps(ref, prompts, demonstrated))}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleNLL(SystemMetric):
+  """What base and ref make of a system's samples: a policy that games a log-ratio writes text that
+  other models find odd."""
+
+  kind = "sample_nll"
+  columns = {
+      "sample_nll_base": Column("NLL of samples under base", "nats"),
+      "sample_nll_ref": Column("NLL of samples under ref", "nats"),
+  }
+
+  def applies(self, evaluation, system):
+    return "sampled" in system.modes
+
+  def measure(self, evaluation, system, records):
+    e, responses = evaluation, _sampled(records)
+    out = {}
+    for name in ("base", "ref"):
+      logps = e.scorer.reference_logps(e.judge(name), e.prompts.tokens, responses)
+      # A response has a token at least.
+      out[f"sample_nll_{name}"] = [-float(x.astype(np.float64).mean()) for x in logps]
+    return out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EffectiveSamples(SystemMetric):
+  """How many of the candidates of a resampled answer count; see `evaluation.resampling`."""
+
+  kind = "effective_samples"
+  columns = {"effective_samples": Column("Effective samples", compared=False, main=True)}
+
+  def applies(self, evaluation, system):
+    return hasattr(system, "candidates")
+
+  def measure(self, evaluation, system, records):
+    return {"effective_samples": [r["effective_samples"] for r in records]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Expert(SystemMetric):
+  """Distance to the known expert that made the demonstrations; see `evaluation.expert`."""
+
+  kind = "expert"
+  columns = {
+      "reverse_kl": Column("KL(system || expert)", "nats", better=-1, main=True),
+      "forward_kl": Column("KL(expert || system)", "nats", better=-1, main=True),
+      "expert_logp": Column("Log p under the expert per token", "nats", main=True, per_token=True),
+  }
+
+  def applies(self, evaluation, system):
+    return bool(evaluation.run.config.eval.expert) and system.is_distribution
+
+  def measure(self, evaluation, system, records):
+    from dpr_jax.evaluation.expert import score_against_expert
+
+    e, sampled = evaluation, _sampled(records)
+    expert = e.expert
+    length = min(e.run.model.cfg.max_length, expert.model.cfg.max_length)
+    fits, n = e.fitting(length), len(e.prompts.tokens)
+    scores = score_against_expert(
+        e.scorer,
+        system,
+        e.members(system),
+        expert,
+        [*e.prompts.tokens, *(e.prompts.tokens[i] for i in fits)],
+        [*sampled, *(e.demonstrated[i] for i in fits)],
+    )
+    total = lambda x: float(x.astype(np.float64).sum())
+    out = {
+        "reverse_kl": [total(s.reverse_kl) for s in scores[:n]],
+        "forward_kl": [total(s.forward_kl) for s in scores[n:]],
+        "expert_logp": [[round(float(x), 6) for x in s.expert_logp] for s in scores[:n]],
+    }
+    return {name: values for name, values in out.items() if values}  # No demonstration may fit.
+
+
+DEFAULTS = {
+    "length": Length(),
+    "eos_rate": EosRate(),
+    "heldout_nll": HeldoutNLL(),
+    "sample_nll": SampleNLL(),
+    "effective_samples": EffectiveSamples(),
+    "expert": Expert(),
+}

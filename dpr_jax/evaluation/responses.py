@@ -1,0 +1,121 @@
+"""Responses of one or several models to a list of prompts, batch by batch."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpr_jax import sharding
+from dpr_jax.data.batches import PromptBatch
+from dpr_jax.data.loader import pad_prompts, prompt_width
+from dpr_jax.evaluation.scoring import Scorer
+from dpr_jax.rollout.drawing import ON_POLICY, Sampling
+from dpr_jax.rollout.sampler import generate
+
+_generate = jax.jit(
+    generate,
+    static_argnums=0,
+    static_argnames=(
+        "max_new_tokens", "stop_ids", "sampling", "weights", "samples_per_prompt", "slots"
+    ),
+)
+_WAVE = 4  # batches of prompts that one program answers, refilling its slots.
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+  """What a model answered."""
+
+  tokens: np.ndarray  # int32 [T], the EOS included where there is one.
+  hit_eos: bool  # False: cut off at max_new_tokens.
+  logp: float  # of the whole response under the sampled distribution's logits, nats.
+
+
+@dataclasses.dataclass(frozen=True)
+class Responder:
+  """Answers prompts, batch by batch; the same in every process."""
+
+  model: Any
+  mesh: jax.sharding.Mesh
+  # Rows decoded at a time. A row whose response has ended makes place for the next one; prompts of
+  # similar length are answered together.
+  batch_size: int
+  prompt_length: int  # tokens of the longest prompt.
+  max_new_tokens: int
+  stop_ids: tuple[int, ...]
+
+  def __post_init__(self):
+    sharding.check_rows(self.mesh, "batch_size", self.batch_size)
+
+  @property
+  def scorer(self) -> Scorer:
+    """Scores with the same model."""
+    return Scorer(self.model, self.mesh, self.batch_size)
+
+  def respond(
+      self,
+      members: Sequence[Any],
+      prompts: Sequence[np.ndarray],
+      rng: jax.Array,
+      *,
+      sampling: Sampling = ON_POLICY,
+      weights: Sequence[float] = (1.0,),
+      samples_per_prompt: int = 1,
+      on_batch: Callable[[int], None] = lambda n: None,
+  ) -> list[Response]:
+    """Responses in the order of `prompts`, those of one prompt adjacent.
+
+    Args:
+      members, weights, sampling: see `rollout.sampler.generate`.
+      prompts: token ids, int32 [P_i] each.
+      samples_per_prompt: responses per prompt, which share its prefill.
+      on_batch: called with the number of responses just given.
+    """
+    n, ways = samples_per_prompt, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    out: list[Response | None] = [None] * (len(prompts) * n)
+    # The longest first: a memory error comes at once.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    unit = -(-self.batch_size // (n * ways)) * ways  # prompts that fill the slots once.
+    wave = _WAVE * unit
+    for start in range(0, len(prompts), wave):
+      chosen = order[start : start + wave]
+      width = prompt_width(len(prompts[chosen[0]]), self.prompt_length)
+      filler = [np.zeros((0,), np.int32)] * (-len(chosen) % unit)
+      batch: PromptBatch = pad_prompts([prompts[i] for i in chosen] + filler, width)
+      sample = sharding.to_host(
+          _generate(
+              self.model,
+              tuple(members),
+              sharding.place(batch, self.mesh),
+              jax.random.fold_in(rng, start // wave),
+              max_new_tokens=self.max_new_tokens,
+              stop_ids=tuple(self.stop_ids),
+              sampling=sampling,
+              weights=tuple(weights),
+              samples_per_prompt=n,
+              slots=self.batch_size,
+          )
+      )
+      for row, i in enumerate(i * n + j for i in chosen for j in range(n)):
+        length = int(sample.lengths[row])
+        tokens = sample.tokens[row, width : width + length]
+        out[i] = Response(tokens, bool(sample.hit_eos[row]), float(sample.logp[row].sum()))
+      on_batch(len(chosen) * n)
+    return out
+
+
+def compilations() -> int:
+  """How many programs `respond` has compiled in this process."""
+  return _generate._cache_size()
+
+
+def response_text(
+    tokenizer: Any, tokens: Sequence[int], hit_eos: bool, stop_ids: Sequence[int]
+) -> str:
+  """The text of a response, without the token that ended it."""
+  tokens = [int(t) for t in tokens]
+  if hit_eos and tokens and tokens[-1] in stop_ids:
+    tokens = tokens[:-1]
+  return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,0 +1,163 @@
+"""What a method is: a way to answer that a run compares with the others, by its name.
+
+A method that trains starts at the last SFT checkpoint and has a budget: that of `config.budget`,
+which all share so that comparisons are fair, or its own where its fields say so.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+
+from dpr_jax import sharding
+from dpr_jax.config.fields import Value, overlay, setting, title_of
+from dpr_jax.config.sections import Budget, OptimizerChanges
+from dpr_jax.evaluation.systems import System
+from dpr_jax.methods.programs import Program, Shapes
+from dpr_jax.training.loop import Stage, Training, run_stage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(Value):
+  """A way to answer; the base of those that need no training, too."""
+
+  label: str = setting("", "in tables and plots; '' is made of the kind and the name")
+
+  trained: ClassVar[bool] = False
+  subject: ClassVar[bool] = False  # learns from the reward: compared with every other system.
+  reads_reference: ClassVar[bool] = False
+
+  def label_of(self, name: str) -> str:
+    """How tables call the system `name`."""
+    if self.label:
+      return self.label
+    title = title_of(self)
+    return title if name == type(self).kind else f"{title} ({name})"
+
+  def refers(self) -> tuple[str, ...]:
+    """Names of other methods of the config whose settings this one reads."""
+    return ()
+
+  def system(self, run: Any, name: str) -> System:
+    """How it answers, after training."""
+    raise NotImplementedError
+
+  def check_mesh(self, mesh: Any, config: Any) -> None:
+    """Raises ValueError where its batches do not split over a mesh."""
+
+  def programs(self, shapes: Shapes, name: str) -> list[Program]:
+    """What it compiles to train, for planning."""
+    return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedMethod(Method):
+  """A method that trains; its fields override those of `config.budget`."""
+
+  steps: int | None = setting(None, "updates; None: config.budget.steps", low=1)
+  batch_size: int | None = setting(None, "rows per step; None: config.budget.batch_size", low=1)
+  accumulation: int | None = setting(
+      None, "micro-batches per step; None: config.budget.accumulation", low=1
+  )
+  max_new_tokens: int | None = setting(
+      None, "response tokens per row; None: config.budget.max_new_tokens", low=1
+  )
+  optimizer: OptimizerChanges = setting(
+      OptimizerChanges(), "what differs from config.budget.optimizer"
+  )
+
+  trained = True
+
+  def __post_init__(self):
+    if isinstance(self.optimizer, Mapping):
+      object.__setattr__(self, "optimizer", OptimizerChanges(**self.optimizer))
+
+  def budget(self, config: Any) -> Budget:
+    """Its own budget under a `RunConfig`.
+
+    Raises:
+      ValueError: micro-batches of different sizes.
+    """
+    shared = config.budget
+    changes = {
+        name: getattr(self, name)
+        for name in ("steps", "batch_size", "accumulation", "max_new_tokens")
+    }
+    return overlay(shared, {**changes, "optimizer": overlay(shared.optimizer, self.optimizer)})
+
+  def own_budget(self) -> str:
+    """What differs from the shared budget, as in "steps 50, learning_rate 1e-05"; "" if nothing."""
+    names = ("steps", "batch_size", "accumulation", "max_new_tokens")
+    own = {name: getattr(self, name) for name in names} | vars(self.optimizer)
+    return ", ".join(f"{name} {value}" for name, value in own.items() if value is not None)
+
+  def check(self, config):
+    self.budget(config)
+
+  def check_mesh(self, mesh, config):
+    budget = self.budget(config)
+    sharding.check_rows(mesh, "batch_size / accumulation", budget.batch_size // budget.accumulation)
+
+  def build(self, run: Any, name: str) -> Training:
+    """What the stage `name` trains."""
+    raise NotImplementedError
+
+  def train(self, run: Any, name: str) -> None:
+    """Runs the stage to its end, from wherever it stopped."""
+    train_stage(run, name, self.budget(run.config).steps, lambda: self.build(run, name))
+
+  def system(self, run, name):
+    return System(name, self.label_of(name), load=lambda: (run.result(name),))
+
+
+def train_stage(
+    run: Any, name: str, steps: int, build: Callable[[], Training], keep_steps: tuple[int, ...] = ()
+) -> None:
+  """Runs a stage in the workdir of a run."""
+  stage = Stage(
+      name=name,
+      directory=run.workdir.stage(name),
+      mesh=run.mesh,
+      steps=steps,
+      keep_steps=keep_steps,
+      checkpoint=run.config.checkpoint,
+      log=run.config.log,
+      tensorboard_dir=run.workdir.tensorboard / name,
+      profile_dir=run.workdir.profile / name,
+  )
+  run.release()  # Nothing of another stage stays in memory.
+  run_stage(stage, build)
+
+
+def make_training(
+    run: Any, name: str, step: Any, optimizer: Any, batches: Any, start: Callable[[], Any]
+) -> Training:
+  """A `Training` of a run's model.
+
+  Args:
+    start: makes the variables at step 0, float32 where they are trained.
+  """
+  from dpr_jax.models.lora import split_trainable
+  from dpr_jax.models.variables import abstract_variables
+
+  return Training(
+      step=step,
+      batches=batches,
+      start=lambda: split_trainable(start())[0],
+      abstract=split_trainable(abstract_variables(run.model.cfg, run.mesh))[0],
+      rng=run.rng(name),
+      frozen=run.frozen,
+      schedule=optimizer.schedule,
+  )
+
+
+def row_batch(shapes: Shapes, rows: int, tokens: int) -> Any:
+  """An abstract `SFTBatch`."""
+  import jax.numpy as jnp
+
+  from dpr_jax.data.batches import SFTBatch
+
+  shape = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
+  mask = jax.ShapeDtypeStruct(shape.shape, jnp.float32)
+  return shapes.rows(SFTBatch(tokens=shape, segment_ids=shape, loss_mask=mask))

@@ -1,0 +1,255 @@
+"""Dense-Path REINFORCE from the last SFT checkpoint; and its ablations, which are values.
+
+An ablation is DPR with another return (`reward_to_go` as the paper has it, `sentence_level`) or
+another reward (`log_likelihood`: no reference; `endogenous`, with the return that it needs).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpr_jax import sharding
+from dpr_jax.config.fields import setting, slot
+from dpr_jax.data.loader import Batches, prompt_batches
+from dpr_jax.evaluation.responses import response_text
+from dpr_jax.losses import make_reinforce_loss, reinforce_batch
+from dpr_jax.losses.reinforce import LOSS_AGGREGATIONS
+from dpr_jax.methods.base import TrainedMethod, make_training
+from dpr_jax.methods.programs import Program, RolloutWork, TrainWork, device_bytes
+from dpr_jax.rewards import Endogenous, LogLikelihood, transforms
+from dpr_jax.rewards.base import check_pointwise, needs
+from dpr_jax.rewards.control import KLControl
+from dpr_jax.rewards.returns import RETURNS, VARIANCE_BASELINES
+from dpr_jax.rollout import Rollout, Sampling, make_rollout_step
+from dpr_jax.training import make_train_step
+from dpr_jax.training.dpr_step import DPRStep
+from dpr_jax.training.optimizer import make_optimizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPR(TrainedMethod):
+  """REINFORCE on a dense reward, with a KL to SFT inside of it."""
+
+  kind = "dpr"
+  title = "DPR"
+  subject = reads_reference = True
+
+  reward: Any = slot("dpr_jax.rewards", "baseline_relative", "of each token")
+  transforms: tuple[str, ...] = setting(
+      (), "of the reward, from first to last: scale:FACTOR, clip:NATS, clip:LOW:HIGH, zscore, "
+      "mask_unsure:NATS, center"
+  )
+  returns: str = setting(
+      "per_token", "of a token: its own reward, what follows (the paper's), or the whole response's",
+      choices=RETURNS,
+  )
+  gamma: float = setting(1.0, "discount of a reward-to-go", low=0, high=1)
+  variance_baseline: str = setting(
+      "position_mean", "subtracted from the returns", choices=VARIANCE_BASELINES
+  )
+  beta: float = setting(
+      1.0, "weight of the KL to SFT; 1 / beta is the strength of the extrapolation", low=0
+  )
+  beta_ref: float = setting(0.0, "weight of a KL to ref as well", low=0)
+  target_kl: float = setting(
+      0.0, "nats per response; steers beta, which starts as above; 0 keeps it fixed", low=0
+  )
+  beta_gain: float = setting(
+      0.1, "of that control; a step changes beta by at most 0.2 of it", low=0, high=1
+  )
+  kl_budget: float = setting(
+      0.0, "nats per response; the stage ends where the mean KL exceeds it; 0: never", low=0
+  )
+  loss_aggregation: str = setting(
+      "tokens", "what the summed loss is divided by", choices=LOSS_AGGREGATIONS
+  )
+  truncated: str = setting(
+      "keep", "rollouts that end without EOS", choices=("keep", "mask")
+  )
+  verifier_weight: float = setting(
+      0.0, "share of the benchmark's accuracy, on the last token, in the reward", low=0, high=1
+  )
+  samples_per_prompt: int = setting(
+      1, "adjacent rollouts that share a prompt and its prefill", low=1
+  )
+  temperature: float = setting(
+      1.0, "of the behavior; anything but 1 biases the gradient", above=0
+  )
+  top_k: int = setting(0, "tokens that are sampled from; 0 keeps all", low=0)
+  top_p: float = setting(1.0, "probability that is sampled from; 1 keeps all", above=0, high=1)
+  slots: int = setting(
+      0, "rollouts decoded at a time, refilled as they end; 0 decodes all at once", low=0,
+      resumable=True,
+  )
+  refill: float = setting(
+      0.125, "share of the slots that must have ended before others take them", low=0, high=1,
+      resumable=True,
+  )
+
+  def check(self, config):
+    budget = self.budget(config)
+    if budget.batch_size % self.samples_per_prompt:
+      raise ValueError(f"batch_size={budget.batch_size} is not a multiple of samples_per_prompt="
+                       f"{self.samples_per_prompt}")
+    if self.variance_baseline == "leave_one_out" and self.samples_per_prompt < 2:
+      raise ValueError("variance_baseline=leave_one_out needs samples_per_prompt of at least 2")
+    asked = needs(self.reward)
+    if "expected_rewards" in transforms.needs(self.transforms):
+      try:
+        check_pointwise(self.reward)
+      except ValueError as e:
+        raise ValueError(f"transforms: center has no meaning here: {e}") from None
+    if {"sft_logsumexp"} & asked and (self.returns == "per_token" or self.gamma == 0):
+      # A constant added to the logits of a state moves reward from one token to the one before.
+      raise ValueError(f"reward={self.reward.kind} says nothing of one token alone; set "
+                       "returns=reward_to_go and a gamma above 0")
+    if self.gamma != 1 and self.returns != "reward_to_go":
+      raise ValueError(f"gamma={self.gamma} discounts a reward-to-go, not returns={self.returns}; "
+                       "set reward_to_go")
+    if self.target_kl and not self.beta:
+      raise ValueError(f"target_kl={self.target_kl} multiplies beta, which must be above 0")
+
+  def check_mesh(self, mesh, config):
+    super().check_mesh(mesh, config)
+    rows, samples = self.budget(config).batch_size, self.samples_per_prompt
+    sharding.check_rows(mesh, "batch_size / samples_per_prompt", rows // samples)
+    if 0 < self.slots < rows:
+      sharding.check_rows(mesh, "slots", self.slots)
+
+  @property
+  def control(self) -> KLControl:
+    return KLControl(self.beta, self.target_kl, self.beta_gain, self.kl_budget)
+
+  def strength(self, run: Any, name: str) -> float:
+    """The strength of the extrapolation that its optimum is, for the plain reward.
+
+    (1 - beta_ref) / (beta + beta_ref), negative where beta_ref > 1 pulls from sft back to ref. With
+    `target_kl`, beta is that of the last step that the stage `name` made.
+    """
+    beta = self.beta
+    if self.target_kl and (lines := run.metrics(name)):
+      beta = lines[-1]["beta"]
+    return (1.0 - self.beta_ref) / (beta + self.beta_ref)
+
+  def _steps(self, context):
+    """(rollout step, train step, advantages) of a run, or of its shapes."""
+    budget = self.budget(context.config)
+    rollout_step = make_rollout_step(
+        context.model,
+        max_new_tokens=budget.max_new_tokens,
+        stop_ids=context.stop_ids,
+        sampling=Sampling(self.temperature, self.top_k, self.top_p),
+        reward=self.reward,
+        extras=transforms.needs(self.transforms),
+        samples_per_prompt=self.samples_per_prompt,
+        slots=self.slots,
+        refill=self.refill,
+    )
+    train_step = make_train_step(
+        make_reinforce_loss(context.model, loss_aggregation=self.loss_aggregation),
+        make_optimizer(budget.optimizer, budget.steps),
+        accumulation=budget.accumulation,
+    )
+    make_batch = functools.partial(
+        reinforce_batch,
+        beta_ref=self.beta_ref,
+        gamma=self.gamma,
+        returns=self.returns,
+        variance_baseline=self.variance_baseline,
+        group_size=self.samples_per_prompt,
+        truncated=self.truncated,
+        transform=transforms.parse(self.transforms),
+        external_weight=self.verifier_weight,
+    )
+    return rollout_step, train_step, make_batch
+
+  def _prompts(self, config, prompts):
+    rows = self.budget(config).batch_size // self.samples_per_prompt
+    return prompt_batches(prompts, rows, config.data.prompt_length, config.seed)
+
+  def build(self, run, name):
+    rollout_step, train_step, make_batch = self._steps(run)
+    batches = self._prompts(run.config, run.data.prompts.tokens)
+    step = DPRStep(
+        rollout_step=rollout_step,
+        train_step=train_step,
+        make_batch=make_batch,
+        control=self.control,
+        sft=run.sft(),
+        ref=run.reference(),
+        rng=run.rng(f"{name}/rollouts"),
+        verify=self._verifier(run, batches) if self.verifier_weight else None,
+    )
+    return make_training(run, name, step, train_step.optimizer, batches, run.sft_float32)
+
+  def _verifier(self, run, batches: Batches) -> Callable[[int, Rollout], jax.Array]:
+    """verify(step, rollout) -> the benchmark's accuracy of each response, float32 [B].
+
+    Runs on the host. Every process reads the whole batch and comes to the same scores.
+    """
+    demos = run.data.prompts.demos
+
+    def verify(step: int, rollout: Rollout) -> jax.Array:
+      tokens_BxN, lengths_B, hit_eos_B = sharding.to_host(
+          (rollout.response_tokens, rollout.lengths, rollout.hit_eos)
+      )
+      scores = []
+      # Prompts of the batch, each for as many adjacent rows as it has samples.
+      items = np.repeat(batches.item_indices(step), self.samples_per_prompt)
+      for row, i in enumerate(items):
+        tokens = tokens_BxN[row, : lengths_B[row]]
+        text = response_text(run.tokenizer, tokens, bool(hit_eos_B[row]), run.stop_ids)
+        scores.append(run.benchmark.score(demos[i], text)["accuracy"])
+      return sharding.place(np.asarray(scores, np.float32), run.mesh)
+
+    return verify
+
+  def programs(self, shapes, name):
+    budget, prompt = self.budget(shapes.config), shapes.config.data.prompt_length
+    rollout_step, train_step, make_batch = self._steps(shapes)
+    state = shapes.state(train_step)
+    longest = [np.zeros((prompt,), np.int32)]  # The widest that a run compiles for.
+    prompts = shapes.rows(next(iter(self._prompts(shapes.config, longest))))
+    ref = shapes.reference
+    arguments = (state.variables, shapes.held, ref, prompts, shapes.abstract_key)
+
+    def lower_update():
+      rollouts = jax.eval_shape(rollout_step, *arguments)
+      batch = jax.eval_shape(lambda r: make_batch(r, beta=1.0)[0], rollouts)
+      return train_step.lower(state, shapes.rows(batch))
+
+    # Under LoRA policy, sft and ref share one base, which is an argument of every program.
+    others = 1 + len(ref.members)
+    adapted, bases = shapes.held_bytes(others)
+    expected = "expected_rewards" in transforms.needs(self.transforms)
+    rollouts = RolloutWork(
+        rows=budget.batch_size, prompt=prompt, new=budget.max_new_tokens,
+        scored=others + expected, samples=self.samples_per_prompt, slots=self.slots,
+    )
+    update = TrainWork(
+        budget.batch_size, prompt + budget.max_new_tokens, budget.max_new_tokens,
+        budget.accumulation,
+    )
+    return [
+        Program(f"{name}/rollout_step", lambda: rollout_step.lower(*arguments), rollouts,
+                device_bytes(state.opt_state) - bases),
+        Program(f"{name}/train_step", lower_update, update, adapted,
+                tokens=budget.batch_size * budget.max_new_tokens),
+    ]
+
+
+DEFAULTS = {
+    "dpr": DPR(),
+    "reward_to_go": DPR(returns="reward_to_go", label="DPR, reward-to-go"),
+    "sentence_level": DPR(returns="full_return", label="Sentence-level REINFORCE"),
+    # One token's endogenous reward means nothing: a gauge of the logits changes it. What follows
+    # settles it.
+    "endogenous": DPR(
+        reward=Endogenous(), returns="reward_to_go", label="DPR, endogenous reward"
+    ),
+    "log_likelihood": DPR(reward=LogLikelihood(), label="DPR, no reference"),
+}

@@ -1,0 +1,24 @@
+"""GSIL: self-imitation as density-ratio estimation; see losses/gsil.py."""
+
+import dataclasses
+
+from dpr_jax.config.fields import setting
+from dpr_jax.losses import make_gsil_loss
+from dpr_jax.losses.gsil import KINDS
+from dpr_jax.methods.on_pairs import PairMethod
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GSIL(PairMethod):
+  """See the module docstring."""
+
+  kind = "gsil"
+  title = "GSIL"
+  divergence: str = setting("bernoulli", "of the density ratio", choices=KINDS)
+  alpha: float = setting(0.1, "per nat of the summed log-ratio", low=1e-6)
+
+  def loss(self, model):
+    return make_gsil_loss(model, kind=self.divergence, alpha=self.alpha)
+
+
+DEFAULTS = {"gsil": GSIL()}

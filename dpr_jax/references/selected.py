@@ -1,0 +1,46 @@
+"""The best milestone of the SFT run by a criterion, measured on training prompts."""
+
+import dataclasses
+import json
+
+from dpr_jax.config.fields import setting
+from dpr_jax.references.base import ReferenceKind, sft_milestones
+from dpr_jax.references.midrun import Midrun
+
+CRITERIA = {"validation": "auc", "snr": "snr"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Selected(ReferenceKind):
+  """Chosen among all milestones before the end.
+
+  validation  the area under the curve of corrupted tokens (`evaluation.corruption`).
+  snr         signal to noise: mean r / std r over the tokens of responses sampled from sft. The
+              mean is KL(sft || ref) per token; an early reference usually has the larger ratio.
+
+  Both are computed on demonstrations that sft was trained on, never on prompts that are reported;
+  they flatter sft, and all candidates alike.
+  """
+
+  kind = "selected"
+  criterion: str = setting("validation", "what is largest", choices=tuple(CRITERIA))
+
+  def check(self, config):
+    if len(self._fractions(config)) < 2:
+      raise ValueError("needs at least two sft.milestones before the end")
+    if not config.eval.reference_prompts:
+      raise ValueError("is measured on eval.reference_prompts, which must be at least 1")
+
+  def _fractions(self, config):
+    kept = sft_milestones(config).by_fraction()
+    return [f for f, step in kept.items() if step != config.sft.steps]
+
+  def candidates(self, run):
+    return [Midrun(fraction=f) for f in self._fractions(run.config)]
+
+  def __call__(self, run, dtype):
+    record = json.loads(run.workdir.reference_file.read_text(encoding="utf-8"))
+    return Midrun(fraction=self._fractions(run.config)[record["chosen"]])(run, dtype)
+
+  def describe(self):
+    return f"ref a milestone of SFT selected by {self.criterion}"

@@ -1,0 +1,325 @@
+"""One seed of a run: what everything in it shares, how it is set up, and the checks of its input."""
+
+import dataclasses
+import functools
+import os
+import re
+import sys
+from typing import Any
+
+import jax
+import tqdm
+
+from dpr_jax import config as config_lib
+from dpr_jax import sharding, weights
+from dpr_jax.config.fields import kind_class
+from dpr_jax.data.dataset import Dataset, build_dataset
+from dpr_jax.data.templates import stop_ids
+from dpr_jax.errors import UserError, naming
+from dpr_jax.evaluation.responses import Responder
+from dpr_jax.evaluation.scoring import Scorer
+from dpr_jax.loading import (
+    LoadedModel,
+    base_variables,
+    compute_dtype,
+    describe_checkpoint,
+    fresh_adapter,
+    root_key,
+    stage_variables,
+)
+from dpr_jax.models import Transformer
+from dpr_jax.models.attention import resolve_backend
+from dpr_jax.models.depth import shallow_config
+from dpr_jax.references.base import Reference, sft_milestones
+from dpr_jax.training.metrics import read_metrics
+from dpr_jax.training.stopping import last_step
+from dpr_jax.weights.byte_tokenizer import byte_tokenizer
+from dpr_jax.workdir import RESERVED, Workdir
+
+BENCHMARKS = "dpr_jax.evaluation.benchmarks"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What all stages of one seed share."""
+
+  config: config_lib.RunConfig
+  workdir: Workdir
+  mesh: jax.sharding.Mesh
+  tokenizer: Any
+  model: Transformer
+  stop_ids: tuple[int, ...]
+  data: Dataset
+  _held: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+  @property
+  def dtype(self) -> str:
+    """The compute dtype, in which sft and ref are held."""
+    return self.model.cfg.dtype
+
+  def rng(self, name: str) -> jax.Array:
+    return root_key(self.config.seed, name)
+
+  # --- Variables ---------------------------------------------------------------------------------
+
+  def initial_variables(self, dtype: str) -> Any:
+    """What SFT starts from; what is trained has `dtype`."""
+    config, cfg = self.config, self.model.cfg
+    if cfg.lora.rank:
+      return {**self.frozen, **fresh_adapter(cfg, self.mesh, config.seed, dtype)}
+    return base_variables(config.model, cfg, self.mesh, config.seed, dtype)
+
+  @functools.cached_property
+  def frozen(self) -> Any:
+    """What no stage trains, shared by policy, sft and ref: the base under LoRA, else nothing."""
+    if not self.model.cfg.lora.rank:
+      return {}
+    config = self.config
+    return base_variables(config.model, self.model.cfg, self.mesh, config.seed, self.dtype)
+
+  def checkpoint(self, stage: str, step: int, dtype: str, part: str = "variables") -> Any:
+    """Variables of one checkpoint of a stage.
+
+    Args:
+      part: "variables", or "ema" for their moving average.
+    """
+    directory = self.workdir.stage(stage)
+    return stage_variables(
+        directory, step, self.model.cfg, self.mesh, dtype, self.frozen, part
+    )
+
+  def sft_float32(self) -> Any:
+    """Where every method starts: the last SFT parameters as they were trained, in own buffers."""
+    return self.checkpoint("sft", self.config.sft.steps, "float32")
+
+  def sft(self) -> Any:
+    """The last SFT parameters in the compute dtype; held until `release`."""
+    return self._hold("sft", lambda: self.checkpoint("sft", self.config.sft.steps, self.dtype))
+
+  def reference(self) -> Reference:
+    """pi_ref in the compute dtype; held until `release`."""
+    return self._hold("ref", lambda: self.config.reference(self, self.dtype))
+
+  def result(self, name: str) -> Any:
+    """What the stage of a method has trained, in the compute dtype."""
+    steps = self.config.methods[name].budget(self.config).steps
+    return self.checkpoint(name, last_step(self.workdir.stage(name), steps), self.dtype)
+
+  def _hold(self, name, load):
+    if name not in self._held:
+      self._held[name] = load()
+    return self._held[name]
+
+  def release(self) -> None:
+    """Forgets sft and ref, before something else needs the memory."""
+    self._held.clear()
+
+  # --- Measuring ---------------------------------------------------------------------------------
+
+  @functools.cached_property
+  def benchmark(self) -> Any:
+    """What judges responses: that of the config, else what fits the demonstrations."""
+    return self.config.eval.benchmark or kind_class(BENCHMARKS, self.data.benchmark)()
+
+  @property
+  def scorer(self) -> Scorer:
+    return Scorer(self.model, self.mesh, self.config.eval.batch_size)
+
+  @property
+  def responder(self) -> Responder:
+    section = self.config.eval
+    return Responder(
+        self.model, self.mesh, section.batch_size, self.config.data.prompt_length,
+        section.max_new_tokens, self.stop_ids,
+    )
+
+  def metrics(self, stage: str) -> list[dict[str, Any]]:
+    """The lines of a stage's metrics.jsonl."""
+    return read_metrics(self.workdir.stage(stage) / "metrics.jsonl")
+
+  def check_same_model(self, other: LoadedModel, name: str) -> None:
+    """Raises UserError where the variables of another checkpoint do not fit this run's model."""
+    if other.tokenizer.get_vocab() != self.tokenizer.get_vocab():
+      raise UserError(f"{name} has another vocabulary than the run")
+    ours, theirs = self.model.cfg, other.model.cfg
+    for field in dataclasses.fields(ours):
+      if field.name in ("remat", "attention", "dtype", "lora", "logits_budget", "scan_layers"):
+        continue
+      x, y = getattr(ours, field.name), getattr(theirs, field.name)
+      if x != y:
+        raise UserError(f"{name} differs from the run's model in {field.name} ({y} and {x})")
+
+  # --- Telling -----------------------------------------------------------------------------------
+
+  def log(self, text: str) -> None:
+    """A line beside the progress bars, from process 0."""
+    if self.config.log.progress and jax.process_index() == 0:
+      print(text, file=sys.stderr)
+
+  def bar(self, name: str, total: int, unit: str):
+    """A progress bar, from process 0."""
+    hidden = not self.config.log.progress or jax.process_index() != 0
+    return tqdm.tqdm(
+        total=total, desc=name, unit=unit, disable=hidden, dynamic_ncols=True, mininterval=0.5
+    )
+
+
+def build_model(
+    config: config_lib.RunConfig,
+) -> tuple[Any, Transformer, tuple[int, ...], dict[str, Any]]:
+  """(tokenizer, model, stop ids, generation config of the weights).
+
+  Raises:
+    UserError: unreadable weights or tokenizer, or a length beyond what the model was trained for.
+  """
+  section = config.model
+  how = {
+      name: getattr(section, name) for name in ("remat", "attention", "lora", "logits_budget")
+  }
+  how["dtype"] = compute_dtype(section.dtype)
+  generation_config = {}
+  if section.pretrained:
+    tokenizer = weights.load_tokenizer(section.pretrained)
+    generation_config = weights.load_generation_config(section.pretrained)
+    cfg = weights.load_config(section.pretrained)
+    with naming("config.model.keep_layers"):
+      cfg = shallow_config(cfg, section.keep_layers)
+    cfg = dataclasses.replace(cfg, **how)
+  else:
+    tokenizer = byte_tokenizer()
+    cfg = dataclasses.replace(
+        section.shape, vocab_size=section.shape.vocab_size or len(tokenizer), **how
+    )
+    if cfg.vocab_size < len(tokenizer):
+      raise UserError(
+          f"config.model.shape.vocab_size={cfg.vocab_size} is below the {len(tokenizer)} tokens of "
+          "the tokenizer; 0 takes that number"
+      )
+  with naming("config.model"):
+    resolve_backend(cfg, config.data.row_length)  # Refuses here what the first step would refuse.
+  budgets = [m.budget(config).max_new_tokens for m in config.compared().values() if m.trained]
+  new = max([*budgets, config.eval.max_new_tokens])
+  for field, length in (
+      ("data.row_length", config.data.row_length),
+      ("data.prompt_length + max_new_tokens", config.data.prompt_length + new),
+  ):
+    if length > cfg.max_length:
+      raise UserError(
+          f"config.{field}={length} exceeds the {cfg.max_length} tokens that the model was made for"
+      )
+  ends = stop_ids(tokenizer, generation_config, config.data.template)
+  return tokenizer, Transformer(cfg), ends, generation_config
+
+
+def check_expert(config: config_lib.RunConfig, model: Transformer, tokenizer: Any) -> None:
+  """Refuses an expert that cannot be compared with the run's model; reads no weights of it.
+
+  Raises:
+    UserError: no such checkpoint, another vocabulary, or one made for shorter sequences.
+  """
+  spec = config.eval.expert
+  with naming("config.eval.expert"):
+    cfg, theirs = describe_checkpoint(spec)
+  own, other = tokenizer.get_vocab(), theirs.get_vocab()
+  if own != other:
+    token = min(t for t in {*own, *other} if own.get(t) != other.get(t))
+    raise UserError(
+        f"config.eval.expert={spec} has another vocabulary than the run (token {token!r} has the "
+        f"id {other.get(token)} there, {own.get(token)} here); name the model that the "
+        "demonstrations were sampled from, with the run's tokenizer"
+    )
+  if cfg.vocab_size != model.cfg.vocab_size:
+    raise UserError(
+        f"config.eval.expert={spec} has {cfg.vocab_size} logits, the run's model "
+        f"{model.cfg.vocab_size}; distributions over the vocabulary need the same number"
+    )
+  length = config.data.prompt_length + config.eval.max_new_tokens
+  if length > cfg.max_length:
+    raise UserError(
+        f"config.data.prompt_length + config.eval.max_new_tokens={length} exceeds the "
+        f"{cfg.max_length} tokens that config.eval.expert={spec} was made for"
+    )
+
+
+def check_mesh(config: config_lib.RunConfig, mesh: Any) -> None:
+  """Raises UserError naming the batch that a mesh (concrete or abstract) does not divide."""
+  sft = config.sft
+  with naming("config.sft"):
+    rows = sft.batch_size // sft.accumulation
+    sharding.check_rows(mesh, "batch_size / accumulation", rows)
+  with naming("config.eval"):
+    sharding.check_rows(mesh, "batch_size", config.eval.batch_size)
+  for name, method in config.compared().items():
+    with naming(f"config.methods.{name}"):
+      method.check_mesh(mesh, config)
+
+
+def absolute(path: str) -> str:
+  """The path from the root, so that it is found from any directory; "" stays ""."""
+  return os.path.abspath(path) if path else ""
+
+
+def describe(config: config_lib.RunConfig) -> dict[str, Any]:
+  """What results and report say of the config's values, so that they need no code of a user."""
+  compared = config.compared()
+  subjects = {n for n, m in compared.items() if m.subject} | set(config.compare[-1:])
+  own = {n: m.own_budget() for n, m in compared.items() if m.trained}
+  return {
+      "reference": config.reference.describe(),
+      "always": {"base": "Base model", "ref": "Reference", "sft": "SFT"},
+      "labels": {name: m.label_of(name) for name, m in compared.items()},
+      "subjects": [name for name in config.compare if name in subjects],
+      "own_budget": {name: text for name, text in own.items() if text},
+  }
+
+
+def set_up(
+    config: config_lib.RunConfig,
+    workdir: Workdir,
+    mesh: jax.sharding.Mesh,
+    like: Run | None = None,
+) -> Run:
+  """Everything that can be wrong with the input shows here, before anything is written.
+
+  Args:
+    like: a run set up before, whose data are taken if they are the same.
+  """
+  workdir.check(config)
+  check_mesh(config, mesh)
+  for name in config.compare:
+    if name in RESERVED or not re.fullmatch(r"[A-Za-z]\w*", name):
+      raise UserError(f"config.methods.{name}: the name of a method is that of a folder of the "
+                      "workdir; use letters, digits and _, and none of its own names")
+  with naming("config.sft"):
+    sft_milestones(config).by_fraction()
+  tokenizer, model, ends, generation_config = build_model(config)
+  if config.eval.expert:
+    check_expert(config, model, tokenizer)
+  same = lambda c: (c.data, c.model, c.seed)
+  if like is not None and same(config) == same(like.config):
+    data = like.data
+  else:
+    data = build_dataset(config.data, tokenizer, config.seed)
+  skip, found = config.eval.skip_prompts, len(data.heldout.tokens)
+  if skip >= found:
+    raise UserError(
+        f"config.eval.skip_prompts={skip} leaves nothing to evaluate on: of config.data.holdout="
+        f"{config.data.holdout} there are {found} prompts within config.data.prompt_length"
+    )
+  workdir.claim(
+      config,
+      model={
+          "source": config.model.pretrained or "random",
+          "pretrained": absolute(config.model.pretrained),
+          "generation_config": generation_config,
+          "num_params": model.cfg.num_params,
+          "config": model.cfg.to_dict(),
+          "stop_ids": list(ends),
+      },
+      data={**data.summary, "template": absolute(config.data.template)},
+      devices={"platform": jax.default_backend(), "count": jax.device_count()},
+      described=describe(config),
+  )
+  if jax.process_index() == 0:
+    tokenizer.save_pretrained(workdir.tokenizer)
+  return Run(config, workdir, mesh, tokenizer, model, ends, data)
