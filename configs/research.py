@@ -1,7 +1,7 @@
 """Does DPR help where demonstrations are wrong, or SFT stopped early? On the built-in tasks.
 
     python -m dpr_jax.main --config=configs/research.py:corrupt=0.2,sft=middle \
-        --workdir=runs/research/corrupt=0.2,sft=middle --config.seeds=5
+        --workdir=runs/research/corrupt_middle --config.seeds=5
 
 Everything is compared with everything on the same prompts: DPR, trained baselines on its budget,
 and controls that need no training.
