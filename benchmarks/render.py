@@ -2,8 +2,8 @@
 
     python -m benchmarks.render RESULTS.jsonl docs/performance.md
 
-A table stands between <!-- table:NAME --> and <!-- /table -->; the last line of a kind counts.
-Lines of an accelerator fill the tables whose names end in _gpu or _tpu.
+A table stands between <!-- table:NAME --> and <!-- /table -->; the last matching line fills it.
+Lines measured on an accelerator fill the tables whose names end in _gpu or _tpu.
 """
 
 import json
@@ -20,7 +20,7 @@ Record = dict[str, Any]
 
 
 def number(x: float | None, digits: int = 3) -> str:
-  """Three significant digits, without an exponent; "" for none."""
+  """Three significant digits, without an exponent; "" for None."""
   if x is None:
     return ""
   if x == 0:
@@ -44,7 +44,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def source(record: Record) -> str:
-  """Where the figures of a table come from, in one line."""
+  """The model, the hardware and the versions behind a table, in one line."""
   model, devices = record["model"], record.get("devices")
   parts = [model["source"] if isinstance(model, dict) else model, record["dtype"]]
   if devices:
@@ -63,7 +63,7 @@ def source(record: Record) -> str:
 
 
 def against_peers(record: Record) -> str:
-  """Throughput, share of the floor, memory and compile time of ours and of each peer."""
+  """Throughput, share of the roofline bound, memory and compile time, next to each peer's."""
   share = record.get("floor_share", record.get("mfu"))
   rows = [["dpr_jax", number(record["tokens_per_s"]), "", percent(share),
            gigabytes(record["peak_bytes"]), number(record["compile_seconds"])]]
@@ -74,7 +74,7 @@ def against_peers(record: Record) -> str:
     theirs = share * record["seconds"] / peer["seconds"]
     rows.append([name, number(peer["tokens_per_s"]), f"{peer['ratio']:.2f}", percent(theirs),
                  gigabytes(peer["peak_bytes"]), number(peer["compile_seconds"])])
-  header = ["", "tokens/s", "ours / theirs", "of the floor", "peak, GB", "compile, s"]
+  header = ["", "tokens/s", "ours / theirs", "of roofline bound", "peak, GB", "compile, s"]
   return table(header, rows)
 
 
@@ -85,14 +85,14 @@ def skewed(record: Record) -> str:
       for name, r in found.items() if isinstance(r, dict)
   ]
   text = table(["", "tokens/s", "tokens", "decoding steps", "longest"], rows)
-  return (f"{text}\n\nRefilled over plain: {found['gain']:.2f} x tokens/s; the steps say "
-          f"{found['step_ratio']:.2f} x, the formula {found['predicted_step_ratio']:.2f} x.")
+  return (f"{text}\n\nRefilled over plain: {found['gain']:.2f} x tokens/s; the number of steps "
+          f"gives {found['step_ratio']:.2f} x, the formula {found['predicted_step_ratio']:.2f} x.")
 
 
 def shared_prefill(record: Record) -> str:
   r = record["shared_prefill"]
   return table(
-      ["samples a prompt", "own, s", "shared, s", "gain predicted", "gain measured"],
+      ["samples per prompt", "own, s", "shared, s", "gain predicted", "gain measured"],
       [[str(r["samples"]), number(r["own_seconds"]), number(r["shared_seconds"]),
         f"{r['predicted_gain']:.2f}", f"{r['gain']:.2f}"]],
   )
@@ -137,10 +137,10 @@ def scaling(record: Record) -> str:
        ", ".join(f"{n} {k}" for k, n in r["collectives"].items()) or "none"]
       for r in record["runs"]
   ]
-  return table(["devices", "tokens/s", "efficiency", "program a device, GB", "collectives"], rows)
+  return table(["devices", "tokens/s", "efficiency", "program per device, GB", "collectives"], rows)
 
 
-# Of each table: the benchmark, what its record must be like, and how it is drawn.
+# For each table: the benchmark, the condition on its record, and the function that draws it.
 TABLES: dict[str, tuple[str, Callable[[Record], bool], Callable[[Record], str]]] = {
     "sft_step": ("sft_step", lambda r: r["shape"]["remat"] != "full", against_peers),
     "sft_step_full": ("sft_step", lambda r: r["shape"]["remat"] == "full", against_peers),
@@ -172,7 +172,7 @@ def read(path: pathlib.Path) -> list[Record]:
 
 
 def render(text: str, records: Sequence[Record]) -> str:
-  """The page with the tables for which there are records; others stay as they are.
+  """The page with its tables filled where there are records; others stay as they are.
 
   Raises:
     UserError: the page has a table that no benchmark fills.

@@ -1,4 +1,4 @@
-"""Plans a config on machines that need not be there: what fits, and how fast it can be at most.
+"""Plans a config for hardware you do not have: what fits, and how fast it can be at most.
 
     python -m dpr_jax.plan --config=configs/llama31_8b.py --topology=v5e:4x4 \\
         [--output=PLAN.json] [--mesh=data,fsdp,tensor] [--compile=3] [--exhaustive] [--quick] \\

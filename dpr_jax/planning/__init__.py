@@ -1,1 +1,1 @@
-"""Plans of a run on machines that are not there: memory, traffic and bounds from the compiler."""
+"""Ahead-of-time plans for hardware you do not have: memory, bytes moved and roofline bounds."""

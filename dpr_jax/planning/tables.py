@@ -1,72 +1,45 @@
 """Plans as text: one in full for the terminal, many as the Markdown tables of docs/scaling.md.
 
-    python -m dpr_jax.planning.tables FOLDER docs/scaling.md
+    python -m dpr_jax.planning.tables summarize PLAN.json ... --output=docs/plans.jsonl
+    python -m dpr_jax.planning.tables docs/plans.jsonl docs/scaling.md
 
-writes the tables of all plans in FOLDER between their marks in the file.
+`summarize` reads full plans, as `python -m dpr_jax.plan --output=PLAN.json` writes them, and adds a
+line for each to the summary: the figures that the tables print, under the file's name. A line of
+the same name is replaced. The second command writes the tables between their marks in the page.
 """
 
-import json
+import argparse
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dpr_jax.errors import UserError
+from dpr_jax.planning.summary import (
+    Line,
+    Plan,
+    add,
+    mesh_text,
+    out_of_memory,
+    peak_bytes,
+    read,
+    warnings,
+)
 
 # The marks around each table of the document.
 SECTIONS = ("plans", "meshes", "lora", "minimum")
 
 _GIB = 2**30
-_PROGRAMS = ("sft_step", "rollout_step", "reinforce_step")
-
-Plan = dict[str, Any]
+# Headings of the columns of a program, where that is not its name.
+_HEADINGS = {"sft_step": "SFT", "rollout_step": "rollout", "reinforce_step": "update"}
 
 
 def marks(section: str) -> tuple[str, str]:
   return f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
 
 
-def _mesh(mesh: dict[str, int]) -> str:
-  return ",".join(str(n) for n in mesh.values())
-
-
-def _peak(entry: dict[str, Any]) -> int:
-  """Peak of a program and what is resident beside it, bytes."""
-  return (entry["peak_bytes"] or entry["exhausted_bytes"] or 0) + (entry["resident_bytes"] or 0)
-
-
-def _over(entry: dict[str, Any]) -> bool:
-  """Whether the compiler ran out of memory."""
-  return entry["fits"] is False and entry["peak_bytes"] is None
-
-
-def _name(plan: Plan) -> str:
-  lora = f", LoRA {plan['lora_rank']}" if plan["lora_rank"] else ""
-  return pathlib.PurePath(plan["config"]).stem + lora
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """Markdown."""
-  lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
-  return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
-
-
-def warnings(plan: Plan) -> list[str]:
-  """What the partitioner complains of, a line a program."""
-  out = []
-  for name, entry in plan["programs"].items():
-    times = entry["involuntary_rematerializations"]
-    if times:
-      out.append(f"warning: {name}: the partitioner copies whole arrays to every device, {times} "
-                 "times (Involuntary full rematerialization)")
-    elif times is None and entry["peak_bytes"] is not None:
-      out.append(f"warning: {name}: the compiler's log was not readable, so that involuntary "
-                 "rematerializations are not known")
-  return out
-
-
 def plan_text(plan: Plan) -> str:
-  """The table that the door prints."""
+  """What the entry point prints."""
   lora = f", LoRA rank {plan['lora_rank']}" if plan["lora_rank"] else ""
   rows, length, _ = plan["batch"]["sft"]
   lines = [
@@ -86,18 +59,19 @@ def plan_text(plan: Plan) -> str:
     if c["floor_seconds"] is not None:
       said += f", at least {c['floor_seconds']:.2f} s"
     parts = ",".join(map(str, c["accumulation"]))
-    lines.append(f"{_mesh(c['mesh']):<26}{parts:>14}{c['estimated_peak_bytes'] / _GIB:>14.1f}"
+    lines.append(f"{mesh_text(c['mesh']):<26}{parts:>14}{c['estimated_peak_bytes'] / _GIB:>14.1f}"
                  f"{c['estimated_seconds']:>13.2f}  {said}")
   head = ("program", "fits", "args", "temp", "peak", "+ resident", "PFLOP", "HBM GB", "ICI GB",
-          "floor: compute", "HBM", "ICI")
-  lines += ["", f"mesh {_mesh(plan['mesh'])}; GiB and figures of one device, seconds at least:",
+          "bound: compute", "HBM", "ICI")
+  lines += ["", f"mesh {mesh_text(plan['mesh'])}; figures of one device, memory in GiB, roofline "
+                "bounds in seconds:",
             f"{head[0]:<16}{head[1]:>5}" + "".join(f"{h:>15}" for h in head[2:])]
   for name, p in plan["programs"].items():
     if p["peak_bytes"] is None:
-      said = f"no  out of memory: {p['compiler_says']}" if _over(p) else "  not compiled"
+      said = f"no  out of memory: {p['compiler_says']}" if out_of_memory(p) else "  not compiled"
       lines.append(f"{name:<16}{'':>3}{said}")
       continue
-    memory = [p["argument_bytes"], p["temp_bytes"], p["peak_bytes"], _peak(p)]
+    memory = [p["argument_bytes"], p["temp_bytes"], p["peak_bytes"], peak_bytes(p)]
     cells = [f"{x / _GIB:.2f}" for x in memory] + [
         f"{p['flops'] / 1e15:.3f}", f"{p['hbm_bytes_moved'] / 1e9:.1f}",
         f"{sum(p['collective_bytes'].values()) / 1e9:.1f}",
@@ -124,146 +98,182 @@ def plan_text(plan: Plan) -> str:
   return "\n".join(lines)
 
 
-def markdown(plans: Sequence[Plan]) -> str:
-  """One row a plan: peaks with what is resident, floors, bounds; and what is to be warned of."""
-  head = ["config", "topology", "mesh d,f,t", "attention", "SFT rows", "DPR rows", "fits",
-          "SFT GiB", "rollout GiB", "update GiB", "SFT s", "rollout s", "update s", "SFT tokens/s",
-          "response tokens/s"]
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """Markdown."""
+  lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+  return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def _name(line: Line) -> str:
+  return line["config"] + (f", LoRA {line['lora_rank']}" if line["lora_rank"] else "")
+
+
+def _keys(lines: Iterable[Line], key: str) -> list[str]:
+  """The keys of the dicts under `key`, in order of appearance: programs, parts of the batch."""
+  return list(dict.fromkeys(k for line in lines for k in line[key]))
+
+
+def _heading(program: str) -> str:
+  return _HEADINGS.get(program, program)
+
+
+def _rows(shape: Sequence[int] | None) -> str:
+  """'64 / 4': rows per step / accumulation, the first and the last number of a batch."""
+  return f"{shape[0]} / {shape[-1]}" if shape else ""
+
+
+def _memory(program: dict[str, Any] | None) -> str:
+  """GiB; empty where the program was not compiled."""
+  return f"{'over, ' if program['over'] else ''}{program['gib']:.1f}" if program else ""
+
+
+def _bound(program: dict[str, Any] | None) -> str:
+  return "{:.2f} {}".format(*program["bound"]) if program and program["bound"] else ""
+
+
+def markdown(lines: Sequence[Line]) -> str:
+  """One row per plan: memory, roofline bounds, throughput; the warnings stand below the table."""
+  batches, programs = _keys(lines, "batch"), _keys(lines, "programs")
+  tokens = _keys(lines, "tokens_per_second")
+  head = ["config", "topology", "mesh d,f,t", "attention", *(f"{b.upper()} rows" for b in batches),
+          "fits", *(f"{_heading(p)} {unit}" for unit in ("GiB", "s") for p in programs),
+          *(f"{t} tokens/s" for t in tokens)]
   rows, said = [], []
-  for plan in plans:
-    sft, dpr = plan["batch"]["sft"], plan["batch"]["dpr"]
-    programs = [plan["programs"][n] for n in _PROGRAMS]
-    bounds = [plan["tokens_per_second_bound"], plan["dpr_tokens_per_second_bound"]]
+  for line in lines:
+    found = [line["programs"].get(p) for p in programs]
+    bounds = [line["tokens_per_second"].get(t) for t in tokens]
     rows.append([
-        _name(plan), plan["topology"], _mesh(plan["mesh"]), plan["attention"],
-        f"{sft[0]} / {sft[2]}", f"{dpr[0]} / {dpr[3]}", "yes" if plan["fits"] else "no",
-        *(_memory(p) for p in programs), *(_longest_floor(p) for p in programs),
-        *(f"{b:,.0f}" if b else "" for b in bounds),
+        _name(line), line["topology"], line["mesh"], line["attention"],
+        *(_rows(line["batch"].get(b)) for b in batches), "yes" if line["fits"] else "no",
+        *map(_memory, found), *map(_bound, found), *(f"{b:,}" if b else "" for b in bounds),
     ])
-    said += [f"- {_name(plan)} on {plan['topology']}: {line}" for line in warnings(plan)]
+    said += [f"- {_name(line)} on {line['topology']}: {text}" for text in line["warnings"]]
   return "\n".join([_table(head, rows), *([""] if said else []), *said])
 
 
-def _memory(entry: dict[str, Any]) -> str:
-  """GiB; empty where the program was not compiled."""
-  if entry["fits"] is None:
-    return ""
-  return ("over, " if _over(entry) else "") + f"{_peak(entry) / _GIB:.1f}"
-
-
-def _longest_floor(entry: dict[str, Any]) -> str:
-  floors = entry["floor_seconds"]
-  if not floors:
-    return ""
-  which = max(floors, key=floors.get)
-  return f"{floors[which]:.2f} {which}"
-
-
-def meshes_markdown(plans: Sequence[Plan]) -> str:
-  """Of exhaustive searches a row a number of micro-batches: which meshes fit; the best in bold."""
+def meshes_markdown(lines: Sequence[Line]) -> str:
+  """One row per exhaustive search and accumulation: which meshes fit, the best in bold."""
   head = ["config", "topology", "accumulation", "fit: mesh (GiB, s)", "do not fit", "not compiled"]
   rows = []
-  for plan in (p for p in plans if p["exhaustive"]):
+  for line in (p for p in lines if p["meshes"]):
     of_round = {}
-    for c in plan["candidates"]:
+    for c in line["meshes"]:
       of_round.setdefault(tuple(c["accumulation"]), []).append(c)
-    for parts, found in of_round.items():
+    for parts in sorted(of_round):
       cells = {True: [], False: [], None: []}
-      for c in sorted(found, key=lambda c: c["floor_seconds"] or 0.0):
-        mesh = _mesh(c["mesh"])
+      for c in of_round[parts]:
+        mesh = c["mesh"]
         if c["fits"]:
-          mesh = f"**{mesh}**" if plan["fits"] and c["mesh"] == plan["mesh"] else mesh
-          mesh += f" ({c['peak_bytes'] / _GIB:.1f}, {c['floor_seconds']:.2f})"
+          mesh = f"**{mesh}**" if line["fits"] and mesh == line["mesh"] else mesh
+          mesh += f" ({c['gib']:.1f}, {c['seconds']:.2f})"
         cells[c["fits"]].append(mesh)
-      rows.append([_name(plan), plan["topology"], ", ".join(map(str, parts)),
+      rows.append([_name(line), line["topology"], ", ".join(map(str, parts)),
                    *("; ".join(x) for x in cells.values())])
   return _table(head, rows)
 
 
-def collectives_markdown(plans: Sequence[Plan]) -> str:
-  """One row a program: what a device receives, by kind."""
-  kinds = _kinds(e for p in plans for e in p["programs"].values())
+def collectives_markdown(lines: Sequence[Line]) -> str:
+  """One row per program: what a device receives, by kind of collective."""
+  found = [(line, name, program["received_gb"]) for line in lines
+           for name, program in line["programs"].items()
+           if program and program["received_gb"] is not None]
+  kinds = _kinds(received for _, _, received in found)
   head = ["config", "topology", "mesh d,f,t", "program", *(f"{k} GB" for k in kinds)]
   return _table(head, [
-      [_name(plan), plan["topology"], _mesh(plan["mesh"]), program, *_received(entry, kinds)]
-      for plan in plans
-      for program, entry in plan["programs"].items()
-      if entry["collective_bytes"] is not None
+      [_name(line), line["topology"], line["mesh"], name, *_received(received, kinds)]
+      for line, name, received in found
   ])
 
 
-def _kinds(entries: Iterable[dict[str, Any]]) -> list[str]:
-  """Of collectives that any program has."""
-  return sorted({kind for e in entries for kind in e["collective_bytes"] or ()})
+def _kinds(received: Iterable[dict[str, float]]) -> list[str]:
+  """The kinds of collectives that occur in any program."""
+  return sorted({kind for r in received for kind in r})
 
 
-def _received(entry: dict[str, Any], kinds: Sequence[str]) -> list[str]:
-  return [f"{entry['collective_bytes'].get(k, 0) / 1e9:.2f}" for k in kinds]
+def _received(received: dict[str, float], kinds: Sequence[str]) -> list[str]:
+  return [f"{received.get(k, 0.0):.2f}" for k in kinds]
 
 
-def lora_markdown(plans: Sequence[Plan]) -> str:
-  """One row a searched plan with LoRA that has its counterpart in full: the same batches."""
-  key = lambda p: (p["config"], p["topology"], p["batch"]["sft"][:2], p["batch"]["dpr"][:3])
-  searched = [p for p in plans if p["searched"]]
+def lora_markdown(lines: Sequence[Line]) -> str:
+  """One row per searched plan with LoRA beside the full one searched for the same batches."""
+  key = lambda p: (p["config"], p["topology"], {k: x[:-1] for k, x in p["batch"].items()})
+  searched = [p for p in lines if p["searched"]]
+  programs = _keys(lines, "programs")
   head = ["config", "topology", "accumulation full / LoRA", "mesh full / LoRA",
-          *(f"{n} GiB full / LoRA" for n in ("SFT", "rollout", "update"))]
+          *(f"{_heading(p)} GiB full / LoRA" for p in programs)]
   rows = []
-  for full, lora in ((f, p) for p in searched for f in searched
-                     if p["lora_rank"] and not f["lora_rank"] and key(f) == key(p)):
-    parts = [f"{p['batch']['sft'][2]}, {p['batch']['dpr'][3]}" for p in (full, lora)]
-    pairs = [parts, [_mesh(full["mesh"]), _mesh(lora["mesh"])]]
-    pairs += [[_memory(p["programs"][n]) for p in (full, lora)] for n in _PROGRAMS]
-    rows.append([_name(lora), full["topology"], *(" / ".join(pair) for pair in pairs)])
+  for pair in ((f, p) for p in searched for f in searched
+               if p["lora_rank"] and not f["lora_rank"] and key(f) == key(p)):
+    cells = [[", ".join(str(x[-1]) for x in p["batch"].values()) for p in pair],
+             [p["mesh"] for p in pair],
+             *([_memory(p["programs"].get(n)) for p in pair] for n in programs)]
+    rows.append([_name(pair[1]), pair[1]["topology"], *(" / ".join(c) for c in cells)])
   return _table(head, rows)
 
 
-def minimum_markdown(plans: Sequence[Plan]) -> str:
-  """One row an SFT step on a mesh of fsdp alone: what it must receive, and what it does."""
-  found = [p for p in plans if p["sft_minimum_bytes"] is not None
-           and p["programs"]["sft_step"]["collective_bytes"] is not None]
-  kinds = _kinds(p["programs"]["sft_step"] for p in found)
-  head = ["config", "topology", "mesh d,f,t", "SFT rows", "gathered forward", "gathered backward",
-          "gradients reduced", "minimum GB", "compiled GB", *(f"{k} GB" for k in kinds)]
+def minimum_markdown(lines: Sequence[Line]) -> str:
+  """One row per SFT step on a mesh of fsdp alone: what it must receive, and what it receives."""
+  found = [(line, line["minimum_gb"]) for line in lines if line["minimum_gb"]]
+  received = [line["programs"][least["program"]]["received_gb"] for line, least in found]
+  kinds = _kinds(received)
+  parts = list(dict.fromkeys(part for _, least in found for part in least["parts"]))
+  head = ["config", "topology", "mesh d,f,t", "SFT rows", *(p.replace("_", " ") for p in parts),
+          "minimum GB", "compiled GB", *(f"{k} GB" for k in kinds)]
   rows = []
-  for plan in found:
-    entry, parts = plan["programs"]["sft_step"], plan["sft_minimum_bytes"]
-    least = [parts[k] for k in ("gathered_forward", "gathered_backward", "gradients_reduced")]
-    totals = [sum(least), sum(entry["collective_bytes"].values())]
+  for (line, least), of_kind in zip(found, received):
+    figures = [*(least["parts"][p] for p in parts), least["minimum"], least["compiled"]]
     rows.append([
-        _name(plan), plan["topology"], _mesh(plan["mesh"]),
-        f"{plan['batch']['sft'][0]} / {plan['batch']['sft'][2]}",
-        *(f"{n / 1e9:.2f}" for n in least + totals), *_received(entry, kinds),
+        _name(line), line["topology"], line["mesh"], _rows(line["batch"]["sft"]),
+        *(f"{x:.2f}" for x in figures), *_received(of_kind, kinds),
     ])
   return _table(head, rows)
 
 
-def update(folder: str, document: str) -> None:
-  """Replaces what stands between the marks of `document` by the tables of the plans in `folder`.
+def update(summary: pathlib.Path, document: pathlib.Path) -> None:
+  """Replaces what stands between the marks of `document` with the tables of the plans.
 
   Raises:
     UserError: a pair of marks is missing.
   """
-  plans = [json.loads(p.read_text("utf-8")) for p in sorted(pathlib.Path(folder).glob("*.json"))]
-  path = pathlib.Path(document)
-  text = path.read_text("utf-8")
+  lines = read(summary)
+  text = document.read_text("utf-8")
   bodies = {
-      "plans": f"{markdown(plans)}\n\nBytes that one device receives in one execution:\n\n"
-               f"{collectives_markdown(plans)}",
-      "meshes": meshes_markdown(plans),
-      "lora": lora_markdown(plans),
-      "minimum": minimum_markdown(plans),
+      "plans": f"{markdown(lines)}\n\nBytes that one device receives in one execution:\n\n"
+               f"{collectives_markdown(lines)}",
+      "meshes": meshes_markdown(lines),
+      "lora": lora_markdown(lines),
+      "minimum": minimum_markdown(lines),
   }
   for section in SECTIONS:
     begin, end = marks(section)
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
-      raise UserError(f"{document}: the lines {begin} and {end} are not there; the table goes "
+      raise UserError(f"{document}: the lines {begin} and {end} are missing; the table goes "
                       "between them")
-    body = bodies[section] if plans else "No plans here yet: `benchmarks/plan_all.sh` makes them."
+    body = bodies[section] if lines else "No plans here yet: `benchmarks/plan_all.sh` makes them."
     text = f"{before}{begin}\n{body}\n{end}{after}"
-  path.write_text(text, encoding="utf-8")
+  document.write_text(text, encoding="utf-8")
+
+
+def main(argv: Sequence[str]) -> None:
+  if argv and argv[0] == "summarize":
+    parser = argparse.ArgumentParser(prog="python -m dpr_jax.planning.tables summarize")
+    parser.add_argument("plans", nargs="+", type=pathlib.Path, metavar="PLAN.json")
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="the summary to update")
+    args = parser.parse_args(argv[1:])
+    return add(args.plans, args.output)
+  if len(argv) != 2:
+    raise UserError("usage: python -m dpr_jax.planning.tables docs/plans.jsonl docs/scaling.md, or "
+                    "python -m dpr_jax.planning.tables summarize PLAN.json ... --output=SUMMARY")
+  summary, document = map(pathlib.Path, argv)
+  for path in (summary, document):
+    if not path.is_file():
+      raise UserError(f"{path}: no such file")
+  update(summary, document)
 
 
 if __name__ == "__main__":
-  update(*sys.argv[1:3])
+  from dpr_jax import cli
+
+  cli.run_door(main, sys.argv[1:])

@@ -35,7 +35,7 @@ def metric_label(metric: str) -> tuple[str, str]:
       break
   else:
     name, mode = base.replace("_", " "), ""
-  name = {"eos rate": "ends with EOS", "heldout nll": "held-out NLL",
+  name = {"eos rate": "ends with EOS", "heldout nll": "held-out NLL", "token f1": "token F1",
             "sample nll base": "NLL of samples under base",
             "sample nll ref": "NLL of samples under ref"}.get(name, _EXPERT.get(base, name))
   label = name[:1].upper() + name[1:] + (f", {mode}" if mode else "")

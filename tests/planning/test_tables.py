@@ -1,4 +1,4 @@
-"""Plans as text: what the door prints, and the tables of docs/scaling.md."""
+"""Plans as text: what the entry point prints, and the tables of docs/scaling.md."""
 
 import json
 import pathlib
@@ -6,11 +6,11 @@ import pathlib
 import pytest
 
 from dpr_jax.errors import UserError
-from dpr_jax.planning import report, tables
+from dpr_jax.planning import report, summary, tables
 
 
 def _made(**changes):
-  """A plan as in docs/plans: one program compiled, one out of memory, one not reached."""
+  """A full plan: one program compiled, one out of memory, one not reached."""
   program = {"fits": True, "argument_bytes": 1, "temp_bytes": 1, "output_bytes": 1,
              "alias_bytes": 1, "peak_bytes": 2**30, "resident_bytes": 2**29, "flops": 1e12,
              "hbm_bytes_moved": 10, "collective_bytes": {"all-gather": 5 * 10**9},
@@ -37,20 +37,24 @@ def _made(**changes):
 
 
 def _updated(tmp_path, *plans) -> str:
-  for i, made in enumerate(plans):
-    (tmp_path / f"{i}.json").write_text(json.dumps(made))
+  files, short = [tmp_path / f"{i}.json" for i in range(len(plans))], tmp_path / "plans.jsonl"
+  for path, made in zip(files, plans):
+    path.write_text(json.dumps(made))
+  short.touch()
+  if plans:
+    tables.main(["summarize", *map(str, files), f"--output={short}"])
   document = tmp_path / "scaling.md"
   marks = [tables.marks(section) for section in tables.SECTIONS]
   document.write_text("before\n" + "".join(f"{b}\nold\n{e}\nbehind\n" for b, e in marks))
   for _ in range(2):  # The second time changes nothing.
-    tables.update(str(tmp_path), str(document))
+    tables.main([str(short), str(document)])
   text = document.read_text()
   assert text.startswith("before\n") and "old" not in text and text.count("behind\n") == 4
   assert text.endswith(f"{marks[-1][1]}\nbehind\n")
   return text
 
 
-def test_the_tables_of_a_folder_go_between_the_marks(tmp_path):
+def test_the_tables_of_plans_go_between_the_marks(tmp_path):
   made = _made()
   text = _updated(tmp_path, made)
   assert text.count("| x, LoRA 8 | v5e:2x2 | 1,2,2 |") == 2
@@ -62,7 +66,7 @@ def test_the_tables_of_a_folder_go_between_the_marks(tmp_path):
   assert "warning" not in said
   (tmp_path / "bare.md").write_text("no marks")
   with pytest.raises(UserError, match="plans: begin"):
-    tables.update(str(tmp_path), str(tmp_path / "bare.md"))
+    tables.update(tmp_path / "plans.jsonl", tmp_path / "bare.md")
 
 
 def test_no_plans_give_no_tables(tmp_path):
@@ -122,9 +126,38 @@ def test_the_minimum_stands_beside_what_was_compiled(tmp_path):
                   "1.00 |"]
 
 
+def test_columns_are_those_of_the_programs_of_the_plans(tmp_path):
+  made = _made()
+  made["programs"] = {f"{stage}/train_step": program
+                      for stage, program in zip(("sft", "dpr", "spin"), made["programs"].values())}
+  other = _made(config="configs/y.py", programs={"sft/train_step": report.not_compiled()})
+  lines = _updated(tmp_path, made, other).splitlines()
+  head, _, first, second = lines[2:6]
+  assert head.endswith("| fits | sft/train_step GiB | dpr/train_step GiB | spin/train_step GiB | "
+                       "sft/train_step s | dpr/train_step s | spin/train_step s | SFT tokens/s | "
+                       "response tokens/s |")
+  assert first.endswith("| no | 1.5 | over, 32.0 |  | 1.50 compute |  |  | 1,234 |  |")
+  assert second.endswith("| no |  |  |  |  |  |  | 1,234 |  |")
+
+
+def test_a_plan_replaces_its_line(tmp_path):
+  short = tmp_path / "plans.jsonl"
+  for name, rank in (("b", 8), ("a", 0), ("b", 4)):
+    (tmp_path / f"{name}.json").write_text(json.dumps(_made(lora_rank=rank)))
+    summary.add([tmp_path / f"{name}.json"], short)
+  assert short.read_text().startswith('{"plan":"a",')  # As benchmarks/plan_all.sh looks for it.
+  assert [(line["plan"], line["lora_rank"]) for line in summary.read(short)] == [("a", 0), ("b", 4)]
+  (tmp_path / "b.json").write_text(json.dumps({"config": "configs/x.py"}))
+  with pytest.raises(UserError, match="b.json: not a plan"):
+    summary.add([tmp_path / "b.json"], short)
+  short.write_text(short.read_text() + "[]\n")
+  with pytest.raises(UserError, match="plans.jsonl:3: not the summary"):
+    summary.read(short)
+
+
 def test_the_page_says_what_the_plans_say(tmp_path):
   docs = pathlib.Path(tables.__file__).parents[2] / "docs"
   page = tmp_path / "scaling.md"
   page.write_text((docs / "scaling.md").read_text())
-  tables.update(str(docs / "plans"), str(page))
+  tables.update(docs / "plans.jsonl", page)
   assert page.read_text() == (docs / "scaling.md").read_text()
