@@ -1,4 +1,4 @@
-"""One seed of a run: what everything in it shares, how it is set up, and the checks of its input."""
+"""One seed of a run: what everything in it shares, its set-up, and the checks of its input."""
 
 import dataclasses
 import functools
@@ -19,11 +19,11 @@ from dpr_jax.errors import UserError, naming
 from dpr_jax.evaluation.responses import Responder
 from dpr_jax.evaluation.scoring import Scorer
 from dpr_jax.loading import (
-    LoadedModel,
     base_variables,
     compute_dtype,
     describe_checkpoint,
     fresh_adapter,
+    load_checkpoint,
     root_key,
     stage_variables,
 )
@@ -105,6 +105,30 @@ class Run:
     steps = self.config.methods[name].budget(self.config).steps
     return self.checkpoint(name, last_step(self.workdir.stage(name), steps), self.dtype)
 
+  def other_checkpoint(self, spec: str, dtype: str) -> Any:
+    """Variables of a CKPT from outside of the run.
+
+    Raises:
+      UserError: no such checkpoint, or one of another vocabulary or shape.
+    """
+    other = load_checkpoint(spec, self.mesh, dtype)
+    if other.tokenizer.get_vocab() != self.tokenizer.get_vocab():
+      raise UserError(f"{spec} has another vocabulary than the run")
+    ours, theirs = self.model.cfg, other.model.cfg
+    for field in dataclasses.fields(ours):
+      if field.name in ("remat", "attention", "dtype", "lora", "logits_budget", "scan_layers"):
+        continue
+      x, y = getattr(ours, field.name), getattr(theirs, field.name)
+      if x != y:
+        raise UserError(f"{spec} differs from the run's model in {field.name} ({y} and {x})")
+    return other.variables
+
+  def fine_tune(self, name: str, rows: Any, steps: int) -> None:
+    """Trains the stage `name` on other `PackedRows` as SFT trains on the run's."""
+    from dpr_jax.methods.sft import fine_tune
+
+    fine_tune(self, name, rows, steps)
+
   def _hold(self, name, load):
     if name not in self._held:
       self._held[name] = load()
@@ -136,18 +160,6 @@ class Run:
   def metrics(self, stage: str) -> list[dict[str, Any]]:
     """The lines of a stage's metrics.jsonl."""
     return read_metrics(self.workdir.stage(stage) / "metrics.jsonl")
-
-  def check_same_model(self, other: LoadedModel, name: str) -> None:
-    """Raises UserError where the variables of another checkpoint do not fit this run's model."""
-    if other.tokenizer.get_vocab() != self.tokenizer.get_vocab():
-      raise UserError(f"{name} has another vocabulary than the run")
-    ours, theirs = self.model.cfg, other.model.cfg
-    for field in dataclasses.fields(ours):
-      if field.name in ("remat", "attention", "dtype", "lora", "logits_budget", "scan_layers"):
-        continue
-      x, y = getattr(ours, field.name), getattr(theirs, field.name)
-      if x != y:
-        raise UserError(f"{name} differs from the run's model in {field.name} ({y} and {x})")
 
   # --- Telling -----------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The config of a run: made by `default_config`, changed by files and flags, checked by `resolve`."""
+"""A run's config: made by `default_config`, changed by files and flags, checked by `resolve`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,21 +22,21 @@ from dpr_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-  """A run: its seed, its sections, its reference and its methods."""
+  """The fields of a run: its seeds, its reference, its methods, and the sections below."""
 
-  seed: int = setting(0, "of data order, initial weights and sampling", low=0)
+  seed: int = setting(0, "seed of the data order, the initial weights and sampling", low=0)
   seeds: int = setting(
       1, "number of seeds, counted up from `seed`; each gets a workdir of its own", low=1
   )
   model: ModelSection = section(ModelSection)
   data: DataSection = section(DataSection)
   sft: SFTSection = section(SFTSection)
-  reference: Any = slot("dpr_jax.references", "midrun", "which parameters are pi_ref")
+  reference: Any = slot("dpr_jax.references", "midrun", "the parameters that are pi_ref")
   budget: Budget = section(Budget)
-  methods: Mapping[str, Any] = slots("dpr_jax.methods", "ways to answer, by the name of the system")
+  methods: Mapping[str, Any] = slots("dpr_jax.methods", "systems that a run can compare, by name")
   compare: tuple[str, ...] = setting(
       ("low_temperature", "contrastive", "weight_extrapolation", "continued_sft", "dpr"),
-      "names of methods: what this run trains, evaluates and compares; the last is what it is about",
+      "names of the methods that this run trains, evaluates and compares; the last is the main one",
   )
   eval: EvalSection = section(EvalSection)
   sweep: SweepSection = section(SweepSection)

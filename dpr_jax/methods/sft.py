@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, where every method starts: milestones are kept, maybe a moving average."""
+"""Supervised fine-tuning, where every method starts; keeps milestones, maybe a moving average."""
 
 import dataclasses
 from typing import Any
