@@ -29,7 +29,7 @@ import scipy.stats
 
 LEVEL = 0.95
 _Z = float(scipy.stats.norm.ppf((1 + LEVEL) / 2))
-DRAWS = 9_999  # sign flips of a Monte Carlo permutation test; its smallest p is 1 / (DRAWS + 1).
+FLIPS = 9_999  # sign flips of a Monte Carlo permutation test; its smallest p is 1 / (FLIPS + 1).
 _EXACT = 14  # differences up to which all 2^n sign flips are tried.
 
 
@@ -113,7 +113,7 @@ def compare(
   else:
     tail = lambda t, df: 2 * float(scipy.stats.t.sf(t, df))
     p = max(tail(abs(center) / math.sqrt(v), df) if v > 0 else 0.0 for v, df in variances)
-    p = max(p, 1 / (DRAWS + 1))
+    p = max(p, 1 / (FLIPS + 1))
   return {"difference": difference, "ci95": [center - half, center + half], "p": p}
 
 
@@ -174,7 +174,7 @@ def _wilson(mean: float, values: list[np.ndarray]) -> list[float]:
 
 
 def _sign_flip_p(differences: np.ndarray, seed: int) -> float:
-  """Two-sided p of the mean difference under random signs; at least 2^-n or 1 / (DRAWS + 1)."""
+  """Two-sided p of the mean difference under random signs; at least 2^-n or 1 / (FLIPS + 1)."""
   d = np.abs(differences[differences != 0])
   n = len(d)
   if not n:
@@ -190,12 +190,12 @@ def _sign_flip_p(differences: np.ndarray, seed: int) -> float:
     return float(np.mean(np.abs(signs @ d) >= observed))
   rng = np.random.default_rng(seed)
   hits, done = 0, 0
-  while done < DRAWS:
-    count = min(1_000, DRAWS - done)
+  while done < FLIPS:
+    count = min(1_000, FLIPS - done)
     signs = rng.integers(0, 2, (count, n), dtype=np.int8) * 2.0 - 1.0
     hits += int(np.sum(np.abs(signs @ d) >= observed))
     done += count
-  return (hits + 1) / (DRAWS + 1)
+  return (hits + 1) / (FLIPS + 1)
 
 
 @functools.lru_cache(maxsize=1024)
