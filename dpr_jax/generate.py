@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
   from dpr_jax.data.templates import render_prompt
   from dpr_jax.evals.responses import respond, response_text
   from dpr_jax.loading import load_checkpoint
-  from dpr_jax.rollout.drawing import Sampling
+  from dpr_jax.rollout.sampling import Sampling
   from dpr_jax.workdir import write_lines
 
   try:

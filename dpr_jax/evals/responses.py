@@ -10,8 +10,8 @@ import numpy as np
 from dpr_jax import sharding
 from dpr_jax.data.batches import PromptBatch
 from dpr_jax.data.loader import pad_prompts, prompt_width
-from dpr_jax.rollout.drawing import Sampling
 from dpr_jax.rollout.sampler import generate
+from dpr_jax.rollout.sampling import Sampling
 
 _generate = jax.jit(
     generate,

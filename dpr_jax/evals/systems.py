@@ -14,7 +14,7 @@ from dpr_jax.data.loader import Prompts
 from dpr_jax.evals.resampling import resample
 from dpr_jax.evals.responses import respond, response_text
 from dpr_jax.evals.verifiers import get_verifier
-from dpr_jax.rollout.drawing import Sampling
+from dpr_jax.rollout.sampling import Sampling
 
 MODES = ("sampled", "greedy")
 

@@ -16,8 +16,8 @@ from flax import struct
 from dpr_jax.data.batches import PromptBatch
 from dpr_jax.models.logprobs import TokenLogProbs
 from dpr_jax.rewards import token_rewards
-from dpr_jax.rollout.drawing import ON_POLICY, Sampling
 from dpr_jax.rollout.sampler import generate
+from dpr_jax.rollout.sampling import ON_POLICY, Sampling
 from dpr_jax.rollout.scoring import score_response
 
 

@@ -7,7 +7,7 @@ import pytest
 from dpr_jax import sharding
 from dpr_jax.evals.responses import respond, response_text
 from dpr_jax.evals.scoring import response_logps, score_record, score_responses
-from dpr_jax.rollout.drawing import Sampling
+from dpr_jax.rollout.sampling import Sampling
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
 
 STOP = (7,)
