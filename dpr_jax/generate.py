@@ -1,10 +1,14 @@
-"""Responses of a model to a file of prompts.
+r"""Responses of a model to a file of prompts.
 
     python -m dpr_jax.generate --model=CKPT --input=PROMPTS.jsonl --output=OUT.jsonl
 
 Reads lines {"prompt": str} or {"messages": [...]} (a closing assistant turn is left out) and
 adds "response", "length" (tokens, EOS included) and "hit_eos", false where --max_new_tokens cut
 the response off. With --samples=N each line appears N times, in the order of the prompts.
+
+--stop=STRING, which may be repeated, ends a response as soon as its text contains STRING, for
+example --stop=$'\n\nQuestion:' after a few-shot prompt. "response" is the text before the string,
+and "hit_eos" is true; "length" still counts the tokens of the string.
 """
 
 import argparse
@@ -23,7 +27,9 @@ def parser() -> argparse.ArgumentParser:
   out.add_argument("--top_k", type=int, default=0, help="0 keeps all tokens")
   out.add_argument("--top_p", type=float, default=1.0)
   out.add_argument("--max_new_tokens", type=cli.positive, default=256)
-  out.add_argument("--samples", type=cli.positive, default=1, help="responses a prompt")
+  out.add_argument("--stop", action="append", default=[], metavar="STRING",
+                   help="end a response at this text, which is left out; may be repeated")
+  out.add_argument("--samples", type=cli.positive, default=1, help="responses per prompt")
   out.add_argument("--batch_size", type=cli.positive, default=8, help="prompts decoded at a time")
   out.add_argument("--seed", type=int, default=0)
   cli.add_model_flags(out)
@@ -42,8 +48,13 @@ def main(argv: Sequence[str]) -> None:
   from dpr_jax.evals.responses import respond, response_text
   from dpr_jax.loading import load_checkpoint
   from dpr_jax.rollout.sampling import Sampling
+  from dpr_jax.rollout.stop_strings import check_stop_strings
   from dpr_jax.workdir import write_lines
 
+  try:
+    check_stop_strings(args.stop)
+  except UserError as e:
+    raise UserError(f"--stop: {e}") from None
   try:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
   except ValueError as e:
@@ -76,11 +87,15 @@ def main(argv: Sequence[str]) -> None:
           stop_ids=loaded.stop_ids,
           sampling=sampling,
           samples_per_prompt=args.samples,
+          stop_strings=args.stop,
+          tokenizer=loaded.tokenizer,
           on_batch=progress.update,
       )
   records = []
   for i, response in enumerate(responses):
-    text = response_text(loaded.tokenizer, response, loaded.stop_ids)
+    text = response_text(
+        loaded.tokenizer, response.tokens, response.hit_eos, loaded.stop_ids, args.stop
+    )
     records.append({
         **items[i // args.samples][1],
         "response": text,

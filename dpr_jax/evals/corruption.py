@@ -26,7 +26,7 @@ import numpy as np
 from dpr_jax.data.formats import Demo
 from dpr_jax.data.tasks import TASKS
 from dpr_jax.evals.auc import auc_difference, auc_interval
-from dpr_jax.evals.responses import Response, response_text
+from dpr_jax.evals.responses import response_text
 from dpr_jax.evals.scoring import TokenScores, token_texts
 from dpr_jax.evals.statistics import interval
 from dpr_jax.evals.verifiers import exact, tasks
@@ -80,9 +80,7 @@ def corrupt_responses(
     places = [t for t, token in enumerate(tokens) if int(token) not in special]
     numbers = [t for t in places if kinds[int(tokens[t])][1] == "digit"]
     places = numbers if numbers and verifier == "gsm8k" else places
-    read = lambda ids: response_text(
-        tokenizer, Response(np.asarray(ids), int(ids[-1]) in stop_ids, 0.0), stop_ids
-    )
+    read = lambda ids: response_text(tokenizer, ids, int(ids[-1]) in stop_ids, stop_ids)
     found = _first_wrong(tokens, places, pools[demo.task], kinds, rng, _wrong(demo, read, verifier))
     if found is not None:
       out.append(Corruption(i, found[0], found[1], int(tokens[found[0]])))

@@ -12,6 +12,7 @@ from dpr_jax.data.batches import PromptBatch
 from dpr_jax.data.loader import pad_prompts, prompt_width
 from dpr_jax.rollout.sampler import generate
 from dpr_jax.rollout.sampling import Sampling
+from dpr_jax.rollout.stop_strings import build_stop_strings
 
 _generate = jax.jit(
     generate,
@@ -28,8 +29,8 @@ _POLICY_ITSELF = Sampling()
 class Response:
   """What a model answered."""
 
-  tokens: np.ndarray  # int32 [T], the EOS included where there is one.
-  hit_eos: bool  # False: cut off at max_new_tokens.
+  tokens: np.ndarray  # int32 [T], with the token that ended the response, if one did.
+  hit_eos: bool  # Ended by a stop id or a stop string; False: truncated at max_new_tokens.
   logp: float  # of the whole response under the sampled distribution's logits, nats.
 
 
@@ -47,6 +48,8 @@ def respond(
     sampling: Sampling = _POLICY_ITSELF,
     weights: Sequence[float] = (1.0,),
     samples_per_prompt: int = 1,
+    stop_strings: Sequence[str] = (),
+    tokenizer: Any = None,
     on_batch: Callable[[int], None] = lambda n: None,
 ) -> list[Response]:
   """Responses in the order of `prompts`, those of one prompt adjacent; the same in every process.
@@ -56,10 +59,18 @@ def respond(
     prompts: token ids, int32 [P_i] each, at most `prompt_length`.
     batch_size: rows decoded at a time. A row whose response has ended makes place for the next
       one; prompts of similar length are answered together.
-    samples_per_prompt: responses a prompt, which share its prefill.
+    samples_per_prompt: responses per prompt, which share its prefill.
+    stop_strings: strings that end a response as well; see `rollout.stop_strings`.
+    tokenizer: the model's tokenizer; only stop strings need it.
     on_batch: called with the number of responses just given.
+
+  Raises:
+    UserError: an empty stop string, or stop strings for a tokenizer that cannot have them.
   """
   sharding.check_batch(mesh, eval__batch_size=batch_size)
+  stops = build_stop_strings(tokenizer, model.cfg.vocab_size, stop_strings)
+  if stops is not None:
+    stops = jax.device_put(stops, sharding.replicated(mesh))
   n, ways = samples_per_prompt, mesh.shape["data"] * mesh.shape["fsdp"]
   out: list[Response | None] = [None] * (len(prompts) * n)
   order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # A memory error comes first.
@@ -82,6 +93,7 @@ def respond(
             weights=tuple(weights),
             samples_per_prompt=n,
             slots=batch_size,
+            stop_strings=stops,
         )
     )
     for row, i in enumerate(i * n + j for i in chosen for j in range(n)):
@@ -97,9 +109,24 @@ def compilations() -> int:
   return _generate._cache_size()
 
 
-def response_text(tokenizer: Any, response: Response, stop_ids: Sequence[int]) -> str:
-  """The text of a response, without the token that ended it."""
-  tokens = [int(t) for t in response.tokens]
-  if response.hit_eos and tokens and tokens[-1] in stop_ids:
+def response_text(
+    tokenizer: Any,
+    tokens: Sequence[int],
+    hit_eos: bool,
+    stop_ids: Sequence[int],
+    stop_strings: Sequence[str] = (),
+) -> str:
+  """Returns the text of a response, up to what ended it.
+
+  Args:
+    tokens: its token ids, with the stop id if one ended it.
+    hit_eos: whether the response ended; False if it was truncated.
+    stop_ids: the last token is left out if it is one of these.
+    stop_strings: the text is cut before the earliest occurrence of any of them.
+  """
+  tokens = [int(t) for t in tokens]
+  if hit_eos and tokens and tokens[-1] in stop_ids:
     tokens = tokens[:-1]
-  return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+  text = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+  found = [text.find(string) for string in stop_strings]
+  return text[: min((at for at in found if at >= 0), default=None)]

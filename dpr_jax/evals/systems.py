@@ -129,7 +129,7 @@ def evaluate_system(
       )
       extra = [{"effective_samples": float(x)} for x in effective]
     for demo, response, more in zip(prompts.demos, responses, extra, strict=True):
-      text = response_text(tokenizer, response, stop_ids)
+      text = response_text(tokenizer, response.tokens, response.hit_eos, stop_ids)
       scores = dict(verify(demo, text))
       records.append({
           "prompt": demo.prompt[-1]["content"],

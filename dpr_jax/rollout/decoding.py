@@ -19,6 +19,7 @@ from flax import struct
 
 from dpr_jax.models import cache as cache_lib
 from dpr_jax.rollout.sampling import Sampling, sample_token
+from dpr_jax.rollout.stop_strings import MATCHED, StopStrings
 from dpr_jax.sharding import constrain
 
 
@@ -36,6 +37,9 @@ class Slots:
   entropy: jax.Array  # float32 [B, N]
   caches: tuple[Any, ...]  # One KV cache per member of the mixture.
   waiting: jax.Array  # int32 [L], the first row of each lane that has not had a slot yet.
+  # None without stop strings.
+  stop_state: jax.Array | None = None  # int32 [K], how much of a stop string each slot has seen.
+  matched: jax.Array | None = None  # bool [B], rows that a stop string has ended.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Decoding:
   weights: tuple[float, ...]  # Of the members' logits.
   sampling: Sampling
   stop_ids: tuple[int, ...]
+  stop_strings: StopStrings | None
   rng: jax.Array
   first_row: jax.Array | int  # Index of the first row in the random keys.
   rows: int
@@ -63,6 +68,7 @@ class Decoding:
   def start(self, caches: Sequence[Any]) -> Slots:
     """Returns the state before the first token. Without a queue, slot k answers row k."""
     filled = lambda value, dtype: jnp.full((self.rows, self.max_new_tokens), value, dtype)
+    stops = self.stop_strings
     return Slots(
         steps=jnp.zeros((), jnp.int32),
         row=jnp.arange(self.slots, dtype=jnp.int32),
@@ -74,6 +80,8 @@ class Decoding:
         entropy=filled(0.0, jnp.float32),
         caches=tuple(caches),
         waiting=jnp.zeros((self.lanes,), jnp.int32),
+        stop_state=None if stops is None else stops.start(self.slots),
+        matched=None if stops is None else jnp.zeros((self.rows,), bool),
     )
 
   def sample(self, s: Slots, who_K: jax.Array, hidden_KxD: Sequence[jax.Array]) -> Slots:
@@ -86,6 +94,13 @@ class Decoding:
     token_K, logp_K, entropy_K = self._choose(s, hidden_KxD)
     stopped_K = jnp.any(token_K[:, None] == jnp.asarray(self.stop_ids, jnp.int32)[None, :], axis=1)
     age_K = s.age + who_K
+    stop_state_K, matched_B = s.stop_state, s.matched
+    if self.stop_strings is not None:
+      next_K = self.stop_strings.advance(s.stop_state, token_K)
+      stop_state_K = jnp.where(who_K, next_K, s.stop_state)
+      matched_K = who_K & (next_K == MATCHED)
+      stopped_K = stopped_K | matched_K
+      matched_B = self._mark(s.matched, matched_K, s)
     return s.replace(
         tokens=self._write(s.tokens, token_K, -1, s, who_K),
         logp=self._write(s.logp, logp_K, 0.0, s, who_K),
@@ -93,6 +108,8 @@ class Decoding:
         token=jnp.where(who_K, token_K, s.token),
         age=age_K,
         alive=jnp.where(who_K, ~stopped_K & (age_K < self.max_new_tokens), s.alive),
+        stop_state=stop_state_K,
+        matched=matched_B,
     )
 
   def step(self, s: Slots) -> Slots:
@@ -184,6 +201,14 @@ class Decoding:
     out = jax.vmap(put)(*map(self._by_lane, (out_BxN, row_K, age_K, value_K)))
     return constrain(out.reshape(out_BxN.shape), "batch", None)
 
+  def _mark(self, out_B, who_K, s: Slots):
+    """Sets the rows of the slots in `who_K` to True."""
+    if not self.queued:  # Slot k answers row k.
+      return out_B | who_K
+    put = lambda out, row, who: out.at[row].max(who)
+    out = jax.vmap(put)(*map(self._by_lane, (out_B, s.row - self._first_row_K, who_K)))
+    return constrain(out.reshape(out_B.shape), "batch")
+
   def _admit(self, s: Slots, prefilled, lengths_G, samples_per_prompt: int) -> Slots:
     """Gives idle slots the next waiting rows of their lane, and samples their first tokens."""
     idle_LxK = self._by_lane(~s.alive)
@@ -199,10 +224,14 @@ class Decoding:
       return out.reshape(*x.shape[:axis], slots, *x.shape[axis + 2 :])
 
     new_K = new_LxK.reshape(self.slots)
+    stop_state_K = s.stop_state
+    if self.stop_strings is not None:
+      stop_state_K = jnp.where(new_K, self.stop_strings.start(self.slots), s.stop_state)
     s = s.replace(
         waiting=s.waiting + jnp.sum(new_LxK, axis=1, dtype=jnp.int32),
         row=jnp.where(new_K, self._first_row_K + row_LxK.reshape(self.slots), s.row),
         age=jnp.where(new_K, 0, s.age),
+        stop_state=stop_state_K,
         caches=tuple(
             cache_lib.admit(self.decoder.cfg, cache, source, take, new_K)
             for cache, (_, source) in zip(s.caches, prefilled, strict=True)

@@ -27,6 +27,7 @@ from dpr_jax.models import unrolled
 from dpr_jax.models.variables import gathered
 from dpr_jax.rollout.decoding import Decoding
 from dpr_jax.rollout.sampling import ON_POLICY, Sampling
+from dpr_jax.rollout.stop_strings import StopStrings
 from dpr_jax.sharding import batch_ways
 
 
@@ -37,7 +38,7 @@ class Generation:
   tokens: jax.Array  # int32 [B, P + N], 0 on padding.
   segment_ids: jax.Array  # int32 [B, P + N], 1 on prompt and response, 0 on padding.
   lengths: jax.Array  # int32 [B], response tokens, EOS included.
-  hit_eos: jax.Array  # bool [B]; False: truncated at N.
+  hit_eos: jax.Array  # bool [B], ended by a stop id or a stop string; False: truncated at N.
   # float32 [B, N] each, nats, of the distribution at temperature 1 over the whole vocabulary, and 0
   # past the end of the response. The entropy is 0 unless it was requested.
   logp: jax.Array
@@ -75,9 +76,10 @@ def generate(
     slots: int = 0,
     refill: float = 0.125,
     with_entropy: bool = False,
+    stop_strings: StopStrings | None = None,
     first_row: jax.Array | int = 0,
 ) -> Generation:
-  """Samples responses to every prompt. Traceable; jit it with the keywords static.
+  """Samples responses to every prompt. Traceable; jit it with the settings static.
 
   Args:
     members: variables of each model of the mixture; a single one for ordinary sampling.
@@ -93,9 +95,21 @@ def generate(
     refill: fraction of the slots that must be idle before waiting rows take their place. A refill
       costs about as much as one or two decoding steps.
     with_entropy: also return the entropy of every distribution that a token was sampled from.
+    stop_strings: strings that end a response, compiled by `build_stop_strings` for this model's
+      tokenizer. The token that completes a string belongs to the response. Text of the prompt
+      never counts, not even as the beginning of a string. Pass them to a jitted function as an
+      argument, so that it is compiled once for all strings.
     first_row: int32, index of the first row within a larger batch of responses. A batch that is
       sampled in parts then gives the same responses as in one piece.
+
+  Raises:
+    ValueError: `stop_strings` are of another vocabulary than the model's.
   """
+  if stop_strings is not None and stop_strings.next_state.shape[1] != model.cfg.vocab_size:
+    raise ValueError(
+        f"stop_strings are compiled for {stop_strings.next_state.shape[1]} tokens, but the model "
+        f"has {model.cfg.vocab_size}"
+    )
   members = tuple(gathered(model.cfg, variables) for variables in members)
   prompt_GxP, segments_GxP = right_align(prompts)
   groups, width = prompt_GxP.shape
@@ -120,6 +134,7 @@ def generate(
       weights=tuple(weights),
       sampling=sampling,
       stop_ids=tuple(stop_ids),
+      stop_strings=stop_strings,
       rng=rng,
       first_row=first_row,
       rows=rows,
@@ -147,7 +162,7 @@ def generate(
   behind = lambda prompt_GxP, x: jnp.concatenate(
       [jnp.repeat(prompt_GxP, samples_per_prompt, axis=0), x.astype(jnp.int32)], axis=1
   )
-  return Generation(
+  out = Generation(
       tokens=behind(prompt_GxP, tokens_BxN),
       segment_ids=behind(segments_GxP, on_BxN),
       lengths=jnp.sum(on_BxN, axis=1, dtype=jnp.int32),
@@ -156,6 +171,9 @@ def generate(
       entropy=done.entropy,
       steps=done.steps,
   )
+  if stop_strings is not None:
+    out = out.replace(hit_eos=out.hit_eos | done.matched)
+  return out
 
 
 def prefill(

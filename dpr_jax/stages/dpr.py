@@ -13,7 +13,7 @@ import numpy as np
 
 from dpr_jax import sharding
 from dpr_jax.data.loader import Batches
-from dpr_jax.evals.responses import Response, response_text
+from dpr_jax.evals.responses import response_text
 from dpr_jax.evals.verifiers import get_verifier
 from dpr_jax.rewards import transforms
 from dpr_jax.rewards.control import initial_control
@@ -43,8 +43,8 @@ def _make_verify(run: Run, batches: Batches) -> Callable[[int, Rollout], jax.Arr
     # Prompts of the batch, each for as many adjacent rows as it has samples.
     items = np.repeat(batches.item_indices(step), run.config.dpr.samples_per_prompt)
     for row, i in enumerate(items):
-      response = Response(tokens_BxN[row, : lengths_B[row]], bool(hit_eos_B[row]), 0.0)
-      text = response_text(run.tokenizer, response, run.stop_ids)
+      tokens = tokens_BxN[row, : lengths_B[row]]
+      text = response_text(run.tokenizer, tokens, hit_eos_B[row], run.stop_ids)
       scores.append(verifier(demos[i], text)["accuracy"])
     return sharding.place(np.asarray(scores, np.float32), run.mesh)
 
