@@ -66,7 +66,8 @@ def test_a_stop_string_ends_a_response(finished_run, prompts, tmp_path):
     before, found, _ = whole["response"].partition(stop)
     assert record["response"] == before
     assert record["hit_eos"] == (bool(found) or whole["hit_eos"])
-    assert not found or record["length"] == len((before + stop).encode())
+    if found and not any(s in before for s in ("\ufffd", "<|")):  # A token per byte.
+      assert record["length"] == len((before + stop).encode())
 
 
 def test_ref_equal_to_sft_scores_zero(finished_run, tmp_path):

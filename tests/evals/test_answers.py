@@ -84,7 +84,7 @@ def test_text_leaves_out_what_ended_the_response():
 
 @pytest.mark.parametrize("samples", [1, 2])
 def test_stop_strings_end_responses_and_are_cut_off(mesh, make_model, rng, samples):
-  tokenizer, strings = byte_tokenizer(), ("a", "\x00")
+  tokenizer, strings = byte_tokenizer(), ("a", "e", "1", " ", "\n", "\x00", "\x01", "\x02")
   model, variables = make_model(3, vocab_size=261)
   prompts = [rng.integers(0, 256, 5).astype(np.int32) for _ in range(6)]
   how = dict(mesh=mesh, batch_size=4, prompt_length=10, max_new_tokens=60, stop_ids=(260,),
