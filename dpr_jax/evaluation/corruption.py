@@ -68,8 +68,8 @@ def corrupt_responses(
   """Replaces one token of each response, at a uniformly random place, by a wrong one.
 
   The other token is sampled by its frequency in the responses to the same task (of a file, in all
-  of them), among those of the same kind of characters where one is wrong there, else among all. Wrong
-  is what the task's checker refuses; in a file, what differs from the response word for word after
+  of them), among those of the same kind of characters where one is wrong there, else among all.
+  Wrong is what the task's checker refuses; in a file, what differs from the response word for word after
   the normalization of SQuAD. Of GSM8K a token with a digit is replaced, where there
   is one. Special tokens stay. A response of which no token can be made wrong is left out.
 
@@ -90,9 +90,7 @@ def corrupt_responses(
     places = [t for t, token in enumerate(tokens) if int(token) not in special]
     numbers = [t for t in places if kinds_of[int(tokens[t])][1] == "digit"]
     places = numbers if numbers and benchmark.kind == "gsm8k" else places
-    read = lambda ids: response_text(
-        tokenizer, ids, int(ids[-1]) in stop_ids, stop_ids
-    )
+    read = lambda ids: response_text(tokenizer, ids, int(ids[-1]) in stop_ids, stop_ids)
     wrong = _wrong(demo, read, benchmark)
     found = _first_wrong(tokens, places, pools[demo.task], kinds_of, rng, wrong)
     if found is not None:

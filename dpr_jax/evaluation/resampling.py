@@ -19,7 +19,7 @@ from dpr_jax.evaluation.responses import Response
 from dpr_jax.evaluation.scoring import Scorer
 from dpr_jax.evaluation.systems import System
 from dpr_jax.references.base import Reference
-from dpr_jax.rollout.drawing import Sampling
+from dpr_jax.rollout.sampling import Sampling
 
 
 def importance_weights(log_ratio_GxN: np.ndarray, alpha: float) -> np.ndarray:

@@ -17,8 +17,8 @@ from dpr_jax.data.batches import PromptBatch
 from dpr_jax.references.base import Reference
 from dpr_jax.rewards.base import RewardFn, apply_reward, check_pointwise, needs
 from dpr_jax.rewards.baseline_relative import BASELINE_RELATIVE
-from dpr_jax.rollout.drawing import ON_POLICY, Sampling
 from dpr_jax.rollout.sampler import generate
+from dpr_jax.rollout.sampling import ON_POLICY, Sampling
 from dpr_jax.rollout.scoring import score_response
 
 
