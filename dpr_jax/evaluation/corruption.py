@@ -69,7 +69,7 @@ def corrupt_responses(
 
   The other token is sampled by its frequency in the responses to the same task (of a file, in all
   of them), among those of the same kind of characters where one is wrong there, else among all.
-  Wrong is what the task's checker refuses; in a file, what differs from the response word for word after
+  Wrong is what the task's checker refuses; in a file, what differs from the response after
   the normalization of SQuAD. Of GSM8K a token with a digit is replaced, where there
   is one. Special tokens stay. A response of which no token can be made wrong is left out.
 

@@ -12,8 +12,8 @@ from dpr_jax import sharding
 from dpr_jax.data.batches import PromptBatch
 from dpr_jax.data.loader import pad_prompts, prompt_width
 from dpr_jax.evaluation.scoring import Scorer
-from dpr_jax.rollout.sampling import ON_POLICY, Sampling
 from dpr_jax.rollout.sampler import generate
+from dpr_jax.rollout.sampling import ON_POLICY, Sampling
 from dpr_jax.rollout.stop_strings import build_stop_strings
 
 _generate = jax.jit(
