@@ -311,7 +311,8 @@ def set_up(
   if like is not None and same(config) == same(like.config):
     data = like.data
   else:
-    data = build_dataset(config.data, tokenizer, config.seed)
+    with naming("config.data"):
+      data = build_dataset(config.data, tokenizer, config.seed)
   skip, found = config.eval.skip_prompts, len(data.heldout.tokens)
   if skip >= found:
     raise UserError(
