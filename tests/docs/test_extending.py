@@ -12,6 +12,7 @@ import pytest
 from dpr_jax import main as entry_point
 from dpr_jax.config import resolve
 from dpr_jax.config.files import load_config
+from dpr_jax.errors import UserError
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "extending.md"
 CONFIG_LINES = "config lines"  # the title of blocks that stand in the config file.
@@ -101,6 +102,17 @@ def test_the_report_shows_them_all(workdir):
   page = (workdir / "report" / "report.html").read_text()
   for text in ("Focal SFT", "DPR, confident", "Distinct words", "mean weights of SFT at 25%, 75%"):
     assert text in page, text
+
+
+@pytest.mark.parametrize("flag, said", [
+    ("methods.focal.gamma=-1", "config.methods.focal.gamma=-1.0 is out of range"),
+    ("reference.fractions=(0.3,)", "config.reference: fraction=0.3 is not among the kept milestones"),
+])
+def test_what_is_wrong_is_named_before_the_run_starts(folder, flag, said):
+  with pytest.raises(UserError, match=re.escape(said)):
+    entry_point.parse([
+        f"--config={folder}/mine.py", f"--workdir={folder}/x", f"--config.{flag}",
+    ])
 
 
 def test_the_reward_is_zero_where_sft_is_unsure(folder):

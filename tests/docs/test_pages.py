@@ -1,7 +1,7 @@
 """The pages name what is there: paths, modules, links, fields and flags."""
 
 import dataclasses
-import importlib
+import importlib.util
 import pathlib
 import re
 import shlex
