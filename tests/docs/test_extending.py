@@ -106,7 +106,7 @@ def test_the_report_shows_them_all(workdir):
 
 @pytest.mark.parametrize("flag, said", [
     ("methods.focal.gamma=-1", "config.methods.focal.gamma=-1.0 is out of range"),
-    ("reference.fractions=(0.3,)", "config.reference: fraction=0.3 is not among the kept milestones"),
+    ("reference.fractions=(0.3,)", "config.reference: fraction=0.3 is not among the kept"),
 ])
 def test_what_is_wrong_is_named_before_the_run_starts(folder, flag, said):
   with pytest.raises(UserError, match=re.escape(said)):
