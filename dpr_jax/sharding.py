@@ -40,7 +40,7 @@ RULES: dict[str | None, Any] = {
     # Activations. Heads, MLP columns and vocabulary reuse the names above.
     "batch": ("data", "fsdp"),
     "sequence": None,
-    # The same where fsdp splits something else, see `models/table.py`.
+    # The same where fsdp splits something else, see `models/embedding.py`.
     "replica_batch": "data",
     "fine_vocab": ("tensor", "fsdp"),
 }
@@ -135,10 +135,10 @@ def gather_weight(w: jax.Array, dtype: Any, names: Sequence[str | None]) -> jax.
   Args:
     w: [...], with the logical axes `names`.
   """
-  return move(w, dtype, names, without_fsdp(names), (names,))
+  return reshard(w, dtype, names, without_fsdp(names), (names,))
 
 
-def move(
+def reshard(
     x: jax.Array,
     dtype: Any,
     names: Sequence[str | None],

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dpr_jax.models.table import logits_axes
+from dpr_jax.models.embedding import logits_axes
 from dpr_jax.sharding import constrain
 
 

@@ -23,11 +23,11 @@ import jax.numpy as jnp
 from dpr_jax.models import attention as attention_lib
 from dpr_jax.models import cache as cache_lib
 from dpr_jax.models import lora as lora_lib
-from dpr_jax.models import products
 from dpr_jax.models.cache import Cache
 from dpr_jax.models.config import ModelConfig
+from dpr_jax.models.embedding import Embedding
+from dpr_jax.models.matmul import matmul
 from dpr_jax.models.parameters import parameter
-from dpr_jax.models.table import Table
 from dpr_jax.sharding import constrain
 
 
@@ -71,7 +71,7 @@ class Projection(nn.Module):
     )
     shape = in_shape + self.out_shape
     kernel = parameter(self, "kernel", init, self.in_axes + self.out_axes, shape)
-    y = products.product(x, kernel.astype(dtype), n_in)
+    y = matmul(x, kernel.astype(dtype), n_in)
     if self.use_bias:
       bias = parameter(self, "bias", nn.initializers.zeros, self.out_axes, self.out_shape)
       bias = bias.astype(dtype)
@@ -209,11 +209,11 @@ class Transformer(nn.Module):
         in_axes=(0, nn.broadcast),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    self.embed = Table(cfg)
+    self.embed = Embedding(cfg)
     self.group = [scanned(cfg, pattern) for pattern, _ in cfg.groups]
     self.final_norm = RMSNorm(cfg)
     if not cfg.tied_head:
-      self.head = Table(cfg)
+      self.head = Embedding(cfg)
 
   def __call__(
       self, tokens_BxT, positions_BxT=None, segment_ids_BxT=None, cache: Cache | None = None

@@ -27,7 +27,7 @@ from dpr_jax.loading import (
 )
 from dpr_jax.models import Transformer
 from dpr_jax.models.attention import resolve_backend
-from dpr_jax.models.depth import shallow_config
+from dpr_jax.models.layer_pruning import pruned_config
 from dpr_jax.models.lora import split_trainable
 from dpr_jax.models.variables import abstract_variables, cast, extrapolate, mean
 from dpr_jax.rewards.references import (
@@ -202,7 +202,7 @@ def build_model(
   if section.pretrained:
     tokenizer = weights.load_tokenizer(section.pretrained)
     generation_config = weights.load_generation_config(section.pretrained)
-    cfg = shallow_config(weights.load_config(section.pretrained), section.keep_layers)
+    cfg = pruned_config(weights.load_config(section.pretrained), section.keep_layers)
     cfg = dataclasses.replace(cfg, **how)
   else:
     tokenizer = byte_tokenizer()

@@ -76,7 +76,7 @@ def test_collectives_are_counted_with_the_trips_of_their_loops(run_on_devices):
 
 
 def steps_of_both_forms(shapes, dtype, vocab):
-  """Three AdamW steps with tables used as `models/table.py` does, and as JAX would by itself."""
+  """Three AdamW steps with the tables sharded as in `models/embedding.py`, and as plain JAX does."""
   import dataclasses
 
   import flax.linen as nn
@@ -87,7 +87,7 @@ def steps_of_both_forms(shapes, dtype, vocab):
   from dpr_jax.config import OptimizerConfig
   from dpr_jax.data.batches import SFTBatch
   from dpr_jax.losses import make_sft_loss
-  from dpr_jax.models import ModelConfig, Transformer, init_variables, logprobs, table
+  from dpr_jax.models import ModelConfig, Transformer, embedding, init_variables, logprobs
   from dpr_jax.training import TrainState, make_train_step
   from dpr_jax.training.optimizer import make_optimizer
 
@@ -101,9 +101,9 @@ def steps_of_both_forms(shapes, dtype, vocab):
   def cast_and_move(x, dtype, names, to, back):  # What JAX differentiates by itself.
     return sharding.constrain(x.astype(dtype), *to)
 
-  axes = table.logits_axes
-  rows_move, gathered, stay = table.rows_move, lambda *_: table.GATHERED_HEAD, lambda *_: False
-  forms = {"ours": (dtype, sharding.move, rows_move, axes),
+  axes, rows_move = embedding.logits_axes, embedding.rows_move
+  gathered, stay = lambda *_: embedding.GATHERED_HEAD, lambda *_: False
+  forms = {"ours": (dtype, sharding.reshard, rows_move, axes),
            "plain": (dtype, cast_and_move, stay, gathered),
            "exact": ("float32", cast_and_move, stay, gathered)}
   out = {"axes": []}
@@ -111,8 +111,8 @@ def steps_of_both_forms(shapes, dtype, vocab):
   for shape in shapes:
     mesh = sharding.make_mesh(*shape)
     placed = sharding.place(batch, mesh)
-    for name, (how, sharding.move, table.rows_move, axes_of) in forms.items():
-      table.logits_axes = logprobs.logits_axes = axes_of
+    for name, (how, sharding.reshard, embedding.rows_move, axes_of) in forms.items():
+      embedding.logits_axes = logprobs.logits_axes = axes_of
       model = Transformer(dataclasses.replace(cfg, dtype=how))
       optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, eps=1e-4), 10)
       step = make_train_step(make_sft_loss(model, chunk_size=4), optimizer)
@@ -185,19 +185,19 @@ def received(cfg, mesh, columns, chunk):
 def bytes_of_heads():
   """By vocabulary and chunk; and at a shape, as it is computed and in either form."""
   from dpr_jax import sharding
-  from dpr_jax.models import ModelConfig, logprobs, table
+  from dpr_jax.models import ModelConfig, embedding, logprobs
 
   cfg = lambda vocab: ModelConfig(vocab_size=vocab, hidden_size=32, mlp_size=64, num_layers=1,
                                   num_heads=4, num_kv_heads=2, head_dim=8, tied_head=False)
   mesh = sharding.make_mesh(1, 8, 1)
   chunks = {f"{v} {c}": received(cfg(v), mesh, 64, c) for v in (4096, 8192) for c in (8, 64)}
-  near, chosen = {}, table.logits_axes
+  near, chosen = {}, embedding.logits_axes
   mesh = sharding.make_mesh(4, 2, 1)
-  forms = {"ours": chosen, "gathered": lambda *_: table.GATHERED_HEAD,
-           "fine": lambda *_: table.FINE_HEAD}
+  forms = {"ours": chosen, "gathered": lambda *_: embedding.GATHERED_HEAD,
+           "fine": lambda *_: embedding.FINE_HEAD}
   for columns in (80, 400):
     for name, axes in forms.items():
-      table.logits_axes = logprobs.logits_axes = axes
+      embedding.logits_axes = logprobs.logits_axes = axes
       near[f"{columns} {name}"] = received(cfg(1024), mesh, columns, columns)
   return chunks, near, 4 * 32 * 4096
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpr_jax.models import products
-from dpr_jax.models.products import product
+from dpr_jax.models import matmul as matmul_lib
+from dpr_jax.models.matmul import matmul
 
 
 def summed(x, kernel, n_in):
@@ -24,17 +24,17 @@ def summed(x, kernel, n_in):
     "lead, ins, outs",
     [((2, 5), (7,), (3,)), ((2, 5), (7,), (2, 3)), ((3, 1), (2, 4), (5,)), ((6,), (4,), (1,))],
 )
-def test_product_and_both_gradients(rng, lead, ins, outs):
+def test_matmul_and_both_gradients(rng, lead, ins, outs):
   x, kernel = rng.normal(size=lead + ins), rng.normal(size=ins + outs)
   d_y = rng.normal(size=lead + outs)
   as32 = lambda *arrays: [jnp.asarray(a, jnp.float32) for a in arrays]
   (x_, kernel_), (d_y_,) = as32(x, kernel), as32(d_y)
-  y, pull = jax.vjp(lambda x, k: product(x, k, len(ins)), x_, kernel_)
+  y, pull = jax.vjp(lambda x, k: matmul(x, k, len(ins)), x_, kernel_)
   d_x, d_kernel = pull(d_y_)
   # The same where only one of them is trained.
-  (alone,) = jax.vjp(lambda x: product(x, kernel_, len(ins)), x_)[1](d_y_)
+  (alone,) = jax.vjp(lambda x: matmul(x, kernel_, len(ins)), x_)[1](d_y_)
   np.testing.assert_array_equal(alone, d_x)
-  (alone,) = jax.vjp(lambda k: product(x_, k, len(ins)), kernel_)[1](d_y_)
+  (alone,) = jax.vjp(lambda k: matmul(x_, k, len(ins)), kernel_)[1](d_y_)
   np.testing.assert_array_equal(alone, d_kernel)
 
   close = lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -48,7 +48,7 @@ def test_product_and_both_gradients(rng, lead, ins, outs):
 def test_gradients_keep_the_dtype_and_pass_through_other_transformations(rng):
   x = jnp.asarray(rng.normal(size=(4, 3, 6)), jnp.float32)
   kernel = jnp.asarray(rng.normal(size=(6, 2)), jnp.float32)
-  loss = lambda kernel, x: jnp.sum(jnp.sin(product(x, kernel, 1)))
+  loss = lambda kernel, x: jnp.sum(jnp.sin(matmul(x, kernel, 1)))
   plain = lambda kernel, x: jnp.sum(jnp.sin(x @ kernel))
 
   half = jax.grad(loss)(kernel.astype(jnp.bfloat16), x.astype(jnp.bfloat16))
@@ -67,7 +67,7 @@ def test_a_mesh_of_several_devices_leaves_the_backward_pass_to_the_compiler():
         (1, devices, 1), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3
     )
     with jax.sharding.use_abstract_mesh(mesh):
-      return str(jax.make_jaxpr(lambda x, k: product(x, k, 1))(np.ones((2, 3)), np.ones((3, 4))))
+      return str(jax.make_jaxpr(lambda x, k: matmul(x, k, 1))(np.ones((2, 3)), np.ones((3, 4))))
 
   assert "custom_vjp_call" in text(1)
   assert "custom_vjp_call" not in text(8)
@@ -84,7 +84,7 @@ def test_the_backward_pass_keeps_nothing_more(make_model, monkeypatch, remat):
     return jax.jit(jax.grad(loss)).lower(variables).compile().memory_analysis().temp_size_in_bytes
 
   own = temporaries()
-  monkeypatch.setattr(products, "_product_on_cpu", products._product)
+  monkeypatch.setattr(matmul_lib, "_matmul_on_cpu", matmul_lib._matmul)
   one_kernel = 6 * 4 * 64 * 64
   assert own < temporaries() + one_kernel
 
@@ -95,7 +95,7 @@ def test_logits_and_their_gradients_in_half_precision(rng):
   table = jnp.asarray(rng.normal(size=(301, 24)), jnp.bfloat16)
   scale = 10.0 ** rng.uniform(-4, 0, (2, 7, 1))
   d_y = jnp.asarray(rng.normal(size=(2, 7, 301)) * scale, jnp.float32)
-  y, pull = jax.vjp(products.logits, hidden, table)
+  y, pull = jax.vjp(matmul_lib.logits, hidden, table)
   d_hidden, d_table = pull(d_y)
   assert (y.dtype, d_hidden.dtype, d_table.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
 
@@ -116,14 +116,14 @@ def test_logits_and_their_gradients_in_half_precision(rng):
   assert error < unit
 
 
-def test_the_backward_products_of_logits_are_in_half_precision():
+def test_the_backward_matmuls_of_logits_are_in_half_precision():
   hidden, table = jnp.ones((4, 8), jnp.bfloat16), jnp.ones((32, 8), jnp.bfloat16)
-  both = jax.grad(lambda h, t: jnp.sum(products.logits(h, t) ** 2), (0, 1))
+  both = jax.grad(lambda h, t: jnp.sum(matmul_lib.logits(h, t) ** 2), (0, 1))
   dots = [e for e in jax.make_jaxpr(both)(hidden, table).eqns if e.primitive.name == "dot_general"]
   factors = [tuple(str(v.aval.dtype) for v in e.invars) for e in dots]
   assert factors == [("bfloat16", "bfloat16")] * 3
   # A frozen table, as under adapters, has no product of its own.
-  one = jax.make_jaxpr(jax.grad(lambda h: jnp.sum(products.logits(h, table) ** 2)))(hidden)
+  one = jax.make_jaxpr(jax.grad(lambda h: jnp.sum(matmul_lib.logits(h, table) ** 2)))(hidden)
   assert str(one).count("dot_general[") == 2
 
 
@@ -132,7 +132,7 @@ def test_logits_in_float32_differentiate_forward_and_backward(rng):
       jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(5, 6), (9, 6), (5, 6), (9, 6)]
   )
   plain = lambda h, t: h @ t.T
-  for f in (products.logits, jax.vmap(products.logits, in_axes=(0, None))):
+  for f in (matmul_lib.logits, jax.vmap(matmul_lib.logits, in_axes=(0, None))):
     out, tangent = jax.jvp(f, (hidden, table), (dh, dt))
     expected, expected_tangent = jax.jvp(plain, (hidden, table), (dh, dt))
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from dpr_jax import sharding
-from dpr_jax.models import products
+from dpr_jax.models import matmul as matmul_lib
 from dpr_jax.models.attention import target_platform
 from dpr_jax.models.config import ModelConfig
 from dpr_jax.models.parameters import parameter
@@ -52,7 +52,7 @@ def rows_move(batch: int, length: int, table: jax.Array, dtype: jnp.dtype) -> bo
   return moved < vocab_size // sharding.vocab_ways(vocab_size) * table.dtype.itemsize
 
 
-class Table(nn.Module):
+class Embedding(nn.Module):
   """Rows looked up as embeddings, or multiplied with as an output head."""
 
   cfg: ModelConfig
@@ -94,10 +94,10 @@ class Table(nn.Module):
       axes = logits_axes(*hidden.shape[:2], self.cfg.vocab_size)
       if axes == FINE_HEAD:
         fine = (axes[-1], None)
-        table = sharding.move(self.table, dtype, STORED, fine, (fine, STORED))
+        table = sharding.reshard(self.table, dtype, STORED, fine, (fine, STORED))
         rows, replica = ("batch", "sequence", None), (*axes[:-1], None)
-        hidden = sharding.move(hidden, dtype, rows, replica, (rows,))
-        return constrain(products.logits(hidden, table), *axes)
+        hidden = sharding.reshard(hidden, dtype, rows, replica, (rows,))
+        return constrain(matmul_lib.logits(hidden, table), *axes)
     table = sharding.gather_weight(self.table, dtype, STORED)
     if hidden.ndim == 2 and target_platform() == "cpu":
       # One token a row: a CPU reads a table on the left of a product faster, 1.2 to 1.5 times.
@@ -105,4 +105,4 @@ class Table(nn.Module):
       contract = (((1,), (1,)), ((), ()))
       logits_VxB = jax.lax.dot_general(table, hidden, contract, preferred_element_type=jnp.float32)
       return jax.lax.optimization_barrier(logits_VxB).T
-    return products.logits(hidden, table)
+    return matmul_lib.logits(hidden, table)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpr_jax.models import ModelConfig
-from dpr_jax.models.table import FINE_HEAD, GATHERED_HEAD, Table, logits_axes, rows_move
+from dpr_jax.models.embedding import FINE_HEAD, GATHERED_HEAD, Embedding, logits_axes, rows_move
 
 
 def on_mesh(*shape):
@@ -58,7 +58,7 @@ def test_without_a_mesh_nothing_moves():
 
 def test_the_gradient_of_a_frequent_token_does_not_stop_to_grow():
   """A sum of 4,096 times 0.01 in bfloat16 would stop at 4."""
-  table = Table(ModelConfig(vocab_size=5, hidden_size=16, dtype="bfloat16"))
+  table = Embedding(ModelConfig(vocab_size=5, hidden_size=16, dtype="bfloat16"))
   variables = {"params": {"table": jnp.ones((5, 16), jnp.float32)}}
   tokens = jnp.full((8, 512), 3, jnp.int32)
 

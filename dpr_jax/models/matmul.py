@@ -22,7 +22,7 @@ from jax.custom_derivatives import SymbolicZero
 from dpr_jax.models.attention import target_platform
 
 
-def product(x: jax.Array, kernel: jax.Array, n_in: int) -> jax.Array:
+def matmul(x: jax.Array, kernel: jax.Array, n_in: int) -> jax.Array:
   """[..., in dims] times [in dims, out dims] -> [..., out dims], summed over the `n_in` in dims.
 
   On one CPU device it has a backward pass of its own and so no forward-mode derivative
@@ -30,8 +30,8 @@ def product(x: jax.Array, kernel: jax.Array, n_in: int) -> jax.Array:
   """
   mesh = jax.sharding.get_abstract_mesh()
   if target_platform() == "cpu" and (mesh.empty or mesh.size == 1):
-    return _product_on_cpu(x, kernel, n_in)
-  return _product(x, kernel, n_in)
+    return _matmul_on_cpu(x, kernel, n_in)
+  return _matmul(x, kernel, n_in)
 
 
 @jax.custom_jvp
@@ -65,21 +65,21 @@ def _logits_jvp(primals, tangents):
 logits.defjvp(_logits_jvp, symbolic_zeros=True)
 
 
-def _product(x, kernel, n_in):
+def _matmul(x, kernel, n_in):
   contract = (tuple(range(x.ndim - n_in, x.ndim)), tuple(range(n_in)))
   return jax.lax.dot_general(x, kernel, (contract, ((), ())))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product_on_cpu(x, kernel, n_in):
-  return _product(x, kernel, n_in)
+def _matmul_on_cpu(x, kernel, n_in):
+  return _matmul(x, kernel, n_in)
 
 
 def _forward(x, kernel, n_in):
   # The kernel as it came: a scan keeps no copy of what it was given, but would of a reshaped one.
   # A frozen kernel needs no activations kept.
   kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
-  return _product(x.value, kernel.value, n_in), kept
+  return _matmul(x.value, kernel.value, n_in), kept
 
 
 def _backward(n_in, kept, d_y):
@@ -98,4 +98,4 @@ def _backward(n_in, kept, d_y):
   return d_x, d_kernel
 
 
-_product_on_cpu.defvjp(_forward, _backward, symbolic_zeros=True)
+_matmul_on_cpu.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -19,7 +19,7 @@ def kept_layers(num_layers: int, keep: int) -> tuple[int, ...]:
   return tuple(round(i * (num_layers - 1) / (keep - 1)) for i in range(keep))
 
 
-def shallow_config(cfg: ModelConfig, keep: int) -> ModelConfig:
+def pruned_config(cfg: ModelConfig, keep: int) -> ModelConfig:
   """The config with `keep` layers; 0 is the config itself.
 
   Raises:
@@ -38,8 +38,8 @@ def shallow_config(cfg: ModelConfig, keep: int) -> ModelConfig:
   return dataclasses.replace(cfg, num_layers=keep)
 
 
-def shallow_params(params: dict[str, Any], cfg: ModelConfig, keep: int) -> dict[str, Any]:
-  """Those of `shallow_config(cfg, keep)`: rows of the stacked layers, all else as it is.
+def pruned_params(params: dict[str, Any], cfg: ModelConfig, keep: int) -> dict[str, Any]:
+  """Those of `pruned_config(cfg, keep)`: rows of the stacked layers, all else as it is.
 
   Args:
     params: of `Transformer(cfg)`, its layers scanned in one group.
