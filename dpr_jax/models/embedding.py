@@ -1,17 +1,18 @@
-"""A [V, D] table of embeddings or an output head, and what moves between devices to use it.
+"""The [V, D] table of an embedding or an output head, and the communication that its use requires.
 
-It is stored with its rows split over the mesh axis tensor and its columns over fsdp. The rows of a
-batch are split over fsdp as well, so that either the table has to be gathered or the activations
-have to move. What is less moves:
+The table's rows are sharded over the mesh axis tensor and its columns over fsdp. The rows of a
+batch are sharded over fsdp as well, so either the table must be gathered or the activations must
+be resharded. The cheaper of the two, in bytes moved, is chosen:
 
-- a lookup: each device looks its own columns up for all rows of its replica, then they exchange
-  columns for rows (an all-to-all). It receives as much as its own activations.
-- logits: all rows of a replica are gathered, and each device computes their logits over its own
-  part of the vocabulary, split over tensor and fsdp. It receives the activations of a replica, and
-  of the head its part of the vocabulary in exchange for its columns: 1 / fsdp of a gathered head.
+- Lookup: each device looks up its own columns for all rows of its replica; an all-to-all then
+  exchanges columns for rows. A device receives as many bytes as its own activations have.
+- Logits: all rows of a replica are gathered, and each device computes their logits over its part
+  of the vocabulary, which is split over tensor and fsdp. A device receives the activations of its
+  replica and, in exchange for its columns of the head, its part of the vocabulary: 1 / fsdp of
+  a gathered head.
 
-Either way the operations are as many as with a gathered table. Logits are computed in chunks of
-columns (`logprobs.py`), and what is received of the head, and of its gradient, is so once a chunk.
+The FLOPs are those of a gathered table. Logits are computed in chunks of columns (`logprobs.py`),
+and each chunk receives the head, and sends its gradient, again.
 
 Dims: V vocabulary, D hidden, B batch, T tokens, C columns of a chunk.
 """
@@ -33,47 +34,42 @@ FINE_HEAD = ("replica_batch", "sequence", "fine_vocab")
 
 
 def logits_axes(batch: int, columns: int, vocab_size: int) -> tuple[str, str, str]:
-  """Logical axes of logits [batch, columns, vocab_size] on the mesh that is set."""
+  """Returns the logical axes of logits [batch, columns, vocab_size] on the current mesh."""
   data, fsdp, tensor = sharding.mesh_shape()
   if fsdp == 1 or batch % (data * fsdp) or vocab_size % (tensor * fsdp):
     return GATHERED_HEAD
-  # In rows of D columns that a device receives: activations and exchanged head, or whole head.
+  # Counted in rows of D columns that a device receives: activations and exchanged head, or head.
   fine = batch // data * columns + vocab_size // (tensor * fsdp)
   return FINE_HEAD if fine < vocab_size // tensor else GATHERED_HEAD
 
 
-def rows_move(batch: int, length: int, table: jax.Array, dtype: jnp.dtype) -> bool:
+def rows_move(batch: int, length: int, table_VxD: jax.Array, dtype: jnp.dtype) -> bool:
   """Whether a lookup of [batch, length] tokens moves activations of `dtype`, not the table."""
   data, fsdp, _ = sharding.mesh_shape()
-  vocab_size, hidden_size = table.shape
+  vocab_size, hidden_size = table_VxD.shape
   if fsdp == 1 or batch % (data * fsdp) or hidden_size % fsdp:
     return False
   moved = batch // (data * fsdp) * length * dtype.itemsize
-  return moved < vocab_size // sharding.vocab_ways(vocab_size) * table.dtype.itemsize
+  return moved < vocab_size // sharding.vocab_ways(vocab_size) * table_VxD.dtype.itemsize
 
 
 class Embedding(nn.Module):
-  """Rows looked up as embeddings, or multiplied with as an output head."""
+  """A table used for lookups (embedding) or for logits (output head)."""
 
   cfg: ModelConfig
 
   def setup(self):
-    self.table = parameter(
-        self,
-        "table",
-        nn.initializers.normal(0.02),
-        STORED,
-        (self.cfg.vocab_size, self.cfg.hidden_size),
-    )
+    shape = (self.cfg.vocab_size, self.cfg.hidden_size)
+    self.table = parameter(self, "table", nn.initializers.normal(0.02), STORED, shape)
 
   def lookup(self, tokens_BxT, gathered: bool = False):
-    """[B, T] -> [B, T, D] in the compute dtype; an id outside of the vocabulary gives NaN.
+    """Looks up embeddings [B, T, D] in the compute dtype; ids outside the vocabulary give NaN.
 
-    Cast after the lookup, so that the gradient of a token sums in the dtype of the table: in
-    bfloat16 the sum over the many places of a frequent token would stop to grow.
+    The cast follows the lookup, so that the gradient accumulates in the dtype of the table. In
+    bfloat16, the sum over the many occurrences of a frequent token would stop growing.
 
     Args:
-      gathered: the table lies on all of fsdp already, as while decoding.
+      gathered: the table is already gathered over fsdp, as in decoding.
     """
     dtype = jnp.dtype(self.cfg.dtype)
     if not gathered and rows_move(*tokens_BxT.shape, self.table, dtype):
@@ -81,28 +77,30 @@ class Embedding(nn.Module):
       x_BxTxD = jnp.take(constrain(self.table, *STORED), tokens_BxT, axis=0).astype(dtype)
       x_BxTxD = constrain(x_BxTxD, "replica_batch", "sequence", "embed")
     else:
-      # Gathered before the lookup: one on a table that is split over both axes makes the
-      # partitioner replicate it in full, twice.
-      table = constrain(self.table, *sharding.without_fsdp(STORED))
-      x_BxTxD = jnp.take(table, tokens_BxT, axis=0).astype(dtype)
+      # Gathered before the lookup: if the table is split over both axes, the partitioner
+      # replicates it in full, twice.
+      table_VxD = constrain(self.table, *sharding.without_fsdp(STORED))
+      x_BxTxD = jnp.take(table_VxD, tokens_BxT, axis=0).astype(dtype)
     return constrain(x_BxTxD, "batch", "sequence", None)
 
   def logits(self, hidden):
-    """[B, C, D], or [B, D] of a step of decoding, -> float32 [..., V]."""
+    """Logits, float32 [..., V], of hidden states [B, C, D], or [B, D] in a decoding step."""
     dtype = jnp.dtype(self.cfg.dtype)
     if hidden.ndim == 3:
       axes = logits_axes(*hidden.shape[:2], self.cfg.vocab_size)
       if axes == FINE_HEAD:
         fine = (axes[-1], None)
-        table = sharding.reshard(self.table, dtype, STORED, fine, (fine, STORED))
+        table_VxD = sharding.reshard(self.table, dtype, STORED, fine, (fine, STORED))
         rows, replica = ("batch", "sequence", None), (*axes[:-1], None)
-        hidden = sharding.reshard(hidden, dtype, rows, replica, (rows,))
-        return constrain(matmul_lib.logits(hidden, table), *axes)
-    table = sharding.gather_weight(self.table, dtype, STORED)
+        hidden_BxCxD = sharding.reshard(hidden, dtype, rows, replica, (rows,))
+        return constrain(matmul_lib.logits(hidden_BxCxD, table_VxD), *axes)
+    table_VxD = sharding.gather_weight(self.table, dtype, STORED)
     if hidden.ndim == 2 and target_platform() == "cpu":
-      # One token a row: a CPU reads a table on the left of a product faster, 1.2 to 1.5 times.
-      # Without the barrier, the transpose would be folded back into the product.
+      # One token per row: a CPU is 1.2 to 1.5 times faster with the table as the left operand.
+      # Without the barrier, XLA would fold the transpose back into the matmul.
       contract = (((1,), (1,)), ((), ()))
-      logits_VxB = jax.lax.dot_general(table, hidden, contract, preferred_element_type=jnp.float32)
+      logits_VxB = jax.lax.dot_general(
+          table_VxD, hidden, contract, preferred_element_type=jnp.float32
+      )
       return jax.lax.optimization_barrier(logits_VxB).T
-    return matmul_lib.logits(hidden, table)
+    return matmul_lib.logits(hidden, table_VxD)

@@ -1,7 +1,7 @@
-"""A shallower model out of the layers of a deep one: where a small student starts.
+"""Layer pruning: initialises a small student from evenly spaced layers of a larger model.
 
-The layers are spaced evenly, the first and the last among them, as DistilBERT takes every other
-layer of its teacher (arXiv 1910.01108, section 3).
+The first and the last layer are always kept. DistilBERT likewise starts from every other layer
+of its teacher (arXiv 1910.01108, section 3).
 """
 
 import dataclasses
@@ -15,34 +15,37 @@ from dpr_jax.models.config import ModelConfig
 
 
 def kept_layers(num_layers: int, keep: int) -> tuple[int, ...]:
-  """Indices of `keep` of `num_layers` layers, evenly spaced, from the first to the last."""
+  """Returns the indices of `keep` evenly spaced layers, from the first to the last."""
   return tuple(round(i * (num_layers - 1) / (keep - 1)) for i in range(keep))
 
 
 def pruned_config(cfg: ModelConfig, keep: int) -> ModelConfig:
-  """The config with `keep` layers; 0 is the config itself.
+  """Returns the config with `keep` layers; 0 keeps all layers.
 
   Raises:
-    UserError: `keep` is 1 or exceeds the layers that there are, or the layers differ in kind.
+    UserError: `keep` is 1 or exceeds `cfg.num_layers`, or the layers differ in kind.
   """
   if not keep:
     return cfg
   if not 2 <= keep <= cfg.num_layers:
-    raise UserError(f"config.model.keep_layers={keep} must be at least 2 and at most "
-                    f"{cfg.num_layers}, the layers of the model; 0 keeps all")
+    raise UserError(f"keep={keep} must be at least 2 and at most {cfg.num_layers}, the number of "
+                    "layers of the model, or 0, which keeps all")
   if len(cfg.layer_pattern) > 1:
     raise UserError(
-        f"config.model.keep_layers={keep}: the layers of this model differ in what they see "
-        f"({', '.join(cfg.layer_pattern)}), and that pattern would be lost; use 0, which keeps all"
+        f"keep={keep} would break the pattern of attention layers of this model "
+        f"({', '.join(cfg.layer_pattern)}); use 0, which keeps all layers"
     )
   return dataclasses.replace(cfg, num_layers=keep)
 
 
 def pruned_params(params: dict[str, Any], cfg: ModelConfig, keep: int) -> dict[str, Any]:
-  """Those of `pruned_config(cfg, keep)`: rows of the stacked layers, all else as it is.
+  """Selects the kept layers from the stacked parameters and leaves all others unchanged.
 
   Args:
-    params: of `Transformer(cfg)`, its layers scanned in one group.
+    params: the parameters of `Transformer(cfg)`, whose layers are scanned in one group.
+
+  Returns:
+    The parameters of `Transformer(pruned_config(cfg, keep))`.
   """
   if not keep:
     return params
