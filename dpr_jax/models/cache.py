@@ -122,7 +122,7 @@ def from_prefill(cfg: ModelConfig, made: Any, segment_ids_BxP: jax.Array, new: i
     if fixed:  # [prompt | ring of N]
       return _pad(x, axis, 0, new, fill)
     tail = jax.lax.slice_in_dim(x, max(prompt - n, 0), prompt, axis=axis)
-    return _pad(tail, axis, n - tail.shape[axis], 0, fill)  # The oldest token goes first.
+    return _pad(tail, axis, n - tail.shape[axis], 0, fill)  # The oldest is overwritten first.
 
   def pair(kv, kind, repeats):
     kv = [x[0] if repeats == 1 else x for x in kv]

@@ -12,7 +12,7 @@ be resharded. The cheaper of the two, in bytes moved, is chosen:
   a gathered head.
 
 The FLOPs are those of a gathered table. Logits are computed in chunks of columns (`logprobs.py`),
-and each chunk receives the head, and sends its gradient, again.
+and each chunk exchanges the head and its gradient anew.
 
 Dims: V vocabulary, D hidden, B batch, T tokens, C columns of a chunk.
 """

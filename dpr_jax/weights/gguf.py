@@ -1,4 +1,4 @@
-"""Reads the ModelConfig and parameters of GGUF files, for the llama.cpp names of our families.
+"""Reads the ModelConfig and parameters of GGUF files, for the architectures listed below.
 
 It undoes three conventions of llama.cpp: Llama's q and k rows are interleaved for ggml's rope,
 Gemma's norms are stored as 1 + w, and llama3 rope scaling is a tensor of frequency divisors.
