@@ -92,13 +92,13 @@ class PairMethod(TrainedMethod):
       return step.lower(state, shapes.rows(made))
 
     # A demonstration and a sample per pair are scored under the frozen iterate.
-    sampling = RolloutWork(rows=pairs, prompt=prompt, new=new, scored=2)
+    sampling = RolloutWork(rows=pairs, prompt=prompt, new=new, scored=2, held=1)
     tokens = prompt + new
     return [
         Program(f"{name}/make_pairs", lambda: make_pairs.lower(*arguments), sampling,
                 device_bytes(state.opt_state) + device_bytes(state.trainable)),
         Program(f"{name}/train_step", lower_update,
-                TrainWork(2 * pairs, tokens, tokens - 1, budget.accumulation),
+                TrainWork(2 * pairs, tokens, tokens - 1, budget.accumulation, held=1),
                 shapes.held_bytes(1)[0], tokens=2 * pairs * new),
     ]
 
