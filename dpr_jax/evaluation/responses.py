@@ -45,6 +45,7 @@ class Responder:
   prompt_length: int  # tokens of the longest prompt.
   max_new_tokens: int
   stop_ids: tuple[int, ...]
+  stop_strings: tuple[str, ...] = ()
 
   def __post_init__(self):
     sharding.check_rows(self.mesh, "batch_size", self.batch_size)
@@ -112,10 +113,21 @@ def compilations() -> int:
 
 
 def response_text(
-    tokenizer: Any, tokens: Sequence[int], hit_eos: bool, stop_ids: Sequence[int]
+    tokenizer: Any,
+    tokens: Sequence[int],
+    hit_eos: bool,
+    stop_ids: Sequence[int],
+    stop_strings: Sequence[str] = (),
 ) -> str:
-  """The text of a response, without the token that ended it."""
+  """The text of a response, up to what ended it.
+
+  Args:
+    stop_ids: the last token is left out if it is one of these.
+    stop_strings: the text is cut before the earliest occurrence of any of them.
+  """
   tokens = [int(t) for t in tokens]
   if hit_eos and tokens and tokens[-1] in stop_ids:
     tokens = tokens[:-1]
-  return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+  text = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+  found = [text.find(string) for string in stop_strings]
+  return text[: min((at for at in found if at >= 0), default=None)]
