@@ -90,6 +90,8 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any]]:
 
 def _check(values: flags.FlagValues, benchmark: Any) -> None:
   """Raises UserError for flags that contradict each other or the benchmark."""
+  from dpr_jax.rollout.stop_strings import check_stop_strings
+
   if bool(values.data) != benchmark.needs_data:
     raise UserError(
         "--data is missing; for example --data=test.jsonl" if benchmark.needs_data else
@@ -101,8 +103,8 @@ def _check(values: flags.FlagValues, benchmark: Any) -> None:
   if values.samples > 1 and values.temperature == 0:
     raise UserError(f"--samples={values.samples}: greedy responses are all the same; set "
                     "--temperature, for example to 1")
-  if "" in values.stop:
-    raise UserError("--stop is empty; it would end every response at once")
+  with naming("--stop"):
+    check_stop_strings(values.stop)
 
 
 def _sources(*of: Any) -> dict[str, str]:
@@ -146,7 +148,7 @@ def main(argv: Sequence[str]) -> None:
         benchmark, metrics, loaded, mesh, values.template or loaded.template, demos,
         values.batch_size, values.seed, **asking,
     )
-    run.check_lengths()
+    run.check()
     described = to_json(benchmark)
     settings = {
         "benchmark": described.pop("kind"),

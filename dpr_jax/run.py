@@ -1,4 +1,4 @@
-"""One seed of a run: what everything in it shares, how it is set up, and the checks of its input."""
+"""One seed of a run: what everything in it shares, its set-up, and the checks of its input."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from dpr_jax.loading import (
 )
 from dpr_jax.models import Transformer
 from dpr_jax.models.attention import resolve_backend
-from dpr_jax.models.depth import shallow_config
+from dpr_jax.models.layer_pruning import pruned_config
 from dpr_jax.references.base import Reference, sft_milestones
 from dpr_jax.training.metrics import read_metrics
 from dpr_jax.training.stopping import last_step
@@ -183,7 +183,7 @@ def build_model(
     generation_config = weights.load_generation_config(section.pretrained)
     cfg = weights.load_config(section.pretrained)
     with naming("config.model.keep_layers"):
-      cfg = shallow_config(cfg, section.keep_layers)
+      cfg = pruned_config(cfg, section.keep_layers)
     cfg = dataclasses.replace(cfg, **how)
   else:
     tokenizer = byte_tokenizer()
@@ -299,7 +299,8 @@ def set_up(
   if like is not None and same(config) == same(like.config):
     data = like.data
   else:
-    data = build_dataset(config.data, tokenizer, config.seed)
+    with naming("config.data"):
+      data = build_dataset(config.data, tokenizer, config.seed)
   skip, found = config.eval.skip_prompts, len(data.heldout.tokens)
   if skip >= found:
     raise UserError(

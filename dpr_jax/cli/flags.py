@@ -1,4 +1,4 @@
-"""The flags of all entry points: absl's, and --config=FILE with --config.FIELD=VALUE if wanted."""
+"""The flags of all entry points: absl's, with --config=FILE and --config.FIELD=VALUE."""
 
 import difflib
 import re

@@ -172,8 +172,8 @@ class BenchmarkRun:
         for d in self.demos
     ]
 
-  def check_lengths(self) -> None:
-    """Raises UserError for a prompt that the model has no room for; names its source."""
+  def check(self) -> None:
+    """Raises UserError for a prompt that the model has no room for, or an unusable stop string."""
     limit, likelihood = self.loaded.model.cfg.max_length, self.benchmark.likelihood
     for i, (demo, prompt) in enumerate(zip(self.demos, self.prompts, strict=True)):
       new = len(self.demonstrated[i]) if likelihood else self.max_new_tokens
@@ -181,6 +181,8 @@ class BenchmarkRun:
         what = f"a response of {new}" if likelihood else f"--max_new_tokens={new}"
         raise UserError(f"{demo.source}: a prompt of {len(prompt)} tokens and {what} exceed the "
                         f"{limit} that the model was made for")
+    if self.stop_strings:
+      self._responder.stops  # Made here, where nothing is written yet.
 
   def fingerprint(self) -> str:
     """Of all that is asked and of the answers that are expected, as the model sees them."""
@@ -203,7 +205,7 @@ class BenchmarkRun:
     longest = -(-max(map(len, self.prompts)) // 32) * 32
     return Responder(
         self.loaded.model, self.mesh, self.batch_size, longest, self.max_new_tokens,
-        self.loaded.stop_ids, stop_strings=self.stop_strings,
+        self.loaded.stop_ids, self.stop_strings, self.loaded.tokenizer,
     )
 
   def answer(self, number: int, on_batch: Callable[[int], None]) -> list[dict[str, Any]]:

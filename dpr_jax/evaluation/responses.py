@@ -1,6 +1,7 @@
 """Responses of one or several models to a list of prompts, batch by batch."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from dpr_jax import sharding
 from dpr_jax.data.batches import PromptBatch
 from dpr_jax.data.loader import pad_prompts, prompt_width
 from dpr_jax.evaluation.scoring import Scorer
-from dpr_jax.rollout.drawing import ON_POLICY, Sampling
 from dpr_jax.rollout.sampler import generate
+from dpr_jax.rollout.sampling import ON_POLICY, Sampling
+from dpr_jax.rollout.stop_strings import build_stop_strings
 
 _generate = jax.jit(
     generate,
@@ -28,8 +30,8 @@ _WAVE = 4  # batches of prompts that one program answers, refilling its slots.
 class Response:
   """What a model answered."""
 
-  tokens: np.ndarray  # int32 [T], the EOS included where there is one.
-  hit_eos: bool  # False: cut off at max_new_tokens.
+  tokens: np.ndarray  # int32 [T], with the token that ended the response, if one did.
+  hit_eos: bool  # Ended by a stop id or a stop string; False: truncated at max_new_tokens.
   logp: float  # of the whole response under the sampled distribution's logits, nats.
 
 
@@ -45,10 +47,21 @@ class Responder:
   prompt_length: int  # tokens of the longest prompt.
   max_new_tokens: int
   stop_ids: tuple[int, ...]
-  stop_strings: tuple[str, ...] = ()
+  stop_strings: tuple[str, ...] = ()  # that end a response as well; see `rollout.stop_strings`.
+  tokenizer: Any = None  # of the model; only stop strings need it.
 
   def __post_init__(self):
     sharding.check_rows(self.mesh, "batch_size", self.batch_size)
+
+  @functools.cached_property
+  def stops(self) -> Any:
+    """The stop strings as the decode loop takes them; None if there are none.
+
+    Raises:
+      UserError: a stop string that can never be used, or a tokenizer whose text is unknown.
+    """
+    stops = build_stop_strings(self.tokenizer, self.model.cfg.vocab_size, self.stop_strings)
+    return stops and jax.device_put(stops, sharding.replicated(self.mesh))
 
   @property
   def scorer(self) -> Scorer:
@@ -97,6 +110,7 @@ class Responder:
               weights=tuple(weights),
               samples_per_prompt=n,
               slots=self.batch_size,
+              stop_strings=self.stops,
           )
       )
       for row, i in enumerate(i * n + j for i in chosen for j in range(n)):
@@ -122,6 +136,8 @@ def response_text(
   """The text of a response, up to what ended it.
 
   Args:
+    tokens: its token ids, with the stop id if one ended it.
+    hit_eos: whether the response ended; False if it was truncated.
     stop_ids: the last token is left out if it is one of these.
     stop_strings: the text is cut before the earliest occurrence of any of them.
   """

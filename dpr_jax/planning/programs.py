@@ -21,7 +21,7 @@ from dpr_jax.data.batches import SFTBatch
 from dpr_jax.errors import UserError
 from dpr_jax.losses import reinforce_batch
 from dpr_jax.models import ModelConfig, Transformer
-from dpr_jax.models.depth import shallow_config
+from dpr_jax.models.layer_pruning import pruned_config
 from dpr_jax.models.lora import split_trainable
 from dpr_jax.models.variables import abstract_variables
 from dpr_jax.rewards.references import ENSEMBLES, reference_members
@@ -58,7 +58,7 @@ def planned_model(config: RunConfig) -> ModelConfig:
                     "needs the number, for example --config.model.shape.vocab_size=272")
   how = {"dtype": "bfloat16" if section.dtype == "auto" else section.dtype,
          "remat": section.remat, "attention": section.attention, "lora": section.lora}
-  cfg = dataclasses.replace(shallow_config(section.shape, section.keep_layers), **how)
+  cfg = dataclasses.replace(pruned_config(section.shape, section.keep_layers), **how)
   for field, length in (("data.row_length", config.data.row_length),
                         ("data.prompt_length + dpr.max_new_tokens",
                          config.data.prompt_length + config.dpr.max_new_tokens)):

@@ -2,7 +2,7 @@
 
 The estimate only orders the candidates and drops hopeless ones; what a plan reports comes from the
 compiled programs. It counts the tables as gathered like any weight, though less may move
-(`models/table.py`).
+(`models/embedding.py`).
 """
 
 import dataclasses

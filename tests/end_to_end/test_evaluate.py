@@ -308,7 +308,7 @@ BAD = {
     "too long": ({"max_new_tokens": "500"}, "data.jsonl:1: a prompt of 9 tokens and --max_new_tok"),
     "greedy samples": ({"samples": "2", "temperature": "0"}, "--samples=2: greedy"),
     "sampling": ({"top_p": "2"}, "top_p"),
-    "empty stop": ({"stop": ""}, "--stop is empty"),
+    "empty stop": ({"stop": ""}, "--stop: stop string '' is empty"),
     "generates nothing": ({"benchmark": "perplexity", "seed": "1"}, "--seed: perplexity scores"),
     "model": ({"model": "nowhere"}, "nowhere: no such checkpoint"),
     "output": ({"output": "{data}/below"}, "cannot be written"),

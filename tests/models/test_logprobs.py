@@ -1,4 +1,4 @@
-"""Chunked log-probabilities against float64 numpy, and the one shift by one."""
+"""Chunked log-probabilities equal float64 numpy, and tokens are shifted by one column."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def test_gradients_do_not_depend_on_the_chunk_and_equal_the_analytic_one(rng):
     )
     return sum(jnp.sum(w * x) for w, x in zip(weight, out))
 
-  # d logp = (one_hot - p), d logsumexp = p, and the entropy has none.
+  # d logp = (one_hot - p), d logsumexp = p, and the entropy has no gradient.
   p = jax.nn.softmax(hidden @ table, axis=-1)
   d_logits = weight[0][..., None] * (np.eye(7)[targets] - p) + weight[1][..., None] * p
   expected = (d_logits @ table.T, np.einsum("btd,btv->dv", hidden, d_logits))
@@ -94,7 +94,7 @@ def test_entropy_is_zero_unless_asked_for(make_model, rng):
 
 
 def _largest(jaxpr, found=None):
-  """Sizes of all floating arrays of a jaxpr, those inside scans and checkpoints included."""
+  """Sizes of all floating-point arrays of a jaxpr, including those in scans and checkpoints."""
   found = set() if found is None else found
   for eqn in jaxpr.eqns:
     for var in eqn.outvars:
@@ -108,7 +108,7 @@ def _largest(jaxpr, found=None):
 
 
 def test_logits_of_all_columns_never_exist(rng):
-  """Neither forward nor backward: peak memory follows the chunk, not the length."""
+  """Forward and backward, peak memory depends on the chunk and not on the length."""
   batch, dim, vocab, chunk = 2, 8, 4096, 16
 
   def loss(hidden, table, targets):
@@ -126,7 +126,7 @@ def test_logits_of_all_columns_never_exist(rng):
 
   grad = jax.value_and_grad(loss, argnums=(0, 1))
   sizes = _largest(jax.make_jaxpr(grad)(*shapes(128)).jaxpr)
-  assert max(sizes) == batch * chunk * vocab  # of one chunk; the walk does see it.
+  assert max(sizes) == batch * chunk * vocab  # of one chunk: the traversal finds it.
   temp = {
       length: jax.jit(grad).lower(*shapes(length)).compile().memory_analysis().temp_size_in_bytes
       for length in (128, 512)
@@ -136,11 +136,11 @@ def test_logits_of_all_columns_never_exist(rng):
 
 
 @pytest.mark.parametrize("mesh, rows, vocab, expected", [
-    ((1, 1, 1), 4, 100, 20),  # 12 bytes x 4 rows x 100 ids a column.
-    ((2, 2, 1), 4, 100, 83),  # A row a device: 1,200 bytes.
+    ((1, 1, 1), 4, 100, 20),  # 12 bytes x 4 rows x 100 ids per column.
+    ((2, 2, 1), 4, 100, 83),  # One row per device: 1,200 bytes.
     ((1, 1, 4), 4, 100, 83),  # A quarter of the vocabulary.
-    ((1, 4, 1), 6, 100, 13),  # Six rows do not divide over four devices: each is given all.
-    ((1, 1, 1), 400, 10_000, 1),  # Never none.
+    ((1, 4, 1), 6, 100, 13),  # Six rows do not divide over four devices and are replicated.
+    ((1, 1, 1), 400, 10_000, 1),  # At least one column.
 ])
 def test_chunks_fill_a_budget(mesh, rows, vocab, expected):
   mesh = jax.sharding.AbstractMesh(mesh, ("data", "fsdp", "tensor"))

@@ -1,16 +1,16 @@
-"""A mesh changes where arrays live and nothing else: 8 forced host devices against one.
+"""A mesh of 8 forced host devices gives the same results as one device.
 
-The programs below run in a process of their own; see conftest.py.
+The programs below run in a separate process; see conftest.py.
 """
 
 import pytest
 
 MESHES = ((2, 2, 2), (1, 2, 4))
-MORE_MESHES = ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 1, 4))  # each takes a compilation: slow.
+MORE_MESHES = ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 1, 4))  # Slow: each one compiles.
 
 
 def _setup(shape, devices):
-  """(mesh, model, state, train_step, batch, optimizer) of one mesh, the same values on each."""
+  """Returns (mesh, model, train_step, batch, optimizer), with the same values on every mesh."""
   import numpy as np
 
   from dpr_jax import sharding
@@ -21,16 +21,16 @@ def _setup(shape, devices):
   from dpr_jax.training import make_train_step
   from dpr_jax.training.optimizer import make_optimizer
 
-  # Two kv heads on tensor=4 and a vocabulary of 38 stay whole there; on tensor=2 they split.
+  # The two KV heads and the vocabulary of 38 split on tensor=2 and are replicated on tensor=4.
   cfg = ModelConfig(vocab_size=38, hidden_size=32, mlp_size=64, num_layers=2, num_heads=4,
                     num_kv_heads=2, head_dim=8, layer_pattern=("local", "global"), window=5)
   mesh = sharding.make_mesh(*shape, devices=devices)
   optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, eps=1e-4), 10)
-  draw = np.random.default_rng(0)
-  tokens = draw.integers(0, 38, (8, 13)).astype(np.int32)
-  segments = np.sort(draw.integers(1, 3, (8, 13)), axis=1).astype(np.int32)
-  segments[:, 10:] *= draw.integers(0, 2, (8, 1)).astype(np.int32)
-  mask = ((draw.random((8, 13)) < 0.7) & (segments > 0)).astype(np.float32)
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, 38, (8, 13)).astype(np.int32)
+  segments = np.sort(rng.integers(1, 3, (8, 13)), axis=1).astype(np.int32)
+  segments[:, 10:] *= rng.integers(0, 2, (8, 1)).astype(np.int32)
+  mask = ((rng.random((8, 13)) < 0.7) & (segments > 0)).astype(np.float32)
   batch = sharding.place(SFTBatch(tokens=tokens, segment_ids=segments, loss_mask=mask), mesh)
   model = Transformer(cfg)
   loss_fn = make_sft_loss(model, chunk_size=5)
@@ -93,7 +93,7 @@ def train(shapes):
 
 
 def roll_out(shapes):
-  """Rollout, weighing and two REINFORCE steps on each mesh, and on one device."""
+  """Rollout, advantages and two REINFORCE steps on each mesh, and on one device."""
   import jax
   import numpy as np
   import optax
@@ -104,13 +104,13 @@ def roll_out(shapes):
   from dpr_jax.rollout import make_rollout_step
   from dpr_jax.training import TrainState, make_train_step
 
-  draw = np.random.default_rng(5)
+  rng = np.random.default_rng(5)
   lengths = np.array([4, 1, 0, 3, 2, 4, 1, 3], np.int32)
-  prompts = PromptBatch(tokens=draw.integers(0, 38, (8, 4)).astype(np.int32), lengths=lengths)
+  prompts = PromptBatch(tokens=rng.integers(0, 38, (8, 4)).astype(np.int32), lengths=lengths)
   runs = []
   for shape in [(1, 1, 1), *shapes]:
     mesh, model, _, _, _ = _setup(shape, jax.devices()[: int(np.prod(shape))])
-    optimizer = optax.sgd(0.1)  # Adam would divide rounding by the size of a small gradient.
+    optimizer = optax.sgd(0.1)  # Adam would amplify the rounding of small gradients.
     with jax.set_mesh(mesh):
       policy, sft, ref = (_variables(model, mesh, seed) for seed in (0, 1, 2))
       rollout_step = make_rollout_step(model, max_new_tokens=6, stop_ids=(1, 2, 3), chunk_size=4)
@@ -142,7 +142,7 @@ def roll_out(shapes):
 
 
 def save_and_restore(directory, shapes):
-  """Saves on the first mesh, restores on the others; True where every bit agrees."""
+  """Saves on the first mesh and restores on the others; True if all bits are equal."""
   import jax
   import numpy as np
   import optax
@@ -154,10 +154,10 @@ def save_and_restore(directory, shapes):
   from dpr_jax.training.steps import abstract_state
 
   axes = {"table": ("vocab", "embed"), "kernel": ("layers", "embed", "heads", "head_dim")}
-  draw = np.random.default_rng(0)
+  rng = np.random.default_rng(0)
   values = {
-      "table": draw.normal(size=(40, 16)).astype(np.float32),
-      "kernel": draw.normal(size=(3, 16, 4, 2)).astype(np.float32),
+      "table": rng.normal(size=(40, 16)).astype(np.float32),
+      "kernel": rng.normal(size=(3, 16, 4, 2)).astype(np.float32),
   }
   optimizer, key = optax.adamw(0.1), jax.random.key(3)
   carried = {"ema": True, "control": {"beta": 0.7}}
@@ -176,7 +176,7 @@ def save_and_restore(directory, shapes):
             {"params": jax.device_put(values, own)}, optimizer, key, **carried
         )
         moments = jax.tree.map(
-            lambda x: x + 1 if x.ndim else x, state.opt_state  # not the zeros of a fresh start.
+            lambda x: x + 1 if x.ndim else x, state.opt_state  # Not the zeros of a new state.
         )
         state = state.replace(opt_state=moments)
         with Checkpoints(directory) as checkpoints:
@@ -197,9 +197,9 @@ def save_and_restore(directory, shapes):
 
 
 def _quiet(stderr):
-  """The partitioner says so when it must gather a whole array: none of our programs may."""
-  for complaint in ("Involuntary full rematerialization", "not used: donated"):
-    assert complaint not in stderr, stderr
+  """Checks that the partitioner gathered no whole array and that all donations were used."""
+  for warning in ("Involuntary full rematerialization", "not used: donated"):
+    assert warning not in stderr, stderr
 
 
 @pytest.mark.parametrize("meshes", [MESHES, pytest.param(MORE_MESHES, marks=pytest.mark.slow)],
@@ -227,13 +227,13 @@ def test_rollouts_on_a_mesh_equal_one_device(run_on_devices, meshes):
   assert len(set(alone["lengths"])) > 2
   for shape, run in zip(meshes, sharded, strict=True):
     assert run["tokens"] == alone["tokens"] and run["lengths"] == alone["lengths"], shape
-    assert run["refilled"] == alone["refilled"], f"{shape}: refilled slots drew other tokens"
+    assert run["refilled"] == alone["refilled"], f"{shape}: refilled slots sampled other tokens"
     both = (run["rewards"] + run["refilled_rewards"], alone["rewards"] + alone["refilled_rewards"])
     for ours, theirs in zip(*both, strict=True):
       assert ours == pytest.approx(theirs, abs=1e-5), shape
     for ours, theirs in zip(run["losses"], alone["losses"], strict=True):
       assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6), shape
-    assert all(run["by_rows"]), f"{shape}: rollouts are not laid out by rows"
+    assert all(run["by_rows"]), f"{shape}: rollouts are not sharded by rows"
     assert run["compilations"] == 1, shape
   _quiet(done.stderr)
 
