@@ -10,7 +10,7 @@ and the model only names logical axes:
 
 A logical axis that a mesh axis does not divide (8 KV heads on tensor=16, a
 vocabulary of 261) is replicated rather than refused, so that one config runs on
-any mesh; `check_batch` refuses what cannot be replicated: the batch.
+any mesh; `check_rows` refuses what cannot be replicated: the rows of a batch.
 """
 
 from collections.abc import Sequence
