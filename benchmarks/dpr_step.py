@@ -137,7 +137,7 @@ class Workload(common.Workload):
     )
 
     def call():
-      # The sampling key is made of the step: all variants and rounds draw the same lengths.
+      # The sampling key is made of the step: all variants and rounds sample the same lengths.
       zero = jax.device_put(np.int32(0), self.state.step.sharding)
       self.state, metrics = dpr_step(self.state.replace(step=zero), prompts)
       return self.state, metrics

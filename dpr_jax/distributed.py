@@ -1,4 +1,4 @@
-"""Joining a multi-process run: the first thing a door does, before JAX sees a device.
+"""Joining a multi-process run: the first thing an entry point does, before JAX sees a device.
 
 One process needs nothing. A run of several processes is described by three
 variables, which launch/local_multiprocess.sh sets and any other launcher can:

@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Iterator
 
 
-
 class UserError(ValueError):
   """Bad input: one line that names the place and what would be right."""
 

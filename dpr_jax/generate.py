@@ -1,10 +1,14 @@
-"""Responses of a model to a file of prompts.
+r"""Responses of a model to a file of prompts.
 
     python -m dpr_jax.generate --model=CKPT --input=PROMPTS.jsonl --output=OUT.jsonl
 
 Reads lines {"prompt": str} or {"messages": [...]} (a closing assistant turn is left out) and adds
 "response", "length" (tokens, EOS included) and "hit_eos", false where --max_new_tokens cut the
 response off. With --samples=N each line appears N times, in the order of the prompts.
+
+--stop=STRING, which may be repeated, ends a response as soon as its text contains STRING, for
+example --stop=$'\n\nQuestion:' after a few-shot prompt. "response" is the text before the string,
+and "hit_eos" is true; "length" still counts the tokens of the string.
 """
 
 from collections.abc import Sequence
@@ -24,6 +28,8 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_integer("top_k", 0, "0 keeps all tokens.", flag_values=values)
   flags.DEFINE_float("top_p", 1.0, "1 keeps all tokens.", flag_values=values)
   flags.DEFINE_integer("max_new_tokens", 256, "Per response.", lower_bound=1, flag_values=values)
+  flags.DEFINE_multi_string("stop", [], "Ends a response at this text, which is left out; may be "
+                            "repeated.", flag_values=values)
   flags.DEFINE_integer("samples", 1, "Responses per prompt.", lower_bound=1, flag_values=values)
   flags.DEFINE_integer("seed", 0, "Of the sampling.", flag_values=values)
   models_cli.define_model_flags(values, "Responses decoded")
@@ -44,8 +50,11 @@ def main(argv: Sequence[str]) -> None:
   from dpr_jax.evaluation.responses import Responder, response_text
   from dpr_jax.loading import load_checkpoint
   from dpr_jax.rollout import Sampling
+  from dpr_jax.rollout.stop_strings import check_stop_strings
   from dpr_jax.workdir import write_lines
 
+  with naming("--stop"):
+    check_stop_strings(values.stop)
   with naming("--temperature, --top_k, --top_p"):
     sampling = Sampling(values.temperature, values.top_k, values.top_p)
   with models_cli.model_mesh(values) as (mesh, dtype):
@@ -65,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
       )
     responder = Responder(
         loaded.model, mesh, values.batch_size, -(-longest // 32) * 32, values.max_new_tokens,
-        loaded.stop_ids,
+        loaded.stop_ids, tuple(values.stop), loaded.tokenizer,
     )
     with models_cli.bar("generate", len(prompts) * values.samples, "response") as progress:
       responses = responder.respond(
@@ -74,10 +83,13 @@ def main(argv: Sequence[str]) -> None:
       )
   records = []
   for i, response in enumerate(responses):
-    text = response_text(loaded.tokenizer, response.tokens, response.hit_eos, loaded.stop_ids)
+    text = response_text(
+        loaded.tokenizer, response.tokens, response.hit_eos, loaded.stop_ids, values.stop
+    )
     records.append({
         **items[i // values.samples][1],
         "response": text,
+        "token_ids": [int(t) for t in response.tokens],
         "length": len(response.tokens),
         "hit_eos": response.hit_eos,
     })

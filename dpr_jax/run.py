@@ -1,4 +1,4 @@
-"""One seed of a run: what everything in it shares, how it is set up, and the checks of its input."""
+"""One seed of a run: what everything in it shares, its set-up, and the checks of its input."""
 
 import dataclasses
 import functools
@@ -299,7 +299,8 @@ def set_up(
   if like is not None and same(config) == same(like.config):
     data = like.data
   else:
-    data = build_dataset(config.data, tokenizer, config.seed)
+    with naming("config.data"):
+      data = build_dataset(config.data, tokenizer, config.seed)
   skip, found = config.eval.skip_prompts, len(data.heldout.tokens)
   if skip >= found:
     raise UserError(

@@ -5,11 +5,13 @@
 Reads lines {"prompt": str, "response": str} or {"messages": [...]} that end with the assistant, and
 adds to each "tokens", "token_rewards", "logp_sft", "logp_ref" (over the response tokens, EOS
 included) and "reward", their sum. The order of lines is kept. A line with "hit_eos": false (see
-dpr_jax.generate) was cut off: its response has no EOS.
+dpr_jax.generate) was cut off: its response has no EOS. A line with "token_ids" is scored on exactly
+those.
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -29,6 +31,23 @@ def define(values: flags.FlagValues) -> None:
   models_cli.define_model_flags(values, "Responses scored")
 
 
+def _given_ids(line: Mapping[str, Any], vocab_size: int, where: str) -> list[int] | None:
+  """"token_ids" of a line, None without.
+
+  Raises:
+    UserError: they are no ids of the model.
+  """
+  ids = line.get("token_ids")
+  if ids is None:
+    return None
+  known = isinstance(ids, list) and ids and all(
+      isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size for i in ids
+  )
+  if not known:
+    raise UserError(f"{where}: field 'token_ids' must be a list of token ids below {vocab_size}")
+  return ids
+
+
 def main(argv: Sequence[str]) -> None:
   values = cli.parse_flags(
       argv, entry_point="dpr_jax.score", doc=__doc__, define=define,
@@ -42,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
   demos = read_demos(values.input).demos  # One per record: an empty response is an error here.
   lines = [record for record, _ in iter_records(values.input)]
   import jax
+  import numpy as np
 
   from dpr_jax.data.templates import encode_response, render_prompt
   from dpr_jax.evaluation.scoring import Scorer, score_record
@@ -52,10 +72,11 @@ def main(argv: Sequence[str]) -> None:
     tokenizer, template = sft.tokenizer, values.template or sft.template
     limit = values.max_length or sft.model.cfg.max_length
     prompts, responses = [], []
-    for demo in demos:
+    for demo, line in zip(demos, lines, strict=True):
       prompts.append(render_prompt(demo.prompt, tokenizer, template, demo.source))
+      ids = _given_ids(line, sft.model.cfg.vocab_size, demo.source)
       responses.append(
-          encode_response(
+          np.asarray(ids, np.int32) if ids else encode_response(
               demo.response, demo.prompt, tokenizer, template, demo.source, demo.ended
           )
       )

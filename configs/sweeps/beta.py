@@ -1,4 +1,4 @@
-"""The weight of the KL to SFT; 1 / beta is the extrapolation strength, of training-free baselines too.
+"""The weight of the KL to SFT; 1 / beta is the strength of all extrapolation.
 
 python -m dpr_jax.main --config=configs/sweeps/beta.py --workdir=runs/beta
 """

@@ -1,4 +1,4 @@
-"""The flags of all entry points: absl's, with --config=FILE and --config.FIELD=VALUE where wanted."""
+"""The flags of all entry points: absl's, with --config=FILE and --config.FIELD=VALUE."""
 
 import difflib
 import re

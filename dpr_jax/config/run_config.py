@@ -1,4 +1,4 @@
-"""The config of a run: made by `default_config`, changed by files and flags, checked by `resolve`."""
+"""The config of a run: its defaults, its checks, and what may differ when it is resumed."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ class RunConfig:
   methods: Mapping[str, Any] = slots("dpr_jax.methods", "ways to answer, by the name of the system")
   compare: tuple[str, ...] = setting(
       ("low_temperature", "contrastive", "weight_extrapolation", "continued_sft", "dpr"),
-      "names of methods: what this run trains, evaluates and compares; the last is what it is about",
+      "names of methods: what this run trains, evaluates and compares; the last is its subject",
   )
   eval: EvalSection = section(EvalSection)
   sweep: SweepSection = section(SweepSection)

@@ -126,7 +126,7 @@ class Budget:
   """What every method trains with, unless it says otherwise: so comparisons are fair."""
 
   steps: int = setting(100, "updates after SFT", low=1)
-  batch_size: int = setting(64, "rows per step: rollouts, demonstrations, or halves of pairs", low=1)
+  batch_size: int = setting(64, "rows per step: rollouts, demonstrations, sides of pairs", low=1)
   accumulation: int = setting(1, "micro-batches per step", low=1)
   max_new_tokens: int = setting(
       24, "response tokens per row, sampled, or kept of a demonstration", low=1

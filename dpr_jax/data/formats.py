@@ -402,7 +402,7 @@ def split_holdout(
     UserError: `holdout` leaves nothing to train on, or one prompt fills the whole file.
   """
   if not 0 <= holdout < len(demos):
-    raise UserError(f"data.holdout={holdout} must be at least 0 and below {len(demos)}, the number "
+    raise UserError(f"holdout={holdout} must be at least 0 and below {len(demos)}, the number "
                     "of demonstrations")
   keys = [prompt_key(demo) for demo in demos]
   sizes = collections.Counter(keys)
@@ -415,7 +415,7 @@ def split_holdout(
       break
     held[key] = []
   if holdout and not held:
-    raise UserError(f"data.holdout={holdout} is smaller than the {min(sizes.values())} "
+    raise UserError(f"holdout={holdout} is smaller than the {min(sizes.values())} "
                     "demonstrations that share one prompt")
   train = []
   for demo, key in zip(demos, keys):

@@ -30,7 +30,7 @@ _THREADS, _PREFETCH = 2, 8  # Assembling a batch is a few copies: more threads o
 class Batches(Generic[BatchT]):
   """Endless, resumable iterator over global batches.
 
-  The whole state is the step of the next batch. An item is drawn once per epoch in an order that
+  The whole state is the step of the next batch. Every item occurs once per epoch, in an order that
   changes from epoch to epoch; batches run across the border of epochs.
   """
 
@@ -44,7 +44,7 @@ class Batches(Generic[BatchT]):
   ):
     """Args:
       gather: item indices, int64 [batch_size] -> batch. Called from other threads.
-      n_items: number of items to draw from.
+      n_items: number of items.
       batch_size: rows of the global batch.
     """
     import grain  # Takes a second to import: only who iterates pays for it.
@@ -119,7 +119,7 @@ def pad_prompts(prompts: Sequence[np.ndarray], prompt_length: int) -> PromptBatc
   lengths = np.asarray([len(p) for p in prompts], np.int32)
   for i, prompt in enumerate(prompts):
     if len(prompt) > prompt_length:
-      raise UserError(f"prompt {i} has {len(prompt)} tokens; data.prompt_length={prompt_length} "
+      raise UserError(f"prompt {i} has {len(prompt)} tokens; prompt_length={prompt_length} "
                       "must be at least that")
     tokens[i, : len(prompt)] = prompt
   return PromptBatch(tokens=tokens, lengths=lengths)
@@ -138,7 +138,7 @@ def prompt_width(longest: int, limit: int) -> int:
     UserError: a prompt is longer than `limit`.
   """
   if longest > limit:
-    raise UserError(f"a prompt has {longest} tokens; data.prompt_length={limit} must be at least "
+    raise UserError(f"a prompt has {longest} tokens; prompt_length={limit} must be at least "
                     "that")
   step = max(-(-limit // _WIDTHS), _LEAST_WIDTH)
   return min(limit, max(1, -(-longest // step)) * step)
@@ -205,8 +205,8 @@ def make_prompts(
       kept.append(demo)
     elif overlong == "error":
       raise UserError(f"{demo.source or 'prompt'}: {len(prompt)} tokens exceed "
-                      f"data.prompt_length={prompt_length}; raise it, or drop overlong prompts")
+                      f"prompt_length={prompt_length}; raise it, or drop overlong prompts")
   if not kept:
     raise UserError(f"no prompt left: {len(demos)} given, none within "
-                    f"data.prompt_length={prompt_length}")
+                    f"prompt_length={prompt_length}")
   return Prompts(tokens, kept, len(demos) - len(kept))

@@ -2,7 +2,7 @@
 
 They let a byte-level decoder of about a million parameters learn something in
 minutes on a CPU. Half of the kinds have exactly one right answer; the other half
-have many, drawn uniformly (free order, free choice, free phrasing), because an
+have many, sampled uniformly (free order, free choice, free phrasing), because an
 expert who answers in many ways is where imitation and reward differ.
 
 Which prompts are held out is a property of the prompt alone, a hash of its

@@ -1,6 +1,6 @@
 """Area under the ROC curve by ranks, with an interval over groups and seeds.
 
-    AUC = P(low < high) + P(low = high) / 2,   low and high drawn each from its own values:
+    AUC = P(low < high) + P(low = high) / 2,   low and high sampled each from its own values:
 
 the Mann-Whitney statistic over the number of pairs (Hanley and McNeil, 1982).
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from dpr_jax.evaluation.statistics import LEVEL, t_quantile
 
-DRAWS = 1_000  # bootstrap samples of an interval.
+RESAMPLES = 1_000  # bootstrap samples of an interval.
 
 # Values that should rank low and values that should rank high in one demonstration: [P], [N].
 Group = tuple[np.ndarray, np.ndarray]
@@ -57,15 +57,15 @@ def _weighted(low_rank, high_rank, low_weight=None, high_weight=None) -> float:
 def auc_interval(per_seed: Sequence[Sequence[Group]], *, seed: int = 0) -> dict[str, object]:
   """AUC over all groups (demonstrations), mean over seeds, with a 95% bootstrap interval.
 
-  Whole groups are drawn, because values of one group are not independent; all seeds draw the same
-  ones. One seed: percentiles of the draws, which speak of that one trained model. Several: the
-  variance of the draws' means plus that of the mean of the seeds' areas, with Satterthwaite's
-  degrees of freedom (see `statistics`); a little wide, because the noise of the groups within a
-  seed is in both.
+  Whole groups are resampled, because values of one group are not independent; all seeds get the
+  same ones. One seed: percentiles of the resamples, which speak of that one trained model.
+  Several: the variance of the resamples' means plus that of the mean of the seeds' areas, with
+  Satterthwaite's degrees of freedom (see `statistics`); a little wide, because the noise of the
+  groups within a seed is in both.
 
   Args:
     per_seed: for each seed its groups; the i-th is of the same demonstration in every seed.
-    seed: of the draws.
+    seed: of the resamples.
 
   Returns:
     mean, ci95 [low, high] within [0, 1] (NaN where unknown), n (groups in all seeds together).
@@ -73,35 +73,35 @@ def auc_interval(per_seed: Sequence[Sequence[Group]], *, seed: int = 0) -> dict[
   Raises:
     ValueError: no seed, or seeds with different numbers of groups.
   """
-  areas, draws = _all_areas(per_seed, seed)
-  return _interval(areas, draws, len(per_seed[0]), 0.0)
+  areas, resampled = _all_areas(per_seed, seed)
+  return _interval(areas, resampled, len(per_seed[0]), 0.0)
 
 
 def auc_difference(
     a_per_seed: Sequence[Sequence[Group]], b_per_seed: Sequence[Sequence[Group]], *, seed: int = 0
 ) -> dict[str, object]:
-  """AUC of a less that of b on the same groups, paired: both see the same draws of groups.
+  """AUC of a minus that of b on the same groups, paired: both see the same resamples of groups.
 
   Returns and raises as `auc_interval`.
   """
-  (a, a_draws), (b, b_draws) = (_all_areas(x, seed) for x in (a_per_seed, b_per_seed))
+  (a, a_resampled), (b, b_resampled) = (_all_areas(x, seed) for x in (a_per_seed, b_per_seed))
   if a.shape != b.shape or len(a_per_seed[0]) != len(b_per_seed[0]):
     raise ValueError("a and b must be paired: as many seeds and groups in one as in the other")
-  return _interval(a - b, a_draws - b_draws, len(a_per_seed[0]), -1.0)
+  return _interval(a - b, a_resampled - b_resampled, len(a_per_seed[0]), -1.0)
 
 
 def _all_areas(per_seed, seed: int) -> tuple[np.ndarray, np.ndarray]:
-  """(area of each seed [S], areas of its draws [S, DRAWS])."""
+  """(area of each seed [S], areas of its resamples [S, RESAMPLES])."""
   if not per_seed or len({len(groups) for groups in per_seed}) != 1:
     raise ValueError("give at least one seed, and as many groups in each as in the others")
   found = [_areas(groups, np.random.default_rng(seed)) for groups in per_seed]
-  return np.array([area for area, _ in found]), np.stack([drawn for _, drawn in found])
+  return np.array([area for area, _ in found]), np.stack([areas for _, areas in found])
 
 
-def _interval(areas: np.ndarray, draws: np.ndarray, count: int, lowest: float) -> dict[str, object]:
+def _interval(areas: np.ndarray, resampled: np.ndarray, count: int, lowest: float):
   mean = float(areas.mean())
   out = {"mean": mean, "ci95": [math.nan, math.nan], "n": count * len(areas)}
-  means = draws.mean(axis=0)
+  means = resampled.mean(axis=0)
   means = means[np.isfinite(means)]
   if math.isnan(mean) or count < 2 or not len(means):
     return out
@@ -119,15 +119,15 @@ def _interval(areas: np.ndarray, draws: np.ndarray, count: int, lowest: float) -
 
 
 def _areas(groups: Sequence[Group], rng: np.random.Generator) -> tuple[float, np.ndarray]:
-  """(area, areas of DRAWS bootstrap samples of the groups)."""
+  """(area, areas of RESAMPLES bootstrap samples of the groups)."""
   low_group = np.repeat(np.arange(len(groups)), [len(low) for low, _ in groups])
   high_group = np.repeat(np.arange(len(groups)), [len(high) for _, high in groups])
   join = lambda side: np.concatenate([np.zeros(0), *(group[side] for group in groups)])
   ranks = _ranked(join(0), join(1))
   if not len(low_group) or not len(high_group):
-    return math.nan, np.full(DRAWS, math.nan)
-  drawn = np.empty(DRAWS)
-  for i in range(DRAWS):
+    return math.nan, np.full(RESAMPLES, math.nan)
+  resampled = np.empty(RESAMPLES)
+  for i in range(RESAMPLES):
     times = np.bincount(rng.integers(0, len(groups), len(groups)), minlength=len(groups))
-    drawn[i] = _weighted(*ranks, times[low_group], times[high_group])
-  return _weighted(*ranks), drawn
+    resampled[i] = _weighted(*ranks, times[low_group], times[high_group])
+  return _weighted(*ranks), resampled

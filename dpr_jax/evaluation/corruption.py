@@ -65,18 +65,18 @@ def corrupt_responses(
     benchmark: Benchmark,
     seed: int = 0,
 ) -> list[Corruption]:
-  """Replaces one token of each response, at a uniformly drawn place, by a wrong one.
+  """Replaces one token of each response, at a uniformly random place, by a wrong one.
 
-  The other token is drawn by its frequency in the responses to the same task (in all of them, for a
-  file), among those of the same kind of characters where one is wrong there, else among all. Wrong
-  is what the task's checker refuses; in a file, what differs from the response word for word after
+  The other token is sampled by its frequency in the responses to the same task (of a file, in all
+  of them), among those of the same kind of characters where one is wrong there, else among all.
+  Wrong is what the task's checker refuses; in a file, what differs from the response after
   the normalization of SQuAD. Of GSM8K a token with a digit is replaced, where there
   is one. Special tokens stay. A response of which no token can be made wrong is left out.
 
   Args:
     demos, responses: demonstrations and their token ids, int32 [T_i], EOS included.
     benchmark: that judges the run's responses.
-    seed: of the draws; the i-th depends on the seed, i and the pool only.
+    seed: of the choices; the i-th depends on the seed, i and the pool only.
   """
   special = {*stop_ids, *tokenizer.all_special_ids}
   pools: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
@@ -90,9 +90,7 @@ def corrupt_responses(
     places = [t for t, token in enumerate(tokens) if int(token) not in special]
     numbers = [t for t in places if kinds_of[int(tokens[t])][1] == "digit"]
     places = numbers if numbers and benchmark.kind == "gsm8k" else places
-    read = lambda ids: response_text(
-        tokenizer, ids, int(ids[-1]) in stop_ids, stop_ids
-    )
+    read = lambda ids: response_text(tokenizer, ids, int(ids[-1]) in stop_ids, stop_ids)
     wrong = _wrong(demo, read, benchmark)
     found = _first_wrong(tokens, places, pools[demo.task], kinds_of, rng, wrong)
     if found is not None:
@@ -118,7 +116,7 @@ def _wrong(demo: Demo, read: Callable, benchmark: Benchmark) -> Callable[[np.nda
 
 
 def _first_wrong(tokens, places, pool, kinds, rng, wrong) -> tuple[int, np.ndarray] | None:
-  """(place, corrupted tokens) of the first draw that is wrong, None if there is none."""
+  """(place, corrupted tokens) of the first choice that is wrong, None if there is none."""
   for t in rng.permutation(np.asarray(places, np.int64)):
     original = int(tokens[t])
     others = sorted(c for c in pool if c != original)

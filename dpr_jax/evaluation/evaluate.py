@@ -36,7 +36,7 @@ def systems_of(run: Any) -> list[System]:
   return [
       System("base", "Base model", load=lambda: (run.initial_variables(run.dtype),)),
       # Of several models, the geometric mean answers.
-      System("ref", "Reference", load=lambda: run.reference().members, weights=(1.0 / refs,) * refs),
+      System("ref", "Reference", lambda: run.reference().members, weights=(1.0 / refs,) * refs),
       System("sft", "SFT", load=lambda: (run.sft(),)),
       *(method.system(run, name) for name, method in run.config.compared().items()),
   ]

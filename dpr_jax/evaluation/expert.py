@@ -121,7 +121,7 @@ def score_against_expert(
 def equal_length_logp(
     logp: Sequence[Sequence[float]], other: Sequence[Sequence[float]]
 ) -> np.ndarray:
-  """Mean log pi_expert of the first m_i tokens of response i, nats a token, float64 [prompts].
+  """Mean log pi_expert of the first m_i tokens of response i, nats per token, float64 [prompts].
 
   Args:
     logp: log pi_expert of the tokens of a system's response to each prompt.

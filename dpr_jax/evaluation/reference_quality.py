@@ -70,8 +70,8 @@ def measure_reference(run: Any) -> None:
     for i, c in enumerate(candidates):
       mark = ", chosen" if i == record.get("chosen") else ""
       print(
-          f"{c['text']}: KL(sft || ref) {c['kl']:.3f} +- {c['kl_se']:.3f} nats per response, mean / "
-          f"std of token rewards {c['snr']:.3f}, AUC of corrupted tokens {c['auc']:.3f}{mark}",
+          f"{c['text']}: KL(sft || ref) {c['kl']:.3f} +- {c['kl_se']:.3f} nats per response, mean "
+          f"/ std of token rewards {c['snr']:.3f}, AUC of corrupted tokens {c['auc']:.3f}{mark}",
           file=sys.stderr,
       )
 

@@ -2,7 +2,7 @@
 
 With the baseline-relative reward, no transforms and no discount, `returns=reward_to_go` heads for
 pi*(y | x) proportional to pi_sft(y | x) (pi_sft(y | x) / pi_ref(y | x))^alpha, alpha = 1 / beta. Of
-n responses of pi_sft, one drawn with a probability proportional to (pi_sft / pi_ref)^alpha follows
+n responses of pi_sft, one sampled with probability proportional to (pi_sft / pi_ref)^alpha follows
 pi* as n grows. It costs n responses an answer and no training: what an optimizer of that objective
 could reach, had it arrived. (`returns=per_token` heads for contrastive decoding instead.)
 
@@ -19,11 +19,11 @@ from dpr_jax.evaluation.responses import Response
 from dpr_jax.evaluation.scoring import Scorer
 from dpr_jax.evaluation.systems import System
 from dpr_jax.references.base import Reference
-from dpr_jax.rollout.drawing import Sampling
+from dpr_jax.rollout.sampling import Sampling
 
 
 def importance_weights(log_ratio_GxN: np.ndarray, alpha: float) -> np.ndarray:
-  """Normalised weights of N responses to each of G prompts, float64 [G, N].
+  """Normalized weights of N responses to each of G prompts, float64 [G, N].
 
   Args:
     log_ratio_GxN: log pi_sft - log pi_ref of whole responses, nats.
@@ -35,7 +35,7 @@ def importance_weights(log_ratio_GxN: np.ndarray, alpha: float) -> np.ndarray:
 
 
 def effective_samples(w_GxN: np.ndarray) -> np.ndarray:
-  """1 / sum w^2 of normalised weights, float64 [G], in [1, N]."""
+  """1 / sum w^2 of normalized weights, float64 [G], in [1, N]."""
   return 1.0 / np.square(w_GxN).sum(axis=1)
 
 

@@ -1,6 +1,7 @@
 """Responses of one or several models to a list of prompts, batch by batch."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from dpr_jax import sharding
 from dpr_jax.data.batches import PromptBatch
 from dpr_jax.data.loader import pad_prompts, prompt_width
 from dpr_jax.evaluation.scoring import Scorer
-from dpr_jax.rollout.drawing import ON_POLICY, Sampling
 from dpr_jax.rollout.sampler import generate
+from dpr_jax.rollout.sampling import ON_POLICY, Sampling
+from dpr_jax.rollout.stop_strings import build_stop_strings
 
 _generate = jax.jit(
     generate,
@@ -28,8 +30,8 @@ _WAVE = 4  # batches of prompts that one program answers, refilling its slots.
 class Response:
   """What a model answered."""
 
-  tokens: np.ndarray  # int32 [T], the EOS included where there is one.
-  hit_eos: bool  # False: cut off at max_new_tokens.
+  tokens: np.ndarray  # int32 [T], with the token that ended the response, if one did.
+  hit_eos: bool  # Ended by a stop id or a stop string; False: truncated at max_new_tokens.
   logp: float  # of the whole response under the sampled distribution's logits, nats.
 
 
@@ -45,9 +47,17 @@ class Responder:
   prompt_length: int  # tokens of the longest prompt.
   max_new_tokens: int
   stop_ids: tuple[int, ...]
+  stop_strings: tuple[str, ...] = ()  # that end a response as well; see `rollout.stop_strings`.
+  tokenizer: Any = None  # of the model; only stop strings need it.
 
   def __post_init__(self):
     sharding.check_rows(self.mesh, "batch_size", self.batch_size)
+
+  @functools.cached_property
+  def _stops(self) -> Any:
+    """The stop strings as the decode loop takes them; None if there are none."""
+    stops = build_stop_strings(self.tokenizer, self.model.cfg.vocab_size, self.stop_strings)
+    return stops and jax.device_put(stops, sharding.replicated(self.mesh))
 
   @property
   def scorer(self) -> Scorer:
@@ -96,6 +106,7 @@ class Responder:
               weights=tuple(weights),
               samples_per_prompt=n,
               slots=self.batch_size,
+              stop_strings=self._stops,
           )
       )
       for row, i in enumerate(i * n + j for i in chosen for j in range(n)):
@@ -112,10 +123,23 @@ def compilations() -> int:
 
 
 def response_text(
-    tokenizer: Any, tokens: Sequence[int], hit_eos: bool, stop_ids: Sequence[int]
+    tokenizer: Any,
+    tokens: Sequence[int],
+    hit_eos: bool,
+    stop_ids: Sequence[int],
+    stop_strings: Sequence[str] = (),
 ) -> str:
-  """The text of a response, without the token that ended it."""
+  """The text of a response, up to what ended it.
+
+  Args:
+    tokens: its token ids, with the stop id if one ended it.
+    hit_eos: whether the response ended; False if it was truncated.
+    stop_ids: the last token is left out if it is one of these.
+    stop_strings: the text is cut before the earliest occurrence of any of them.
+  """
   tokens = [int(t) for t in tokens]
   if hit_eos and tokens and tokens[-1] in stop_ids:
     tokens = tokens[:-1]
-  return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+  text = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+  found = [text.find(string) for string in stop_strings]
+  return text[: min((at for at in found if at >= 0), default=None)]

@@ -87,7 +87,8 @@ class Scorer:
     Returns:
       The tree of each response, numpy [T_i].
     """
-    rows = [np.concatenate([p, r]).astype(np.int32) for p, r in zip(prompts, responses, strict=True)]
+    pairs = zip(prompts, responses, strict=True)
+    rows = [np.concatenate([p, r]).astype(np.int32) for p, r in pairs]
     out: list[Any] = [None] * len(rows)
     # The longest first: a memory error comes at once.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))

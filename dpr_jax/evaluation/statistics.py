@@ -15,22 +15,21 @@ prompts are shared, what they add to every seed alike is counted too. The interv
 narrower than that of the prompts alone, were all seeds the same model. Bootstrapping three seeds
 cannot do this: percentile intervals of 3 values cover 95% in name and about 75% in fact.
 
-Everything here is numpy and the standard library; only `compare` draws random numbers, from a
-seed of its own.
+Only `compare` uses random numbers, from a seed of its own.
 """
 
 import functools
 import itertools
 import math
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import scipy.stats
 
 LEVEL = 0.95
-_Z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
-DRAWS = 9_999  # sign flips of a Monte Carlo permutation test; its smallest p is 1 / (DRAWS + 1).
+_Z = float(scipy.stats.norm.ppf((1 + LEVEL) / 2))
+FLIPS = 9_999  # sign flips of a Monte Carlo permutation test; its smallest p is 1 / (FLIPS + 1).
 _EXACT = 14  # differences up to which all 2^n sign flips are tried.
 
 
@@ -77,16 +76,16 @@ def compare(
   and Min (2005), which keeps its coverage where few prompts differ.
 
   One seed: p is of the sign-flip permutation test over prompts, that is the exact McNemar test for
-  scores of 0 or 1, exact for up to 14 differing prompts, else with 9,999 draws and one added to
+  scores of 0 or 1, exact for up to 14 differing prompts, else with 9,999 samples and one added to
   both counts. Several seeds: p is of the t test that belongs to the interval, because three seeds
   have only 8 sign flips, and is given as at least 1 / 10,000. It is never 0.
 
   Args:
     a_per_seed, b_per_seed: for each seed, the value of each prompt, [P], in the same order.
-    seed: of the Monte Carlo draws.
+    seed: of the Monte Carlo samples.
 
   Returns:
-    difference (mean of a less mean of b, over seeds), ci95 [low, high], p (two-sided).
+    difference (mean of a minus mean of b, over seeds), ci95 [low, high], p (two-sided).
 
   Raises:
     ValueError: different numbers of seeds, or of prompts in a seed, or as in `interval`.
@@ -104,17 +103,18 @@ def compare(
     h = math.sqrt(0.5)
     padded = [np.append(d, [h, -h]) for d in differences]
   variances = _variances(padded)
-  # The mean of the padded differences, towards 0 by n / (n + 2): the centre of their interval.
-  centre = float(np.mean([d.mean() for d in padded]))
+  # The mean of the padded differences, towards 0 by n / (n + 2): the center of their interval.
+  center = float(np.mean([d.mean() for d in padded]))
   half = max((math.sqrt(v) * t_quantile(df) for v, df in variances), default=math.nan)
   if len(differences) == 1:
     p = _sign_flip_p(differences[0], seed)
   elif not np.any([np.any(d != 0) for d in differences]):
     p = 1.0
   else:
-    p = max(_t_tail(abs(centre) / math.sqrt(v), df) if v > 0 else 0.0 for v, df in variances)
-    p = max(p, 1 / (DRAWS + 1))
-  return {"difference": difference, "ci95": [centre - half, centre + half], "p": p}
+    tail = lambda t, df: 2 * float(scipy.stats.t.sf(t, df))
+    p = max(tail(abs(center) / math.sqrt(v), df) if v > 0 else 0.0 for v, df in variances)
+    p = max(p, 1 / (FLIPS + 1))
+  return {"difference": difference, "ci95": [center - half, center + half], "p": p}
 
 
 def _checked(per_seed: Sequence[np.ndarray], name: str) -> list[np.ndarray]:
@@ -167,14 +167,14 @@ def _wilson(mean: float, values: list[np.ndarray]) -> list[float]:
     widest = [(mean * (1 - mean) / v, t_quantile(df)) for v, df in _variances(values) if v > 0]
   bounds = []
   for n, z in widest:
-    centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
+    center = (mean + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    bounds.append((half, [max(0.0, centre - half), min(1.0, centre + half)]))
+    bounds.append((half, [max(0.0, center - half), min(1.0, center + half)]))
   return max(bounds)[1]
 
 
 def _sign_flip_p(differences: np.ndarray, seed: int) -> float:
-  """Two-sided p of the mean difference under random signs; at least 2^-n or 1 / (DRAWS + 1)."""
+  """Two-sided p of the mean difference under random signs; at least 2^-n or 1 / (FLIPS + 1)."""
   d = np.abs(differences[differences != 0])
   n = len(d)
   if not n:
@@ -183,58 +183,22 @@ def _sign_flip_p(differences: np.ndarray, seed: int) -> float:
   observed -= 1e-9 * float(d.sum())  # sums that are equal but for rounding count as equal.
   if np.all(d == d[0]):
     # Equal sizes: the number of positive signs is binomial (McNemar).
-    hits = sum(math.comb(n, k) for k in range(n + 1) if d[0] * abs(2 * k - n) >= observed)
-    return max(hits / 2**n, 5e-324)
+    positive = round((float(differences.sum()) / d[0] + n) / 2)
+    return max(float(scipy.stats.binomtest(positive, n).pvalue), 5e-324)
   if n <= _EXACT:
     signs = np.array(list(itertools.product((-1.0, 1.0), repeat=n)))
     return float(np.mean(np.abs(signs @ d) >= observed))
   rng = np.random.default_rng(seed)
   hits, done = 0, 0
-  while done < DRAWS:
-    count = min(1_000, DRAWS - done)
+  while done < FLIPS:
+    count = min(1_000, FLIPS - done)
     signs = rng.integers(0, 2, (count, n), dtype=np.int8) * 2.0 - 1.0
     hits += int(np.sum(np.abs(signs @ d) >= observed))
     done += count
-  return (hits + 1) / (DRAWS + 1)
-
-
-def _t_tail(t: float, df: float) -> float:
-  """P(|T| >= t) for Student's t: the incomplete beta function I_x(df / 2, 1 / 2)."""
-  return _incomplete_beta(df / 2, 0.5, df / (df + t * t))
-
-
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-  """I_x(a, b) by its continued fraction (DLMF 8.17.22), evaluated with Lentz's method."""
-  if x <= 0 or x >= 1:
-    return float(x >= 1)
-  if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly.
-    return 1 - _incomplete_beta(b, a, 1 - x)
-  log_front = a * math.log(x) + b * math.log1p(-x) - math.log(a)
-  log_front += math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-  tiny = 1e-300
-  c, d = 1.0, 1 / max(1 - (a + b) * x / (a + 1), tiny)
-  fraction = d
-  for m in range(1, 500):
-    even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-    odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-    for term in (even, odd):
-      d = 1 / ((1 + term * d) or tiny)
-      c = (1 + term / c) or tiny
-      fraction *= c * d
-    if abs(c * d - 1) < 1e-15:
-      break
-  return math.exp(log_front) * fraction
+  return (hits + 1) / (FLIPS + 1)
 
 
 @functools.lru_cache(maxsize=1024)
 def t_quantile(df: float) -> float:
   """t such that Student's t lies within [-t, t] with probability LEVEL."""
-  log_scale = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
-  t = 1.9  # left of every root, and the tail is convex: Newton's steps never overshoot.
-  for _ in range(60):
-    density = math.exp(log_scale - (df + 1) / 2 * math.log1p(t * t / df))
-    step = (_t_tail(t, df) - (1 - LEVEL)) / (2 * density)
-    t += step
-    if abs(step) < 1e-12 * t:
-      break
-  return t
+  return float(scipy.stats.t.ppf((1 + LEVEL) / 2, df))

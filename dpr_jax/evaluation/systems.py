@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from dpr_jax.evaluation.responses import Responder, Response
-from dpr_jax.rollout.drawing import Sampling
+from dpr_jax.rollout.sampling import Sampling
 
 MODES = ("sampled", "greedy")
 

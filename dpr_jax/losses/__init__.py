@@ -1,4 +1,4 @@
-"""Objectives, one a file: loss_fn(variables, batch, rng) -> (loss_sum, weight, metrics).
+"""Objectives, one per file: loss_fn(variables, batch, rng) -> (loss_sum, weight, metrics).
 
 Sums, not means: devices and micro-batches add sums and divide once. A metric is a sum,
 or a pair (sum, weight) that is reported as their ratio. To write a new objective, copy

@@ -1,4 +1,4 @@
-"""Dynamic fine-tuning: SFT whose tokens are weighed by their own probability.
+"""Dynamic fine-tuning: SFT whose tokens are weighted by their own probability.
 
     loss = - sum_t m_t stop_gradient(pi(y_t | s_t)) log pi(y_t | s_t)
 
@@ -18,7 +18,7 @@ from dpr_jax.models.logprobs import token_logprobs
 def make_dft_loss(model):
   """Returns loss_fn(variables, batch: SFTBatch, rng) -> (loss_sum, weight, metrics).
 
-  loss_sum: nats, weighed as above and summed over trained tokens; weight: their number, not
+  loss_sum: nats, weighted as above and summed over trained tokens; weight: their number, not
   the sum of the probabilities. Metric `nll`: the plain mean negative log-likelihood, nats.
   """
 

@@ -1,6 +1,6 @@
 """Pairs of a demonstration and a response sampled for its prompt: what SPIN and GSIL compare.
 
-Both losses are functions of two log-ratios a pair, log pi(y) - log pi_k(y) of the demonstration y
+Both losses are functions of two log-ratios per pair, log pi(y) - log pi_k(y) of the demonstration y
 and of the sample y' ~ pi_k, summed over response tokens. pi_k is the previous iterate, frozen.
 """
 
@@ -16,7 +16,7 @@ from dpr_jax.models.logprobs import token_logprobs
 
 @struct.dataclass
 class PairBatch:
-  """Row b of `demos` and of `generated` answer the same prompt. One response a row, not packed.
+  """Row b of `demos` and of `generated` answer the same prompt. One response per row, not packed.
 
   The two may differ in their number of columns. A row without a trained token on either side
   is a filler: it has no weight.

@@ -4,7 +4,7 @@
 
 One update per batch of rollouts, so there is no importance ratio. Advantages are made
 once from the whole batch of rollouts (`reinforce_batch`), before it is split into
-micro-batches; the loss only weighs log-probabilities with them.
+micro-batches; the loss only multiplies log-probabilities by them.
 """
 
 from typing import Any

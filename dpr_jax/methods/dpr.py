@@ -44,7 +44,7 @@ class DPR(TrainedMethod):
       "mask_unsure:NATS, center"
   )
   returns: str = setting(
-      "per_token", "of a token: its own reward, what follows (the paper's), or the whole response's",
+      "per_token", "of a token: its own reward, what follows (the paper's), or the whole response",
       choices=RETURNS,
   )
   gamma: float = setting(1.0, "discount of a reward-to-go", low=0, high=1)

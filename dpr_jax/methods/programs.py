@@ -47,7 +47,7 @@ class Program:
   lower: Callable[[], jax.stages.Lowered]  # call it under the mesh.
   work: TrainWork | RolloutWork
   resident_bytes: float = 0.0  # per device: what is alive but no argument.
-  tokens: int = 0  # trained or sampled per step, for a bound on the speed; 0: not the last of a step.
+  tokens: int = 0  # per step, of the program that ends it; for a bound on the speed.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, where every method starts: milestones are kept, maybe a moving average."""
+"""Supervised fine-tuning, where every method starts."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""A run of its own on part of the demonstrations: the paper's reference, read as "half the data"."""
+"""A run of its own on part of the data: the paper's reference, read as "half of the samples"."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""An earlier checkpoint of the SFT run: the paper's reference, read as "half of the samples seen"."""
+"""A checkpoint midway in SFT: the paper's reference, read as "half of the samples seen"."""
 
 import dataclasses
 

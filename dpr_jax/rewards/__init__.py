@@ -1,4 +1,4 @@
-"""Token rewards, one a file; transforms, returns and advantages as pure functions of [B, T] arrays."""
+"""Token rewards, one per file; transforms, returns, advantages: pure functions of [B, T] arrays."""
 
 from dpr_jax.rewards.base import Reward, RewardFn, Scores, apply_reward, needs
 from dpr_jax.rewards.baseline_relative import BaselineRelative

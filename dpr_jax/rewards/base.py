@@ -4,7 +4,7 @@
       return jnp.where(sft_entropy < 1.0, sft_logp - ref_logp, 0.0)
 
 Whoever computes the reward reads off its signature what has to be computed; a score that is not
-there is an error, never zeros. A reward that a config can name is a `Reward` with such a `__call__`.
+there is an error, never zeros. A reward that a config can name is a `Reward` with a `__call__`.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from dpr_jax.config.fields import Value
 
 @struct.dataclass
 class Scores:
-  """What a reward may ask for, float32 [B, T], aligned with the token judged; None: not computed."""
+  """What a reward may ask for, float32 [B, T], aligned with the token; None: not computed."""
 
   sft_logp: jax.Array | None = None  # log pi_sft(y_t | s_t), nats.
   sft_logsumexp: jax.Array | None = None  # V(s_t) under sft: logsumexp of its logits.
@@ -35,7 +35,7 @@ RewardFn = Callable[..., jax.Array]
 
 
 class Reward(Value):
-  """A reward that a config can name: a frozen dataclass with a `__call__` of the scores it needs."""
+  """A reward that a config can name: a frozen dataclass, called with the scores it needs."""
 
   # The reward of a token depends on its own log-probs alone, so that the same formula gives the
   # reward of every token of the vocabulary, and with it an expectation.

@@ -19,3 +19,6 @@ class BaselineRelative(Reward):
 
   def __call__(self, sft_logp, ref_logp):
     return sft_logp - ref_logp
+
+
+BASELINE_RELATIVE = BaselineRelative()

@@ -36,7 +36,7 @@ def kl_penalized(
 
   With `logp_ref` also - beta_ref (log pi_policy - log pi_ref): a dual KL, which holds the
   policy near ref as well and weakens the extrapolation away from it. A constant for the
-  gradient: returns of it weigh the score function.
+  gradient: returns of it multiply the score function.
   """
   logp_policy = jax.lax.stop_gradient(logp_policy)
   penalty = beta * (logp_policy - logp_sft)

@@ -1,12 +1,12 @@
-"""The decoding batch: slots that feed their last token and draw the next, until rows run out.
+"""The decoding loop: every slot feeds its last token and samples the next one.
 
-Plain: every row has a slot, and the loop ends with the longest response. Queued: fewer slots than
-rows; a slot whose response has ended is given the next row (continuous batching). The loop then
-stops as soon as enough slots are idle, copies the prompts of waiting rows from the prefill into the
-cache, and goes on.
+A plain batch has one slot per row, and the loop ends with the longest response. A queue has fewer
+slots than rows: a slot whose response has ended takes the next waiting row (continuous batching).
+The loop then pauses as soon as enough slots are idle, copies the prompts of waiting rows from the
+prefill into the cache, and resumes. All of this happens on the device.
 
-Dims: G prompts, B rows, K slots, N new tokens at most, V vocabulary, D hidden, L lanes: groups of
-rows and slots that lie on the same devices.
+Dims: G prompts, B rows, K slots, N new tokens at most, V vocabulary, D hidden, L lanes. A lane is a
+group of rows and slots that live on the same devices.
 """
 
 import dataclasses
@@ -18,38 +18,43 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpr_jax.models import cache as cache_lib
-from dpr_jax.rollout.drawing import Sampling, draw
+from dpr_jax.rollout.sampling import Sampling, sample_token
+from dpr_jax.rollout.stop_strings import MATCHED, StopStrings
 from dpr_jax.sharding import constrain
 
 
 @struct.dataclass
 class Slots:
-  """The state of the loop."""
+  """The loop state."""
 
   steps: jax.Array  # int32 [], forward passes so far.
-  row: jax.Array  # int32 [K], the row that a slot answers.
-  age: jax.Array  # int32 [K], tokens drawn for it.
-  token: jax.Array  # int32 [K], the last one drawn.
-  alive: jax.Array  # bool [K], another one follows it.
-  tokens: jax.Array  # int32 [B, N], -1 where none was drawn.
+  row: jax.Array  # int32 [K], the row that the slot answers.
+  age: jax.Array  # int32 [K], tokens sampled for that row.
+  token: jax.Array  # int32 [K], the last token sampled.
+  alive: jax.Array  # bool [K], the response continues after that token.
+  tokens: jax.Array  # int32 [B, N], -1 where no token was sampled.
   logp: jax.Array  # float32 [B, N]
   entropy: jax.Array  # float32 [B, N]
-  caches: tuple[Any, ...]  # of each member of the mixture.
-  waiting: jax.Array  # int32 [L], the first row of each lane that has had no slot.
+  caches: tuple[Any, ...]  # One KV cache per member of the mixture.
+  waiting: jax.Array  # int32 [L], the first row of each lane that has not had a slot yet.
+  # None without stop strings.
+  stop_state: jax.Array | None = None  # int32 [K], how much of a stop string each slot has seen.
+  matched: jax.Array | None = None  # bool [B], rows that a stop string has ended.
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-  """What stays the same over the loop. Methods are traced."""
+  """What stays constant over the loop. All methods are traced."""
 
-  decoder: Any  # feeds one token a slot.
+  decoder: Any  # The model that feeds one token per slot.
   unembed: Callable[[Any, jax.Array], jax.Array]  # (variables, hidden [K, D]) -> logits [K, V].
-  members: tuple[Any, ...]  # variables of each model of the mixture.
-  weights: tuple[float, ...]
+  members: tuple[Any, ...]  # Variables of each model of the mixture.
+  weights: tuple[float, ...]  # Of the members' logits.
   sampling: Sampling
   stop_ids: tuple[int, ...]
+  stop_strings: StopStrings | None
   rng: jax.Array
-  first_row: jax.Array | int  # index of the first row in its random keys.
+  first_row: jax.Array | int  # Index of the first row in the random keys.
   rows: int
   slots: int
   lanes: int
@@ -61,26 +66,41 @@ class Decoding:
     return self.slots < self.rows
 
   def start(self, caches: Sequence[Any]) -> Slots:
-    """No token drawn yet; without a queue, slot k answers row k."""
-    drawn = lambda value, dtype: jnp.full((self.rows, self.max_new_tokens), value, dtype)
+    """Returns the state before the first token. Without a queue, slot k answers row k."""
+    filled = lambda value, dtype: jnp.full((self.rows, self.max_new_tokens), value, dtype)
+    stops = self.stop_strings
     return Slots(
         steps=jnp.zeros((), jnp.int32),
         row=jnp.arange(self.slots, dtype=jnp.int32),
         age=jnp.zeros((self.slots,), jnp.int32),
         token=jnp.zeros((self.slots,), jnp.int32),
         alive=jnp.zeros((self.slots,), bool),
-        tokens=drawn(-1, jnp.int32),
-        logp=drawn(0.0, jnp.float32),
-        entropy=drawn(0.0, jnp.float32),
+        tokens=filled(-1, jnp.int32),
+        logp=filled(0.0, jnp.float32),
+        entropy=filled(0.0, jnp.float32),
         caches=tuple(caches),
         waiting=jnp.zeros((self.lanes,), jnp.int32),
+        stop_state=None if stops is None else stops.start(self.slots),
+        matched=None if stops is None else jnp.zeros((self.rows,), bool),
     )
 
-  def draw(self, s: Slots, who_K: jax.Array, hidden_KxD: Sequence[jax.Array]) -> Slots:
-    """Draws the next token of the slots of `who_K` from the last hidden state of each member."""
+  def sample(self, s: Slots, who_K: jax.Array, hidden_KxD: Sequence[jax.Array]) -> Slots:
+    """Samples the next token of the slots in `who_K`.
+
+    Args:
+      who_K: bool, the slots that get a token.
+      hidden_KxD: the last hidden state under each member of the mixture.
+    """
     token_K, logp_K, entropy_K = self._choose(s, hidden_KxD)
     stopped_K = jnp.any(token_K[:, None] == jnp.asarray(self.stop_ids, jnp.int32)[None, :], axis=1)
     age_K = s.age + who_K
+    stop_state_K, matched_B = s.stop_state, s.matched
+    if self.stop_strings is not None:
+      next_K = self.stop_strings.advance(s.stop_state, token_K)
+      stop_state_K = jnp.where(who_K, next_K, s.stop_state)
+      matched_K = who_K & (next_K == MATCHED)
+      stopped_K = stopped_K | matched_K
+      matched_B = self._mark(s.matched, matched_K, s)
     return s.replace(
         tokens=self._write(s.tokens, token_K, -1, s, who_K),
         logp=self._write(s.logp, logp_K, 0.0, s, who_K),
@@ -88,10 +108,12 @@ class Decoding:
         token=jnp.where(who_K, token_K, s.token),
         age=age_K,
         alive=jnp.where(who_K, ~stopped_K & (age_K < self.max_new_tokens), s.alive),
+        stop_state=stop_state_K,
+        matched=matched_B,
     )
 
   def step(self, s: Slots) -> Slots:
-    """Feeds the last token of every slot that goes on, and draws the next."""
+    """Feeds the last token of every slot that is alive, and samples its next one."""
     token_Kx1 = jnp.where(s.alive, s.token, 0)[:, None]
     alive_Kx1 = s.alive.astype(jnp.int32)[:, None]
     hidden, caches = [], []
@@ -100,10 +122,10 @@ class Decoding:
       hidden.append(hidden_Kx1xD[:, 0])
       caches.append(cache)
     s = s.replace(caches=tuple(caches), steps=s.steps + 1)
-    return self.draw(s, s.alive, hidden)
+    return self.sample(s, s.alive, hidden)
 
   def run(self, s: Slots) -> Slots:
-    """A plain batch from its first token to the end of its longest response."""
+    """Decodes a plain batch, which has its first tokens, to the end of its longest response."""
     return jax.lax.while_loop(lambda s: jnp.any(s.alive), self.step, s)
 
   def run_queue(
@@ -114,12 +136,13 @@ class Decoding:
       samples_per_prompt: int,
       refill: float,
   ) -> Slots:
-    """All rows through fewer slots.
+    """Decodes all rows in fewer slots.
 
     Args:
-      prefilled: (last hidden state [G, D], cache of the prompts) of each member.
-      lengths_G: of the prompts; a row without a prompt gets no response.
-      refill: share of the slots that must have ended before waiting rows take their place.
+      prefilled: (last hidden state [G, D], cache of the prompts) under each member.
+      lengths_G: prompt lengths. A row whose prompt is empty gets no response.
+      samples_per_prompt: responses per prompt, in adjacent rows.
+      refill: fraction of the slots that must be idle before waiting rows take their place.
     """
     rows_a_lane = self.rows // self.lanes
     enough = max(1, round(refill * self.slots))
@@ -138,14 +161,15 @@ class Decoding:
     return jax.lax.while_loop(unfinished, fill_and_go_on, s)
 
   def _choose(self, s: Slots, hidden_KxD: Sequence[jax.Array]):
-    """(token, logp, entropy) of every slot, [K] each."""
+    """Returns (token, logp, entropy) of every slot, [K] each."""
     logits_KxV = 0.0
     for variables, weight, hidden in zip(self.members, self.weights, hidden_KxD, strict=True):
       logits = self.unembed(variables, hidden)
       logits_KxV = logits_KxV + (logits if weight == 1.0 else weight * logits)
     logits_KxV = constrain(logits_KxV, "batch", "vocab")
     key_of = lambda row, age: jax.random.fold_in(jax.random.fold_in(self.rng, row), age)
-    token_K = draw(logits_KxV, jax.vmap(key_of)(self.first_row + s.row, s.age), self.sampling)
+    keys_K = jax.vmap(key_of)(self.first_row + s.row, s.age)
+    token_K = sample_token(logits_KxV, keys_K, self.sampling)
     hit_KxV = jnp.arange(logits_KxV.shape[-1], dtype=jnp.int32)[None, :] == token_K[:, None]
     lse_K = jax.nn.logsumexp(logits_KxV, axis=-1)
     logp_K = jnp.sum(jnp.where(hit_KxV, logits_KxV, 0.0), axis=-1) - lse_K
@@ -160,13 +184,13 @@ class Decoding:
 
   @property
   def _first_row_K(self) -> jax.Array:
-    """The first row of the lane of each slot."""
+    """The first row of each slot's lane."""
     lanes_L = jnp.arange(self.lanes, dtype=jnp.int32)
     return jnp.repeat(lanes_L * (self.rows // self.lanes), self.slots // self.lanes)
 
   def _write(self, out_BxN, value_K, nothing, s: Slots, who_K):
-    """One value a slot of `who_K`, to the column of its age in its row."""
-    if not self.queued:  # All slots are at the same age.
+    """Writes the value of each slot in `who_K` to its row, in the column of its age."""
+    if not self.queued:  # All slots have the same age.
       column_K = jnp.where(who_K, value_K, nothing)
       return jax.lax.dynamic_update_slice_in_dim(out_BxN, column_K[:, None], s.steps, 1)
     put = lambda out, row, age, value: out.at[row, age].set(
@@ -177,8 +201,16 @@ class Decoding:
     out = jax.vmap(put)(*map(self._by_lane, (out_BxN, row_K, age_K, value_K)))
     return constrain(out.reshape(out_BxN.shape), "batch", None)
 
+  def _mark(self, out_B, who_K, s: Slots):
+    """Sets the rows of the slots in `who_K` to True."""
+    if not self.queued:  # Slot k answers row k.
+      return out_B | who_K
+    put = lambda out, row, who: out.at[row].max(who)
+    out = jax.vmap(put)(*map(self._by_lane, (out_B, s.row - self._first_row_K, who_K)))
+    return constrain(out.reshape(out_B.shape), "batch")
+
   def _admit(self, s: Slots, prefilled, lengths_G, samples_per_prompt: int) -> Slots:
-    """Gives idle slots the next waiting rows of their lane, and draws their first token."""
+    """Gives idle slots the next waiting rows of their lane, and samples their first tokens."""
     idle_LxK = self._by_lane(~s.alive)
     row_LxK = s.waiting[:, None] + jnp.cumsum(idle_LxK, axis=1, dtype=jnp.int32) - 1
     new_LxK = idle_LxK & (row_LxK < self.rows // self.lanes)
@@ -192,14 +224,18 @@ class Decoding:
       return out.reshape(*x.shape[:axis], slots, *x.shape[axis + 2 :])
 
     new_K = new_LxK.reshape(self.slots)
+    stop_state_K = s.stop_state
+    if self.stop_strings is not None:
+      stop_state_K = jnp.where(new_K, self.stop_strings.start(self.slots), s.stop_state)
     s = s.replace(
         waiting=s.waiting + jnp.sum(new_LxK, axis=1, dtype=jnp.int32),
         row=jnp.where(new_K, self._first_row_K + row_LxK.reshape(self.slots), s.row),
         age=jnp.where(new_K, 0, s.age),
+        stop_state=stop_state_K,
         caches=tuple(
             cache_lib.admit(self.decoder.cfg, cache, source, take, new_K)
             for cache, (_, source) in zip(s.caches, prefilled, strict=True)
         ),
     )
     who_K = new_K & (take(lengths_G, 0) > 0)
-    return self.draw(s, who_K, [take(hidden_GxD, 0) for hidden_GxD, _ in prefilled])
+    return self.sample(s, who_K, [take(hidden_GxD, 0) for hidden_GxD, _ in prefilled])

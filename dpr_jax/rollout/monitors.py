@@ -1,4 +1,4 @@
-"""What to watch while a policy is trained on a reward that it could game."""
+"""Metrics to monitor while a policy is trained on a reward that it might game."""
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +7,20 @@ from dpr_jax.rollout.step import Rollout
 
 
 def distinct_bigrams(tokens_BxN: jax.Array, mask_BxN: jax.Array) -> jax.Array:
-  """Share of distinct bigrams among all bigrams of the batch's responses, in (0, 1]. Jittable."""
+  """Returns the fraction of the batch's response bigrams that are distinct. Jittable.
+
+  Args:
+    tokens_BxN: int32 response tokens.
+    mask_BxN: 1 on response tokens, 0 past the end.
+
+  Returns:
+    float32 [], in (0, 1]; 0 if there is no bigram at all.
+  """
   first, second = tokens_BxN[:, :-1].astype(jnp.uint32), tokens_BxN[:, 1:].astype(jnp.uint32)
   valid = (mask_BxN[:, 1:] > 0).reshape(-1)
-  # A 32-bit hash of the pair: V * V does not fit an integer of jax's default width.
+  # The pair is hashed to 32 bits, because V * V does not fit the default integer width of jax.
   key = ((first * jnp.uint32(2654435761)) ^ (second * jnp.uint32(2246822519))) >> 1
-  key = jnp.where(valid, key.reshape(-1), jnp.uint32(0xFFFFFFFF))  # invalid ones sort last.
+  key = jnp.where(valid, key.reshape(-1), jnp.uint32(0xFFFFFFFF))  # Padding sorts last.
   key = jnp.sort(key)
   new = jnp.concatenate([jnp.ones((1,), bool), key[1:] != key[:-1]])
   distinct = jnp.sum(new & (key != jnp.uint32(0xFFFFFFFF)))
@@ -20,11 +28,19 @@ def distinct_bigrams(tokens_BxN: jax.Array, mask_BxN: jax.Array) -> jax.Array:
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, jax.Array]:
-  """Scalars of a batch of rollouts; a response is a row that is not a filler.
+  """Returns scalar metrics of a batch of rollouts. Filler rows are left out of every mean.
 
-  reward (nats a response), reward_per_token, reward_eos (at EOS tokens), kl (policy to sft,
-  nats a response, sampled), response_length (tokens), eos_rate, entropy (nats a token),
-  distinct_2, ref_logp and sft_logp (nats a token), decode_steps (forward passes of decoding).
+  The metrics and their units:
+    reward: sum of token rewards, nats per response.
+    reward_per_token: nats per token.
+    reward_eos: mean reward of the tokens that ended a response, nats per token.
+    kl: sampled estimate of KL(policy || sft), nats per response.
+    response_length: tokens per response.
+    eos_rate: fraction of responses that ended before they were truncated.
+    entropy: of the policy, nats per token.
+    distinct_2: see `distinct_bigrams`.
+    sft_logp, ref_logp: nats per token.
+    decode_steps: forward passes of the decoding loop.
   """
   mask = rollout.mask
   rows = jnp.maximum(jnp.sum(rollout.lengths > 0), 1).astype(jnp.float32)

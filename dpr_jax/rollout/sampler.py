@@ -1,14 +1,15 @@
-"""Sampling responses: one prefill, then decoding until every row is done.
+"""Sampling responses: one prefill, then decoding until every row has ended.
 
-Prompts arrive left-aligned (`PromptBatch`) and are right-aligned here, once. Padding has
-segment id 0 and is never seen. Each prompt is prefilled once, however many samples it gets.
+Prompts arrive left-aligned (`PromptBatch`) and are right-aligned here once. Padding has segment
+id 0, so attention never sees it. Each prompt is prefilled once, however many responses it gets.
 
-With fewer `slots` than rows, a slot whose response has ended is given the next row; see
-`rollout.decoding`. All of it is one program of static shapes, without a word to the host. A row's
-tokens depend on its own key only, so both ways draw the same responses.
+With fewer `slots` than rows, a slot whose response has ended takes the next row; see
+`rollout.decoding`. The whole of it is one program with static shapes and no host round trip. The
+tokens of a row depend on nothing but its prompt and its random key, so a queue samples the same
+responses as a plain batch.
 
-A "mixture" of models decodes too: logits = sum_i weight_i * logits_i. One member of
-weight 1 is plain sampling; (sft, 1 + a), (ref, -a) is contrastive decoding at strength a.
+A mixture of models can be decoded as well: logits = sum_i weight_i * logits_i. One member of
+weight 1 is ordinary sampling; (sft, 1 + a), (ref, -a) is contrastive decoding of strength a.
 
 Dims: G prompts, B = G * samples_per_prompt rows, P prompt columns, N new tokens at most, D hidden.
 """
@@ -25,31 +26,34 @@ from dpr_jax.models import cache as cache_lib
 from dpr_jax.models import unrolled
 from dpr_jax.models.variables import gathered
 from dpr_jax.rollout.decoding import Decoding
-from dpr_jax.rollout.drawing import ON_POLICY, Sampling
+from dpr_jax.rollout.sampling import ON_POLICY, Sampling
+from dpr_jax.rollout.stop_strings import StopStrings
 from dpr_jax.sharding import batch_ways
 
 
 @struct.dataclass
 class Generation:
-  """Sampled responses behind their right-aligned prompts."""
+  """Sampled responses, each after its right-aligned prompt."""
 
-  tokens: jax.Array  # int32 [B, P + N], 0 where padded.
-  segment_ids: jax.Array  # int32 [B, P + N], 1 on prompt and response.
+  tokens: jax.Array  # int32 [B, P + N], 0 on padding.
+  segment_ids: jax.Array  # int32 [B, P + N], 1 on prompt and response, 0 on padding.
   lengths: jax.Array  # int32 [B], response tokens, EOS included.
-  hit_eos: jax.Array  # bool [B]; False: truncated at N.
-  logp: jax.Array  # float32 [B, N], at temperature 1 over the whole vocabulary; 0 past the end.
-  entropy: jax.Array  # float32 [B, N], of that distribution, nats; 0 unless asked for.
-  steps: jax.Array  # int32 [], forward passes of the decoding batch.
+  hit_eos: jax.Array  # bool [B], ended by a stop id or a stop string; False: truncated at N.
+  # float32 [B, N] each, nats, of the distribution at temperature 1 over the whole vocabulary, and 0
+  # past the end of the response. The entropy is 0 unless it was requested.
+  logp: jax.Array
+  entropy: jax.Array
+  steps: jax.Array  # int32 [], forward passes of the decoding loop.
 
   @property
   def mask(self) -> jax.Array:
-    """float32 [B, N], 1 on response tokens; made from lengths, not from ids."""
+    """float32 [B, N], 1 on response tokens. It follows from the lengths, never from token ids."""
     columns_1xN = jnp.arange(self.logp.shape[1], dtype=jnp.int32)[None, :]
     return (columns_1xN < self.lengths[:, None]).astype(jnp.float32)
 
 
 def right_align(prompts: PromptBatch) -> tuple[jax.Array, jax.Array]:
-  """Left-aligned prompts -> (tokens, segment_ids), int32 [B, P], ending in column P - 1."""
+  """Returns (tokens, segment_ids) of prompts that end in column P - 1, int32 [G, P] each."""
   width = prompts.tokens.shape[1]
   column_1xP = jnp.arange(width, dtype=jnp.int32)[None, :]
   source_BxP = column_1xP - (width - prompts.lengths[:, None])
@@ -72,25 +76,40 @@ def generate(
     slots: int = 0,
     refill: float = 0.125,
     with_entropy: bool = False,
+    stop_strings: StopStrings | None = None,
     first_row: jax.Array | int = 0,
 ) -> Generation:
-  """Samples responses to every prompt. Traceable; jit it with the keywords static.
+  """Samples responses to every prompt. Traceable; jit it with the settings static.
 
   Args:
-    members: variables of each model of the mixture (one for plain sampling).
-    prompts: G rows; a row of length 0 is a filler and gets an empty response.
-    rng: row b draws its j-th token with the key fold_in(fold_in(rng, first_row + b), j).
-    stop_ids: token ids that end a response; the one sampled belongs to it.
+    members: variables of each model of the mixture; a single one for ordinary sampling.
+    prompts: G rows. A row of length 0 is a filler and gets an empty response.
+    rng: row b samples its j-th token with the key fold_in(fold_in(rng, first_row + b), j).
+    max_new_tokens: the length N at which a response is truncated.
+    stop_ids: token ids that end a response. The stop token belongs to the response.
+    sampling: how tokens are sampled; anything but the default is off-policy.
     weights: of the members' logits.
-    samples_per_prompt: responses a prompt, in adjacent rows: row b answers prompt
+    samples_per_prompt: responses per prompt, in adjacent rows: row b answers prompt
       b // samples_per_prompt.
-    slots: rows decoded at a time; 0 decodes all at once.
-    refill: share of the slots that must have ended before waiting rows take their place.
-      A refill costs about as much as one or two steps.
-    with_entropy: also the entropy of every distribution drawn from.
-    first_row: int32, where the first of these responses stands among those of a larger batch
-      (prompts x samples_per_prompt), which is sampled in parts as it would be in one.
+    slots: rows decoded at a time; 0 decodes all of them at once.
+    refill: fraction of the slots that must be idle before waiting rows take their place. A refill
+      costs about as much as one or two decoding steps.
+    with_entropy: also return the entropy of every distribution that a token was sampled from.
+    stop_strings: strings that end a response, compiled by `build_stop_strings` for this model's
+      tokenizer. The token that completes a string belongs to the response. Text of the prompt
+      never counts, not even as the beginning of a string. Pass them to a jitted function as an
+      argument, so that it is compiled once for all strings.
+    first_row: int32, index of the first row within a larger batch of responses. A batch that is
+      sampled in parts then gives the same responses as in one piece.
+
+  Raises:
+    ValueError: `stop_strings` are of another vocabulary than the model's.
   """
+  if stop_strings is not None and stop_strings.next_state.shape[1] != model.cfg.vocab_size:
+    raise ValueError(
+        f"stop_strings are compiled for {stop_strings.next_state.shape[1]} tokens, but the model "
+        f"has {model.cfg.vocab_size}"
+    )
   members = tuple(gathered(model.cfg, variables) for variables in members)
   prompt_GxP, segments_GxP = right_align(prompts)
   groups, width = prompt_GxP.shape
@@ -100,7 +119,7 @@ def generate(
   lanes = batch_ways()
   if not queued or slots % lanes or groups % lanes:
     lanes = 1
-  room = 0 if queued else max_new_tokens  # A queue copies prompts into caches that have it.
+  room = 0 if queued else max_new_tokens  # A queue copies prompts into caches that have room.
   prefilled = [
       prefill(model, variables, prompt_GxP, segments_GxP, slots, room) for variables in members
   ]
@@ -115,6 +134,7 @@ def generate(
       weights=tuple(weights),
       sampling=sampling,
       stop_ids=tuple(stop_ids),
+      stop_strings=stop_strings,
       rng=rng,
       first_row=first_row,
       rows=rows,
@@ -134,7 +154,7 @@ def generate(
     state = decoding.start([cache.repeat(samples_per_prompt) for _, cache in prefilled])
     present_B = jnp.repeat(prompts.lengths > 0, samples_per_prompt)
     last = [jnp.repeat(hidden, samples_per_prompt, axis=0) for hidden, _ in prefilled]
-    done = decoding.run(decoding.draw(state, present_B, last))
+    done = decoding.run(decoding.sample(state, present_B, last))
 
   on_BxN = done.tokens >= 0
   tokens_BxN = jnp.where(on_BxN, done.tokens, 0)
@@ -142,7 +162,7 @@ def generate(
   behind = lambda prompt_GxP, x: jnp.concatenate(
       [jnp.repeat(prompt_GxP, samples_per_prompt, axis=0), x.astype(jnp.int32)], axis=1
   )
-  return Generation(
+  out = Generation(
       tokens=behind(prompt_GxP, tokens_BxN),
       segment_ids=behind(segments_GxP, on_BxN),
       lengths=jnp.sum(on_BxN, axis=1, dtype=jnp.int32),
@@ -151,6 +171,9 @@ def generate(
       entropy=done.entropy,
       steps=done.steps,
   )
+  if stop_strings is not None:
+    out = out.replace(hit_eos=out.hit_eos | done.matched)
+  return out
 
 
 def prefill(
@@ -161,12 +184,12 @@ def prefill(
     at_a_time: int,
     room: int,
 ) -> tuple[jax.Array, Any]:
-  """(last hidden state [G, D], cache) of right-aligned prompts.
+  """Returns (last hidden state [G, D], cache) of right-aligned prompts.
 
   Args:
-    at_a_time: prompts in one pass, where it divides them; what a pass needs is then what a step
-      of decoding needs, times the prompt's length.
-    room: slots of the cache behind the prompt.
+    at_a_time: prompts per forward pass, if it divides their number; otherwise one pass takes all.
+      This keeps the memory of a pass at that of a decoding step times the prompt length.
+    room: cache positions to leave for new tokens after the prompt.
   """
   groups = prompt_GxP.shape[0]
 
@@ -177,7 +200,7 @@ def prefill(
   parts = groups // at_a_time if groups % at_a_time == 0 else 1
   if parts == 1:
     return some(prompt_GxP, segments_GxP)
-  # Part i takes prompts i, i + parts, ... of every lane: those stay on their devices.
+  # Part i takes prompts i, i + parts, and so on, so that every device keeps its own prompts.
   strided = lambda x: jnp.moveaxis(x.reshape(groups // parts, parts, -1), 1, 0)
   hidden, cache = jax.lax.map(lambda xs: some(*xs), (strided(prompt_GxP), strided(segments_GxP)))
 

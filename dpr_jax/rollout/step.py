@@ -16,9 +16,9 @@ from flax import struct
 from dpr_jax.data.batches import PromptBatch
 from dpr_jax.references.base import Reference
 from dpr_jax.rewards.base import RewardFn, apply_reward, check_pointwise, needs
-from dpr_jax.rewards.baseline_relative import BaselineRelative
-from dpr_jax.rollout.drawing import ON_POLICY, Sampling
+from dpr_jax.rewards.baseline_relative import BASELINE_RELATIVE
 from dpr_jax.rollout.sampler import generate
+from dpr_jax.rollout.sampling import ON_POLICY, Sampling
 from dpr_jax.rollout.scoring import score_response
 
 
@@ -62,7 +62,7 @@ def make_rollout_step(
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
     sampling: Sampling = ON_POLICY,
-    reward: RewardFn = BaselineRelative(),
+    reward: RewardFn = BASELINE_RELATIVE,
     extras: Collection[str] = (),
     samples_per_prompt: int = 1,
     slots: int = 0,

@@ -20,7 +20,8 @@ from dpr_jax.losses.reinforce import ReinforceBatch, make_reinforce_loss, reinfo
 from dpr_jax.models import cache as cache_lib
 from dpr_jax.models.config import ModelConfig
 from dpr_jax.models.logprobs import token_logprobs
-from dpr_jax.rewards import BaselineRelative, RewardFn, Scores, apply_reward
+from dpr_jax.rewards import RewardFn, Scores, apply_reward
+from dpr_jax.rewards.baseline_relative import BASELINE_RELATIVE
 from dpr_jax.rollout.step import Rollout
 from dpr_jax.theory.mdp import TokenMDP
 from dpr_jax.training.steps import TrainState, make_train_step
@@ -38,7 +39,7 @@ class TabularModel:
 
   @property
   def cfg(self) -> ModelConfig:
-    """A cache of two equal numbers a token (heads are even)."""
+    """A cache of two equal numbers per token (heads are even)."""
     return ModelConfig(
         vocab_size=self.mdp.vocab_size, hidden_size=self.mdp.vocab_size, mlp_size=1, num_layers=1,
         num_heads=1, num_kv_heads=1, head_dim=2, max_length=1 + self.mdp.max_length,
@@ -106,7 +107,7 @@ class TabularModel:
 
 
 def enumerate_rollout(
-    model: TabularModel, policy, sft, ref, reward: RewardFn = BaselineRelative()
+    model: TabularModel, policy, sft, ref, reward: RewardFn = BASELINE_RELATIVE
 ) -> Rollout:
   """Every response to every prompt as a `Rollout`, scored by the product's code. Jittable.
 
@@ -163,7 +164,7 @@ def ascend(
     *,
     steps: int = 400,
     learning_rate: float = 0.2,
-    reward: RewardFn = BaselineRelative(),
+    reward: RewardFn = BASELINE_RELATIVE,
     start_SxA: np.ndarray | None = None,
     every: int = 50,
     **kwargs,
@@ -171,7 +172,7 @@ def ascend(
   """Dense-Path REINFORCE with the product's loss and train step, without sampling noise.
 
   Args:
-    steps, learning_rate: of Adam with a cosine decay to 0, logits a step.
+    steps, learning_rate: of Adam with a cosine decay to 0, logits per step.
     start_SxA: the first policy, by default sft.
     every: steps between the policies that are kept.
     kwargs: of `losses.reinforce_batch`: beta, beta_ref, returns, gamma, ...

@@ -21,7 +21,7 @@ MAX_RESPONSES = 200_000  # what fits the memory of a laptop several times over.
 
 @dataclasses.dataclass(frozen=True)
 class Responses:
-  """Every complete response to every prompt, one a row."""
+  """Every complete response to every prompt, one per row."""
 
   prompts_Y: np.ndarray  # int, the prompt it answers.
   tokens_YxT: np.ndarray  # int, 0 past the end.

@@ -108,7 +108,7 @@ def contrastive(sft_SxA: np.ndarray, ref_SxA: np.ndarray, beta: float) -> np.nda
 
 
 def reward_error_bounds(mdp: TokenMDP, epsilon: float, beta: float = 0.0) -> dict[str, float]:
-  """How far a reward that is wrong by at most `epsilon` nats a token can lead, with constants.
+  """How far a reward that is wrong by at most `epsilon` nats per token can lead, with constants.
 
   Let |r'(s, a) - r(s, a)| <= epsilon everywhere, T = max_length, pi* and pi' the optima of r and
   r' at the same KL weight `beta`, J the regularised return under r.

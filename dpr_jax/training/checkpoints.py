@@ -175,8 +175,8 @@ class Checkpoints:
       hashes = self._meta(step)["hashes"]
       if part == "ema" and part not in hashes:
         raise UserError(
-            f"{self.directory}: the stage kept no moving average of its weights; it does with "
-            "config.reference.kind=ema"
+            f"{self.directory}: the stage kept no moving average of its weights; it does for a "
+            "reference of kind ema"
         )
       hashes = hashes[part]
       # In the dtype of the file, to be checked, and then cast leaf by leaf.

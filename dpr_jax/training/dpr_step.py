@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from dpr_jax.errors import StageEnded
-from dpr_jax.losses.reinforce import reinforce_batch
 from dpr_jax.rewards.control import KLControl
 from dpr_jax.rollout.monitors import rollout_metrics
 from dpr_jax.training.steps import TrainState, TrainStep, abstract_state

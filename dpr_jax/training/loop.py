@@ -32,7 +32,7 @@ class Step(Protocol):
   """An algorithm. It makes the states that it takes, so that the two always fit.
 
   It may end its stage by raising `StageEnded`: the state before that step is saved as the stage's
-  last, and stopped.json says why; the stage does not go on when it is run again.
+  last, and stopped.json says why; the stage stays as it is when it is run again.
   """
 
   def init(self, variables: Any, rng: jax.Array, frozen: Any = None) -> TrainState: ...

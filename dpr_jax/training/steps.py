@@ -266,7 +266,8 @@ class TrainStep:
     decay = self._ema_decay
     if not decay:
       return ema
-    return jax.tree.map(lambda a, b: (decay * a + (1.0 - decay) * b).astype(a.dtype), ema, trainable)
+    average = lambda old, new: (decay * old + (1.0 - decay) * new).astype(old.dtype)
+    return jax.tree.map(average, ema, trainable)
 
 
 def make_train_step(

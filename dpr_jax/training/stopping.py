@@ -28,7 +28,7 @@ def last_step(directory: str | os.PathLike, steps: int) -> int:
 
 
 def write_stopped(directory: str | os.PathLike, step: int, steps: int, reason: str) -> None:
-  """Says, atomically and from process 0, that a stage of `steps` ended after `step`."""
+  """Records, atomically and from process 0, that a stage of `steps` ended after `step`."""
   if jax.process_index():
     return
   path = pathlib.Path(directory) / FILE

@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def _byte_symbols() -> list[str]:
+def byte_symbols() -> list[str]:
   """The character by which the ByteLevel pre-tokenizer (GPT-2) stands for each byte.
 
   Printable Latin-1 stands for itself; the other bytes, in order, are U+0100, U+0101, ...
@@ -44,7 +44,7 @@ def byte_tokenizer() -> "PreTrainedTokenizerFast":
   from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
   from transformers import PreTrainedTokenizerFast
 
-  vocab = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+  vocab = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
   backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   backend.decoder = decoders.ByteLevel()

@@ -54,6 +54,22 @@ def test_generate_then_score(finished_run, prompts, tmp_path):
   assert "<script" not in (tmp_path / "page.html").read_text()
 
 
+def test_a_stop_string_ends_a_response(finished_run, prompts, tmp_path):
+  given = [f"--model={finished_run[0]}/dpr", f"--input={prompts}", "--max_new_tokens=12",
+           "--samples=4", "--seed=3"]
+  call(generate, *given, f"--output={tmp_path}/free.jsonl")
+  free = lines(tmp_path / "free.jsonl")
+  text = next(r["response"] for r in free if "\ufffd" not in r["response"] and r["response"])
+  stop = text[len(text) // 2 :][:2]
+  call(generate, *given, f"--output={tmp_path}/out.jsonl", f"--stop={stop}", "--stop=never")
+  for record, whole in zip(lines(tmp_path / "out.jsonl"), free, strict=True):
+    before, found, _ = whole["response"].partition(stop)
+    assert record["response"] == before
+    assert record["hit_eos"] == (bool(found) or whole["hit_eos"])
+    if found and not any(s in before for s in ("\ufffd", "<|")):  # A token per byte.
+      assert record["length"] == len((before + stop).encode())
+
+
 def test_ref_equal_to_sft_scores_zero(finished_run, tmp_path):
   workdir, source, scored = finished_run[0], tmp_path / "in.jsonl", tmp_path / "out.jsonl"
   source.write_text('{"messages": [{"role": "user", "content": "sort ba"},'
@@ -96,6 +112,7 @@ BAD = {
     "output exists": (generate, ["--model={run}/sft", "--output={input}"], "exists already"),
     "input missing": (generate, ["--model={run}/sft", "--input=nowhere.jsonl"], "no such file"),
     "sampling": (generate, ["--model={run}/sft", "--top_p=2"], "top_p"),
+    "empty stop": (generate, ["--model={run}/sft", "--stop="], "--stop: stop string '' is empty"),
     "too long": (generate, ["--model={run}/sft", "--max_new_tokens=5000"], "--max_new_tokens=5000"),
     "mesh": (generate, ["--model={run}/sft", "--mesh=2,x"], "--mesh=2,x"),
 }

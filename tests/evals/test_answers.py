@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from dpr_jax import sharding
+from dpr_jax.errors import UserError
 from dpr_jax.evals.responses import respond, response_text
 from dpr_jax.evals.scoring import response_logps, score_record, score_responses
-from dpr_jax.rollout.drawing import Sampling
+from dpr_jax.rollout.sampling import Sampling
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
 
 STOP = (7,)
@@ -73,10 +74,40 @@ def test_greedy_responses_do_not_depend_on_the_batch(mesh, make_model, rng):
 def test_text_leaves_out_what_ended_the_response():
   tokenizer = byte_tokenizer()
   end = tokenizer.eos_token_id
-  answer = lambda tokens, hit: type("R", (), {"tokens": np.asarray(tokens), "hit_eos": hit})()
-  assert response_text(tokenizer, answer([104, 105, end], True), (end,)) == "hi"
-  assert response_text(tokenizer, answer([104, 105], False), (end,)) == "hi"
-  assert response_text(tokenizer, answer([end], True), (end,)) == ""
+  assert response_text(tokenizer, np.asarray([104, 105, end]), True, (end,)) == "hi"
+  assert response_text(tokenizer, [104, 105], False, (end,)) == "hi"
+  assert response_text(tokenizer, [end], True, (end,)) == ""
+  text = lambda *stops: response_text(tokenizer, list(b"to be or"), True, (end,), stops)
+  assert text(" be") == "to" and text("r", "o b") == "t" and text("no") == "to be or"
+  assert text("to") == ""
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_stop_strings_end_responses_and_are_cut_off(mesh, make_model, rng, samples):
+  tokenizer, strings = byte_tokenizer(), ("a", "e", "1", " ", "\n", "\x00", "\x01", "\x02")
+  model, variables = make_model(3, vocab_size=261)
+  prompts = [rng.integers(0, 256, 5).astype(np.int32) for _ in range(6)]
+  how = dict(mesh=mesh, batch_size=4, prompt_length=10, max_new_tokens=60, stop_ids=(260,),
+             samples_per_prompt=samples)
+  free = respond(model, (variables,), prompts, jax.random.key(0), **how)
+  out = respond(model, (variables,), prompts, jax.random.key(0), stop_strings=strings,
+                tokenizer=tokenizer, **how)
+  ended = 0
+  for whole, response in zip(free, out, strict=True):
+    text = response_text(tokenizer, whole.tokens, whole.hit_eos, (260,))
+    first = min((text.index(s) for s in strings if s in text), default=None)
+    got = response_text(tokenizer, response.tokens, response.hit_eos, (260,), strings)
+    assert got == text[:first]
+    assert response.hit_eos == (first is not None or whole.hit_eos)
+    n = len(response.tokens)
+    np.testing.assert_array_equal(response.tokens, whole.tokens[:n])
+    assert n == len(whole.tokens) or any(s in tokenizer.decode(response.tokens) for s in strings)
+    assert not any(s in tokenizer.decode(response.tokens[:-1]) for s in strings)
+    ended += first is not None
+  assert ended
+  with pytest.raises(UserError, match="stop string '' is empty"):
+    respond(model, (variables,), prompts, jax.random.key(0), stop_strings=("a", ""),
+            tokenizer=tokenizer, **how)
 
 
 def test_a_record_sums_to_the_log_ratio(mesh, make_model, rng):

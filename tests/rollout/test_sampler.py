@@ -1,4 +1,4 @@
-"""Sampling against loops of full forwards, naive filters and exact probabilities."""
+"""Sampled responses against loops of full forwards and exact probabilities."""
 
 import jax
 import numpy as np
@@ -201,7 +201,9 @@ def test_sampled_sequences_follow_the_exact_distribution(make_model):
                          ids=["global", "windowed", "wide_window"])
 @pytest.mark.parametrize("slots,samples,refill", [(2, 1, 0.5), (3, 2, 0.01), (1, 3, 1.0),
                                                   (5, 2, 1.0)])
-def test_a_queue_draws_what_the_plain_batch_draws(make_model, rng, fields, slots, samples, refill):
+def test_a_queue_samples_what_the_plain_batch_samples(
+    make_model, rng, fields, slots, samples, refill
+):
   """Refilled slots, whatever their number: a row depends on its key and its prompt alone."""
   model, variables = make_model(int(rng.integers(1 << 30)), **fields)
   prompts = _prompts(rng, lengths=LENGTHS * 4)
@@ -221,7 +223,7 @@ def test_a_queue_draws_what_the_plain_batch_draws(make_model, rng, fields, slots
   assert int(plain.steps) == fed.max()
 
 
-def test_parts_of_a_batch_draw_what_the_whole_draws(make_model, rng):
+def test_parts_of_a_batch_sample_what_the_whole_samples(make_model, rng):
   model, variables = make_model(int(rng.integers(1 << 30)))
   prompts, key = _prompts(rng), jax.random.key(int(rng.integers(1 << 30)))
   half = len(LENGTHS) // 2
@@ -258,7 +260,7 @@ def test_samples_of_a_prompt_differ_and_share_one_prefill(make_model, rng):
   np.testing.assert_allclose(out.logp, np.where(out.mask > 0, scored.logp, 0.0), atol=1e-4)
 
 
-def test_entropy_is_that_of_the_distributions_drawn_from(make_model, rng):
+def test_entropy_is_that_of_the_distributions_sampled_from(make_model, rng):
   model, variables = make_model(int(rng.integers(1 << 30)))
   out = sample(model, (variables,), _prompts(rng), jax.random.key(2), max_new_tokens=N,
                stop_ids=(1, 2), with_entropy=True)

@@ -1,4 +1,4 @@
-"""Benchmarks, one a file; see `benchmarks.base`."""
+"""Benchmarks, one per file; see `benchmarks.base`."""
 
 from dpr_jax.evaluation.benchmarks.base import Benchmark
 

@@ -1,4 +1,4 @@
-"""Drawing tokens against naive filters and chi-square tests of frequencies."""
+"""Sampled tokens against naive filters and chi-square tests of frequencies."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpr_jax.rollout import Sampling
-from dpr_jax.rollout.drawing import draw, filter_logits
+from dpr_jax.rollout.sampling import filter_logits, sample_token
 
 
 def _naive_filter(logits, temperature, top_k, top_p):
@@ -45,9 +45,9 @@ def test_filters_keep_what_a_naive_filter_keeps(rng, temperature, top_k, top_p):
 def test_frequencies_follow_the_softmax(sampling):
   """Chi-square at fixed seeds; its 0.999 quantile at 5 degrees of freedom is 20.5."""
   logits = np.array([1.0, -0.5, 0.3, 0.0, -1.5, 0.8], np.float32)
-  draws = 60_000
-  keys = jax.random.split(jax.random.key(11), draws)
-  tokens = draw(jnp.broadcast_to(logits, (draws, 6)), keys, sampling)
+  samples = 60_000
+  keys = jax.random.split(jax.random.key(11), samples)
+  tokens = sample_token(jnp.broadcast_to(logits, (samples, 6)), keys, sampling)
   count = np.bincount(np.asarray(tokens), minlength=6)
   p = np.exp(logits / sampling.temperature)
   if sampling.top_k:
@@ -55,24 +55,24 @@ def test_frequencies_follow_the_softmax(sampling):
   p = p / p.sum()
   np.testing.assert_array_equal(count[p == 0], 0)
   seen = p > 0
-  assert np.sum((count[seen] - draws * p[seen]) ** 2 / (draws * p[seen])) < 20.5
+  assert np.sum((count[seen] - samples * p[seen]) ** 2 / (samples * p[seen])) < 20.5
 
 
-def test_every_token_of_a_large_vocabulary_is_drawn_as_often_as_it_should(rng):
+def test_every_token_of_a_large_vocabulary_is_sampled_as_often_as_it_should(rng):
   """Chi-square over 700 tokens in 3 blocks, the last one not full; some have no probability."""
   logits = rng.normal(size=700).astype(np.float32)
   logits[rng.choice(700, 40, replace=False)] = -np.inf
-  draws, p = 60_000, np.exp(logits.astype(np.float64))
+  samples, p = 60_000, np.exp(logits.astype(np.float64))
   p /= p.sum()
-  rows = jnp.broadcast_to(logits, (draws // 10, 700))
-  draw_all = jax.jit(lambda keys: draw(rows, keys, Sampling()))
+  rows = jnp.broadcast_to(logits, (samples // 10, 700))
+  sample_all = jax.jit(lambda keys: sample_token(rows, keys, Sampling()))
   count = np.zeros(700)
   for part in range(10):
-    keys = jax.random.split(jax.random.key(part), draws // 10)
-    count += np.bincount(np.asarray(draw_all(keys)), minlength=700)
+    keys = jax.random.split(jax.random.key(part), samples // 10)
+    count += np.bincount(np.asarray(sample_all(keys)), minlength=700)
   assert count[p == 0].sum() == 0 and (p == 0).sum() == 40
   seen = p > 0
-  chi = np.sum((count[seen] - draws * p[seen]) ** 2 / (draws * p[seen]))
+  chi = np.sum((count[seen] - samples * p[seen]) ** 2 / (samples * p[seen]))
   assert chi < 659 + 5 * np.sqrt(2 * 659)  # 659 degrees of freedom, five standard deviations.
 
 
