@@ -16,7 +16,7 @@ from dpr_jax.config.sections import ModelSection
 from dpr_jax.config.values import build
 from dpr_jax.errors import UserError, naming
 from dpr_jax.models import ModelConfig, Transformer
-from dpr_jax.models.depth import shallow_params
+from dpr_jax.models.layer_pruning import pruned_params
 from dpr_jax.models.lora import LoRA, split_trainable
 from dpr_jax.models.variables import abstract_variables, cast, random_adapter, random_variables
 from dpr_jax.references.base import Milestones
@@ -48,7 +48,7 @@ def base_variables(
 
   if section.pretrained:
     whole, params = weights.load_pretrained(section.pretrained, dtype=dtype, mesh=mesh)
-    return {"params": shallow_params(params, whole, section.keep_layers)}
+    return {"params": pruned_params(params, whole, section.keep_layers)}
   plain = dataclasses.replace(cfg, lora=LoRA())
   variables = random_variables(plain, mesh, root_key(seed, "init"))
   return variables if dtype == "float32" else cast(variables, dtype)

@@ -29,7 +29,7 @@ from dpr_jax.loading import (
 )
 from dpr_jax.models import Transformer
 from dpr_jax.models.attention import resolve_backend
-from dpr_jax.models.depth import shallow_config
+from dpr_jax.models.layer_pruning import pruned_config
 from dpr_jax.references.base import Reference, sft_milestones
 from dpr_jax.training.metrics import read_metrics
 from dpr_jax.training.stopping import last_step
@@ -195,7 +195,7 @@ def build_model(
     generation_config = weights.load_generation_config(section.pretrained)
     cfg = weights.load_config(section.pretrained)
     with naming("config.model.keep_layers"):
-      cfg = shallow_config(cfg, section.keep_layers)
+      cfg = pruned_config(cfg, section.keep_layers)
     cfg = dataclasses.replace(cfg, **how)
   else:
     tokenizer = byte_tokenizer()

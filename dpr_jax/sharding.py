@@ -1,16 +1,16 @@
-"""Mesh, logical axis rules and checks: where every array of a run lives.
+"""The device mesh, the rules that map logical axes to mesh axes, and checks of batch sizes.
 
-One mesh with three axes, in `AxisType.Auto`, so that GSPMD propagates shardings
-and the model only names logical axes:
+The mesh has three axes of type `AxisType.Auto`: the model only names logical axes, and GSPMD
+propagates the shardings.
 
-  data    replicas: parameters are copied, the batch is split
-  fsdp    the batch is split and parameters are split; gathered when used (the table of
-          embeddings and the output head only if they are less than what meets them)
-  tensor  heads, MLP columns and the vocabulary are split
+  data    replicates parameters and splits the batch
+  fsdp    splits parameters and the batch; parameters are gathered for use (the embedding and the
+          output head only if that moves fewer bytes than resharding the activations)
+  tensor  splits heads, MLP columns and the vocabulary
 
 A logical axis that a mesh axis does not divide (8 KV heads on tensor=16, a
 vocabulary of 261) is replicated rather than refused, so that one config runs on
-any mesh; `check_batch` refuses what cannot be replicated: the batch.
+any mesh; `check_rows` refuses what cannot be replicated: the rows of a batch.
 """
 
 from collections.abc import Sequence
@@ -37,10 +37,10 @@ RULES: dict[str | None, Any] = {
     "mlp": "tensor",
     "norm": None,
     "layers": None,
-    # Activations. Heads, MLP columns and vocabulary reuse the names above.
+    # Activations; heads, MLP columns and vocabulary use the names above.
     "batch": ("data", "fsdp"),
     "sequence": None,
-    # The same where fsdp splits something else, see `models/table.py`.
+    # Activations where fsdp splits the vocabulary or the columns: see `models/embedding.py`.
     "replica_batch": "data",
     "fine_vocab": ("tensor", "fsdp"),
 }
@@ -49,10 +49,10 @@ RULES: dict[str | None, Any] = {
 def make_mesh(
     data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-  """Returns a mesh over `devices` (default: all); one axis may be -1, "the rest".
+  """Returns a mesh over `devices` (default: all); an axis of -1 takes all remaining devices.
 
   Raises:
-    UserError: the product of the axes is not the number of devices.
+    UserError: the sizes of the axes do not multiply to the number of devices.
   """
   devices = list(jax.devices() if devices is None else devices)
   shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -60,18 +60,18 @@ def make_mesh(
   fixed = int(np.prod([size for size in shape.values() if size != -1]))
   if len(free) > 1 or min(shape.values()) < -1 or 0 in shape.values() or len(devices) % fixed:
     raise UserError(
-        f"config.mesh: {shape} does not fit {len(devices)} devices; the axes must multiply to the "
-        "number of devices, and one of them may be -1 (the rest)"
+        f"mesh {shape} does not fit {len(devices)} devices; the axes must multiply to the number "
+        "of devices, and one of them may be -1 (all remaining devices)"
     )
   if free:
     shape[free[0]] = len(devices) // fixed
   if int(np.prod(list(shape.values()))) != len(devices):
     raise UserError(
-        f"config.mesh: {shape} multiplies to {int(np.prod(list(shape.values())))} but there are "
-        f"{len(devices)} devices; set one axis to -1 to take the rest"
+        f"mesh {shape} has {int(np.prod(list(shape.values())))} devices, but there are "
+        f"{len(devices)} devices; set one axis to -1 to use all"
     )
-  # Axes may share a physical axis of a TPU: fsdp 8 x tensor 2 on 4x4 chips, which jax.make_mesh
-  # refuses on all TPUs but v5e.
+  # Two axes may share a physical axis of a TPU, for example fsdp 8 x tensor 2 on 4x4 chips, which
+  # jax.make_mesh supports on v5e only.
   grid = mesh_utils.create_device_mesh(
       tuple(shape.values()), devices, allow_split_physical_axes=True
   )
@@ -79,7 +79,7 @@ def make_mesh(
 
 
 def resolve(names: Sequence[str | None], shape: Sequence[int], mesh) -> PartitionSpec:
-  """Logical axis names of an array -> PartitionSpec on `mesh` (concrete or abstract)."""
+  """Returns the PartitionSpec of logical axis `names` on `mesh` (concrete or abstract)."""
   spec = []
   for name, size in zip(names, shape, strict=True):
     axes = RULES[name]
@@ -94,7 +94,7 @@ def resolve(names: Sequence[str | None], shape: Sequence[int], mesh) -> Partitio
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Constrains an activation to its logical axes; identity when no mesh is set."""
+  """Constrains the sharding of `x` to its logical axes; the identity without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
@@ -102,82 +102,81 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def mesh_shape() -> tuple[int, int, int]:
-  """(data, fsdp, tensor) of the mesh that is set; ones without a mesh."""
+  """Returns (data, fsdp, tensor) of the current mesh; ones without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return (1, 1, 1) if mesh.empty else tuple(mesh.shape.get(name, 1) for name in MESH_AXES)
 
 
 def batch_ways() -> int:
-  """Into how many parts the mesh that is set splits a batch; 1 without a mesh."""
+  """Returns the number of parts into which the current mesh splits a batch; 1 without one."""
   data, fsdp, _ = mesh_shape()
   return data * fsdp
 
 
 def vocab_ways(vocab_size: int) -> int:
-  """Into how many parts the mesh that is set splits a vocabulary over tensor."""
+  """Returns the number of parts into which tensor splits a vocabulary; 1 without a mesh."""
   tensor = mesh_shape()[2]
   return tensor if vocab_size % tensor == 0 else 1
 
 
 def without_fsdp(names: Sequence[str | None]) -> tuple[str | None, ...]:
-  """The axes of a parameter where it is used: gathered over fsdp, still split over tensor."""
+  """Returns the axes of a parameter gathered for use: over fsdp, but still split over tensor."""
   return tuple(None if RULES[name] == "fsdp" else name for name in names)
 
 
 def gather_weight(w: jax.Array, dtype: Any, names: Sequence[str | None]) -> jax.Array:
-  """A parameter as a matmul takes it: in `dtype` and gathered over the fsdp axis.
+  """Casts a parameter to `dtype` and gathers it over fsdp for a matmul; without a mesh only casts.
 
-  The cotangent is put straight onto the shard: left to itself the partitioner sums whole gradients
-  over all devices (an all-reduce where a reduce-scatter would do) and then slices them. A weight
-  that is gathered already, as while decoding, stays as it is. Identity but for the cast without a
-  mesh.
+  The cotangent is constrained to the shards. Without this the partitioner sums whole gradients
+  over all devices and then slices them: an all-reduce where a reduce-scatter suffices. A weight
+  that is already gathered, as in decoding, is not gathered again.
 
   Args:
-    w: [...], with the logical axes `names`.
+    w: an array of any rank, with the logical axes `names`.
   """
-  return move(w, dtype, names, without_fsdp(names), (names,))
+  return reshard(w, dtype, names, without_fsdp(names), (names,))
 
 
-def move(
+def reshard(
     x: jax.Array,
     dtype: Any,
     names: Sequence[str | None],
     to: Sequence[str | None],
     back: Sequence[Sequence[str | None]],
 ) -> jax.Array:
-  """`x`, which lies as the logical axes `names` say, in `dtype` and as `to` says.
+  """Casts `x` to `dtype` and reshards it from `names` to `to`.
 
-  Cast before it moves, so that `dtype` moves and not float32. Where nothing is split over fsdp,
-  over which alone things move, the cast is all.
+  The cast comes first, so that the bytes moved are those of `dtype`. Only data that is split over
+  fsdp is resharded; on a mesh with fsdp=1 the cast is the only operation.
 
   Args:
-    x: any shape, with as many dims as the names of each of the following.
-    names, to: logical axes of each dim.
-    back: where the cotangent of the result goes, one after the other.
+    x: an array of any rank.
+    names, to: one logical axis for each dim.
+    back: shardings of the cotangent in the backward pass, applied one after the other.
   """
   if mesh_shape()[1] == 1:
     return x.astype(dtype)
   own_dtype = x.dtype
 
   @jax.custom_vjp
-  def moved(x):
+  def resharded(x):
     if own_dtype != dtype:
       x = constrain(x.astype(dtype), *names)
     return constrain(x, *to)
 
   def backward(_, cotangent):
-    for where in back:
-      cotangent = constrain(cotangent, *where)
+    for axes in back:
+      cotangent = constrain(cotangent, *axes)
     return (cotangent.astype(own_dtype),)
 
-  moved.defvjp(lambda x: (moved(x), None), backward)
-  return moved(x)
+  resharded.defvjp(lambda x: (resharded(x), None), backward)
+  return resharded(x)
 
 
 def shardings_of(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
-  """NamedShardings of a tree of (abstract) arrays boxed with logical axis names.
+  """Returns the NamedShardings of a tree of (abstract) arrays boxed with logical axes.
 
-  Leaves without a box (step counters, rng keys, optimizer scalars) are replicated.
+  Leaves without a box (step counters, PRNG keys, optimizer scalars) are replicated.
   """
 
   def leaf(x):
@@ -189,7 +188,7 @@ def shardings_of(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Rows of a batch over data and fsdp; all other dims replicated."""
+  """Returns the sharding of a batch: rows split over data and fsdp, other dims replicated."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
@@ -206,10 +205,10 @@ def check_rows(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, name: str, r
 
 
 def place(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Puts a host batch onto the mesh as global arrays.
+  """Places a host batch onto the mesh as global arrays.
 
-  Every process passes the whole batch, the same one; each keeps the rows of its own devices,
-  in whatever order the mesh has them.
+  Every process passes the same whole batch and keeps the rows of its own devices, whatever the
+  order of devices in the mesh.
   """
   sharding = batch_sharding(mesh)
 
@@ -221,7 +220,7 @@ def place(batch: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-  """Full copies of (possibly sharded) arrays as numpy, the same in every process."""
+  """Copies (possibly sharded) arrays to numpy in full, the same in every process."""
 
   def leaf(x):
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -235,7 +234,7 @@ def to_host(tree: Any) -> Any:
 
 
 def barrier(name: str) -> None:
-  """Waits for all processes: process 0 has written files that others are about to read."""
+  """Waits for all processes, for example until process 0 has written files that others read."""
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 

@@ -70,6 +70,12 @@ def make_model():
 
 
 @pytest.fixture
+def budget_of():
+  """budget_of(columns, rows, vocab_size) -> the `logits_budget`, GiB, of chunks of `columns`."""
+  return lambda columns, rows, vocab_size: 3 * 4 * columns * rows * vocab_size / 2**30
+
+
+@pytest.fixture
 def neighbours(rng):
   """neighbours(variables): each float32 moved to the one above or below it, by chance.
 

@@ -56,14 +56,19 @@ def parse_flags(
   return values
 
 
-def config_path(argv: Sequence[str]) -> str:
-  """The value of --config on a command line, "" if there is none."""
+def flag_value(argv: Sequence[str], name: str) -> str:
+  """The value of a flag on a command line that is not parsed yet, "" if there is none."""
   for i, arg in enumerate(argv):
-    if arg in ("--config", "-config") and i + 1 < len(argv):
+    if arg in (f"--{name}", f"-{name}") and i + 1 < len(argv):
       return argv[i + 1]
-    if re.match(r"--?config=", arg):
+    if re.match(rf"--?{name}=", arg):
       return arg.partition("=")[2]
   return ""
+
+
+def config_path(argv: Sequence[str]) -> str:
+  """The value of --config on a command line, "" if there is none."""
+  return flag_value(argv, "config")
 
 
 def _define_config(

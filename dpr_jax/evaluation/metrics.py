@@ -7,10 +7,10 @@
       def score(self, record):
         return len(record["response"].split())
 
-    config.eval.metrics.words = Words()
+    config.eval.metrics.words = Words()               # or evaluate's --metrics=my_file.py:Words
 
-The column of a response metric is called NAME_sampled, NAME_greedy. A metric that needs a model's
-opinion is a `SystemMetric`. `DEFAULTS` is the table of those that every run measures.
+In a run the column of a response metric is called NAME_sampled, NAME_greedy. A metric that needs a
+model's opinion is a `SystemMetric`. `DEFAULTS` is the table of those that every run measures.
 """
 
 import dataclasses
@@ -57,7 +57,10 @@ class ResponseMetric(Value):
   main: ClassVar[bool] = False
 
   def score(self, record: Mapping[str, Any]) -> float:
-    """Of one line of samples/SYSTEM.jsonl: response, token_ids, length, hit_eos, answer, ..."""
+    """Of one response: a line of samples/SYSTEM.jsonl, or of the responses.jsonl of `evaluate`.
+
+    Both have prompt, answer, groups, response, token_ids, length and hit_eos.
+    """
     raise NotImplementedError
 
   def column(self) -> Column:

@@ -54,8 +54,12 @@ class Responder:
     sharding.check_rows(self.mesh, "batch_size", self.batch_size)
 
   @functools.cached_property
-  def _stops(self) -> Any:
-    """The stop strings as the decode loop takes them; None if there are none."""
+  def stops(self) -> Any:
+    """The stop strings as the decode loop takes them; None if there are none.
+
+    Raises:
+      UserError: a stop string that can never be used, or a tokenizer whose text is unknown.
+    """
     stops = build_stop_strings(self.tokenizer, self.model.cfg.vocab_size, self.stop_strings)
     return stops and jax.device_put(stops, sharding.replicated(self.mesh))
 
@@ -106,7 +110,7 @@ class Responder:
               weights=tuple(weights),
               samples_per_prompt=n,
               slots=self.batch_size,
-              stop_strings=self._stops,
+              stop_strings=self.stops,
           )
       )
       for row, i in enumerate(i * n + j for i in chosen for j in range(n)):

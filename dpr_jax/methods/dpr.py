@@ -229,10 +229,11 @@ class DPR(TrainedMethod):
     rollouts = RolloutWork(
         rows=budget.batch_size, prompt=prompt, new=budget.max_new_tokens,
         scored=others + expected, samples=self.samples_per_prompt, slots=self.slots,
+        held=others,
     )
     update = TrainWork(
         budget.batch_size, prompt + budget.max_new_tokens, budget.max_new_tokens,
-        budget.accumulation,
+        budget.accumulation, held=others,
     )
     return [
         Program(f"{name}/rollout_step", lambda: rollout_step.lower(*arguments), rollouts,

@@ -1,4 +1,4 @@
-"""The decoder and the log-probabilities that everything else is made of."""
+"""The decoder, its KV cache and the log-probabilities of tokens."""
 
 from dpr_jax.models.cache import Cache, init_cache
 from dpr_jax.models.config import ModelConfig, Rope

@@ -1,12 +1,14 @@
-"""Attention over packed rows or a cache, and rotary embeddings.
+"""Attention over packed rows or over a cache, and rotary position embeddings.
 
-Masks are made of slots and segments, never of token ids: slot t may see slot s iff
-s <= t, both belong to the same segment, that segment is not 0 (padding), and, in a
-local layer, fewer than `window` tokens lie from s to t. Padding slots do not count, so
-that a window over slots is a window over positions wherever the padding is.
+Masks are computed from slots and segments, never from token ids. Slot t sees slot s iff
+s <= t, both belong to the same segment, that segment is not 0 (padding), and, in a local
+layer, s is fewer than `window` tokens before t. Padding slots are not counted as tokens, so
+a window spans the same positions wherever the padding is.
 
 Whole rows without a cache go through `self_attention`, which has a kernel for each
-platform; `attend` is what XLA makes of the formula, and the reference of the others.
+platform; `attend` is the XLA implementation, against which the kernels are tested.
+
+Dims: see `models/config.py`; G = N / K query heads per KV head, J = H / 2 rotary frequencies.
 """
 
 import functools
@@ -37,50 +39,52 @@ def positions_of(segment_ids_BxT: jax.Array) -> jax.Array:
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> jax.Array:
-  """Angular frequencies, float32 [head_dim / 2], radians a token.
+  """Angular frequencies in radians per token, float32 [J].
 
   The llama3 rule follows Llama 3.1's published description (and transformers'
-  `_compute_llama3_parameters`): long wavelengths are divided by `factor`, short
-  ones kept, those between interpolated.
+  `_compute_llama3_parameters`): it divides the frequencies of long wavelengths by `factor`,
+  keeps those of short ones, and interpolates in between.
   """
-  exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  frequency = 1.0 / (rope.theta**exponent)
+  exponent_J = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+  frequency_J = 1.0 / (rope.theta**exponent_J)
   if rope.scaling == "none":
-    return frequency
+    return frequency_J
   if rope.scaling == "linear":
-    return frequency / rope.factor
+    return frequency_J / rope.factor
   if rope.scaling != "llama3":
     raise ValueError(f"rope scaling {rope.scaling!r} is not one of none, linear, llama3")
-  wavelength = 2 * jnp.pi / frequency
+  wavelength_J = 2 * jnp.pi / frequency_J
   low, high = rope.low_freq_factor, rope.high_freq_factor
-  smooth = (rope.original_max_length / wavelength - low) / (high - low)
-  smooth = jnp.clip(smooth, 0.0, 1.0)
-  return (1 - smooth) * frequency / rope.factor + smooth * frequency
+  smooth_J = (rope.original_max_length / wavelength_J - low) / (high - low)
+  smooth_J = jnp.clip(smooth_J, 0.0, 1.0)
+  return (1 - smooth_J) * frequency_J / rope.factor + smooth_J * frequency_J
 
 
 def rope_tables(rope: Rope, head_dim: int, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """cos and sin, float32 [B, T, 1, head_dim / 2], to be used by `rotate`."""
-  frequencies_1x1xF = rope_frequencies(rope, head_dim)[None, None, :]
-  angle = positions_BxT[:, :, None].astype(jnp.float32) * frequencies_1x1xF
-  return jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
+  """Cosines and sines of the rotation angles for `rotate`, float32 [B, T, 1, J]."""
+  frequencies_1x1xJ = rope_frequencies(rope, head_dim)[None, None, :]
+  angle_BxTxJ = positions_BxT[:, :, None].astype(jnp.float32) * frequencies_1x1xJ
+  return jnp.cos(angle_BxTxJ)[:, :, None, :], jnp.sin(angle_BxTxJ)[:, :, None, :]
 
 
-def rotate(x_BxTxNxH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates the two halves of each head against each other (the half-split convention)."""
-  a, b = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxTxNxH.dtype)
+def rotate(x_BxTxNxH: jax.Array, cos_BxTx1xJ: jax.Array, sin_BxTx1xJ: jax.Array) -> jax.Array:
+  """Rotates the pairs (i, i + J) of each head (the half-split convention)."""
+  a_BxTxNxJ, b_BxTxNxJ = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
+  first_BxTxNxJ = a_BxTxNxJ * cos_BxTx1xJ - b_BxTxNxJ * sin_BxTx1xJ
+  second_BxTxNxJ = b_BxTxNxJ * cos_BxTx1xJ + a_BxTxNxJ * sin_BxTx1xJ
+  return jnp.concatenate([first_BxTxNxJ, second_BxTxNxJ], axis=-1).astype(x_BxTxNxH.dtype)
 
 
 def attention_mask(
     q_segments_BxT: jax.Array, kv_segments_BxS: jax.Array, q_start: jax.Array | int, window: int = 0
 ) -> jax.Array:
-  """Which slots each query sees, bool [B, 1, T, S]; query t sits in slot q_start + t."""
+  """True where a query sees a slot, bool [B, 1, T, S]; query t is in slot q_start + t."""
   q_slot_Tx1 = q_start + jnp.arange(q_segments_BxT.shape[1], dtype=jnp.int32)[:, None]
   kv_slot_1xS = jnp.arange(kv_segments_BxS.shape[1], dtype=jnp.int32)[None, :]
   seen_BxTxS = q_segments_BxT[:, :, None] == kv_segments_BxS[:, None, :]
   seen_BxTxS &= (q_segments_BxT != 0)[:, :, None] & (kv_slot_1xS <= q_slot_Tx1)[None, :, :]
   if window:
-    # Counted in tokens, not in slots: padding may lie between a prompt and what follows it.
+    # Distances count tokens, not slots: padding may separate a prompt from its response.
     rank_BxS = jnp.cumsum(kv_segments_BxS != 0, axis=1, dtype=jnp.int32)
     q_rank_BxT = jax.lax.dynamic_slice_in_dim(rank_BxS, q_start, q_segments_BxT.shape[1], axis=1)
     seen_BxTxS &= q_rank_BxT[:, :, None] - rank_BxS[:, None, :] < window
@@ -88,56 +92,54 @@ def attention_mask(
 
 
 def attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_Bx1xTxS, scale: float) -> jax.Array:
-  """Grouped-query attention; softmax in float32. Rows that see nothing give finite garbage."""
+  """Grouped-query attention, softmax in float32; a query that sees no slot gets finite garbage."""
   return jax.nn.dot_product_attention(
       q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask=mask_Bx1xTxS, scale=scale
   )
 
 
 def attend_cache(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, mask_Bx1xTxS, scale: float) -> jax.Array:
-  """`attend` over keys and values that have their heads first, as the cache keeps them."""
+  """`attend` over the cache, whose keys and values have the head axis before the slot axis."""
   B, T, N, H = q_BxTxNxH.shape
   _, K, S, _ = k_BxKxSxH.shape
-  # Not by einsum, which is free to put the cache on the left, and then the CPU copies it.
+  # dot_general, not einsum: einsum may make the cache the left operand, which a CPU copies.
   heads = ((0, 1), (0, 1))
-  product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+  matmul = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
   q_BxKxTxGxH = jnp.moveaxis(q_BxTxNxH.reshape(B, T, K, N // K, H), 2, 1)
-  score_BxKxTxGxS = scale * product(q_BxKxTxGxH, k_BxKxSxH, (((4,), (3,)), heads))
-  unseen = 0.5 * jnp.finfo(jnp.float32).min  # Finite: a query may see nothing.
+  score_BxKxTxGxS = scale * matmul(q_BxKxTxGxH, k_BxKxSxH, (((4,), (3,)), heads))
+  unseen = 0.5 * jnp.finfo(jnp.float32).min  # Finite, because a query may see no slot.
   score_BxKxTxGxS = jnp.where(mask_Bx1xTxS[:, :, :, None], score_BxKxTxGxS, unseen)
   weight_BxKxTxGxS = jax.nn.softmax(score_BxKxTxGxS, axis=-1).astype(v_BxKxSxH.dtype)
-  out_BxKxTxGxH = product(weight_BxKxTxGxS, v_BxKxSxH, (((4,), (2,)), heads))
+  out_BxKxTxGxH = matmul(weight_BxKxTxGxS, v_BxKxSxH, (((4,), (2,)), heads))
   return jnp.moveaxis(out_BxKxTxGxH, 1, 2).reshape(B, T, N, H).astype(q_BxTxNxH.dtype)
 
 
 def target_platform() -> str:
-  """cpu, gpu or tpu: of the mesh if one is set, else of the default backend.
+  """Returns "cpu", "gpu" or "tpu": the platform of the current mesh, else the default backend.
 
-  A mesh over described devices (ahead-of-time compilation) has a platform that this machine
-  need not have.
+  Ahead-of-time compilation sets a mesh of abstract devices, which need not be those of this host.
   """
   device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
   return jax.default_backend() if device is None else device.platform
 
 
 def resolve_backend(cfg: ModelConfig, length: int) -> str:
-  """xla, cudnn or splash: what computes attention over rows of `length` tokens, now and here.
+  """Selects the backend for rows of `length` tokens on the target platform: xla, cudnn or splash.
 
-  `cfg.attention` where it names one; auto takes the kernel of the platform wherever it accepts
-  dtype and shapes, and XLA elsewhere.
+  "auto" selects the kernel of the platform if it supports the dtype and the shapes, else XLA.
 
   Raises:
-    UserError: the backend named does not exist on this platform or does not take this model.
+    UserError: `cfg.attention` names a backend that this platform or this model cannot use.
   """
   platform, dtype = target_platform(), jnp.dtype(cfg.dtype)
   refused = ""
   if cfg.attention == "cudnn" or (cfg.attention == "auto" and platform == "gpu"):
-    # auto takes what every GPU since Ampere has, forward and backward; 256 needs a Hopper.
+    # A head_dim of 128 works on every GPU since Ampere, forward and backward; 256 needs Hopper.
     widest = 128 if cfg.attention == "auto" else 256
     if platform != "gpu":
       refused = f"needs a GPU, and this is a {platform.upper()}"
     elif dtype not in (jnp.bfloat16, jnp.float16):
-      refused = f"needs config.model.dtype=bfloat16, not {dtype}"
+      refused = f"needs dtype=bfloat16, not {dtype}"
     elif cfg.head_dim > widest or cfg.head_dim % 8:
       refused = f"needs a head_dim of at most {widest}, a multiple of 8, not {cfg.head_dim}"
     backend = "cudnn"
@@ -153,7 +155,7 @@ def resolve_backend(cfg: ModelConfig, length: int) -> str:
     return backend
   if cfg.attention == "auto":
     return "xla"
-  raise UserError(f"config.model.attention={backend} {refused}; auto takes what is there")
+  raise UserError(f"attention={backend} {refused}; auto takes what is there")
 
 
 def self_attention(
@@ -167,16 +169,16 @@ def self_attention(
     backend: str,
     mask_Bx1xTxT: jax.Array | None = None,
 ) -> jax.Array:
-  """Causal grouped-query attention of whole rows, [B, T, N, H] in the dtype of q.
+  """Causal grouped-query attention over whole rows, [B, T, N, H] in the dtype of q.
 
-  The tokens of a segment are contiguous, so that a distance in slots is one in tokens. What a
-  padding query (segment 0) gives is finite, differs between backends, and reaches no other.
+  The tokens of a segment must be contiguous, so that distances in slots are distances in tokens.
+  Outputs at padding (segment 0) are finite, differ between backends, and affect no other output.
 
   Args:
-    window: tokens a query sees, itself included; 0 sees the whole segment.
+    window: tokens that a query sees, itself included; 0 means the whole segment.
     scale: multiplies q.k.
     backend: xla | cudnn | splash, from `resolve_backend`.
-    mask_Bx1xTxT: for xla, `attention_mask` of these segments, where layers share it.
+    mask_Bx1xTxT: precomputed `attention_mask`, to share it between layers; used by xla only.
   """
   if backend == "xla":
     if mask_Bx1xTxT is None:
@@ -196,14 +198,14 @@ def self_attention(
 def cudnn_attention(
     q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT, *, window: int, scale: float
 ) -> jax.Array:
-  """`self_attention` by the fused kernel of cuDNN, on one GPU.
+  """`self_attention` on one GPU with cuDNN's fused kernel.
 
-  cuDNN has no segments, and its sliding window excludes a bias (before cuDNN 9.10.2), so both
-  become a bias [B, 1, T, T]; causality is told as well, for the blocks it saves. Padding
-  queries see themselves, because an empty softmax is not finite there.
+  cuDNN does not support segments, nor (before 9.10.2) a sliding window together with a bias, so
+  both are passed as a bias [B, 1, T, T]. `is_causal` is set as well, so that cuDNN skips blocks
+  above the diagonal. Padding queries see themselves, because cuDNN's empty softmax is not finite.
   """
   length = q_BxTxNxH.shape[1]
-  pad = length % 2  # The backward pass with a bias takes even lengths only.
+  pad = length % 2  # The backward pass with a bias supports even lengths only.
   if pad:
     rows = lambda x: jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
     q_BxTxNxH, k_BxTxKxH, v_BxTxKxH = rows(q_BxTxNxH), rows(k_BxTxKxH), rows(v_BxTxKxH)
@@ -218,7 +220,7 @@ def cudnn_attention(
 
 
 def _on_each_device(kernel, q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT) -> jax.Array:
-  """Calls a kernel that the partitioner cannot split on each device's rows and heads."""
+  """Runs a kernel that GSPMD cannot partition on the rows and heads of each device."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return kernel(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT)
@@ -229,8 +231,8 @@ def _on_each_device(kernel, q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT) ->
 
   def local(q, k, v, segment_ids):
     if q_spec[2] is not None and kv_spec[2] is None:
-      # All KV heads are here, and some query heads: take what those read. Runs of `run` query
-      # heads read one KV head, also where a device's heads begin or end inside of a group.
+      # The device holds all KV heads but only some query heads: select the KV heads they read.
+      # `run` adjacent query heads share one KV head, even if a group is split between devices.
       heads = q.shape[2]
       run = math.gcd(heads, group)
       first = jax.lax.axis_index(q_spec[2]) * heads
@@ -238,7 +240,7 @@ def _on_each_device(kernel, q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT) ->
       k, v = jnp.take(k, read, axis=2), jnp.take(v, read, axis=2)
     return kernel(q, k, v, segment_ids)
 
-  # The kernels do not say over which axes their results vary, so that it cannot be checked.
+  # The kernels do not declare over which mesh axes their outputs vary, so VMA cannot be checked.
   return jax.shard_map(
       local, in_specs=(q_spec, kv_spec, kv_spec, rows), out_specs=q_spec, check_vma=False
   )(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT)

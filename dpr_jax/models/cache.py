@@ -1,21 +1,20 @@
-"""The KV cache: keys and values of the tokens seen so far, in slots shared by all rows.
+"""The KV cache: keys and values of earlier tokens, in slots that are aligned across rows.
 
-A step writes the same slot of every row, so the write is one slice with one index, on any
-mesh. Slots are reused in turn (a ring): row b's token of rank r stands wherever it was
-written, and `ranks` says where. A query sees the slots whose rank is at most its own and, in
-a local layer, less than `window` below it; so a hole, a prompt put into a row later than its
-neighbours', or a ring that went round are all the same case.
+A step writes the same slot of every row, so on any mesh the write is one slice at one index.
+The slots form a ring buffer. `ranks` stores, for each slot, how many tokens of its row precede
+the token in it. A query sees the slots whose rank is at most its own and, in a local layer, less
+than `window` below its own. Gaps, prompts admitted at different times and wrap-around
+therefore need no special cases.
 
-A prefilled cache keeps the prompt in the first P slots, for ever, and rings through the N
-behind it; a local layer whose window is shorter than P + N rings through `window` slots.
+A prefilled cache keeps the prompt in its first P slots, and the N slots after them form the
+ring. A local layer whose window is shorter than P + N has a ring of `window` slots only.
 
-The keys and values of a group of layers are [R, B, K, S, H], without the R where it is 1. Heads
-come before slots: a product with the cache is one of matrices [S, H] for each row and head, read
-where they lie. With slots before heads, or with an R of 1, XLA copies the whole cache in every step
-on a CPU.
+The keys and values of a group of layers are [R, B, K, S, H]; the axis R is dropped if R = 1. Heads
+precede slots, so that a matmul with the cache reads one contiguous [S, H] matrix for each row and
+head. With slots before heads, or with R = 1 kept, XLA on CPU copies the whole cache in every step.
 
 Dims: R repeats of a layer in its scan, B rows, S slots, K KV heads, H head_dim, P prompt
-columns, N new tokens at most, T tokens of a step.
+columns, N maximum new tokens, T tokens of a step.
 """
 
 from collections.abc import Callable
@@ -33,25 +32,25 @@ from dpr_jax.sharding import constrain
 class Slots:
   """The slots of one kind of layer."""
 
-  ranks: jax.Array  # int32 [B, S], how many tokens of its row came before; -1 where empty.
-  fixed: int = struct.field(pytree_node=False, default=0)  # first slots, outside of the ring.
+  ranks: jax.Array  # int32 [B, S], number of preceding tokens of the row; -1 if empty.
+  fixed: int = struct.field(pytree_node=False, default=0)  # leading slots before the ring.
 
   def at(self, column: jax.Array) -> jax.Array:
-    """The slot of the `column`-th token written after the prefill."""
+    """Returns the slot of the `column`-th token after the prefill."""
     return self.fixed + column % (self.ranks.shape[1] - self.fixed)
 
 
 @struct.dataclass
 class Cache:
-  """See the module docstring."""
+  """The cache of all layers; the layout is described in the module docstring."""
 
-  kv: Any  # tuple over groups of tuples over layers: (keys, values), see above.
+  kv: Any  # tuple over groups of tuples over layers of (keys, values).
   slots: dict[str, Slots]  # by kind of layer.
-  lengths: jax.Array  # int32 [B], tokens stored; the next token's rank and position.
+  lengths: jax.Array  # int32 [B], tokens stored, which is the next token's rank and position.
   index: jax.Array  # int32 [], columns written since the prefill.
 
   def repeat(self, n: int) -> "Cache":
-    """Every row n times, adjacent: samples of one prompt share its prefill."""
+    """Repeats every row n times, adjacent, so that samples of a prompt share its prefill."""
     if n == 1:
       return self
     rows = lambda x, axis: jnp.repeat(x, n, axis=axis)
@@ -67,24 +66,24 @@ def _constrain_kv(x: jax.Array) -> jax.Array:
 
 
 def heads_first(*kv_BxTxKxH: jax.Array) -> tuple[jax.Array, ...]:
-  """Keys and values of a layer, [B, T, K, H] -> [B, K, T, H], as the cache has them."""
+  """Transposes keys and values of a layer into the cache's layout, [B, K, T, H]."""
   return tuple(jnp.swapaxes(x, 1, 2) for x in kv_BxTxKxH)
 
 
 def layout(cfg: ModelConfig, kind: str, prompt: int, new: int) -> tuple[int, int]:
-  """(slots, fixed) of a kind of layer that is to hold P prompt columns and N new ones."""
+  """Returns (slots, fixed slots) of a kind of layer for P prompt columns and N new tokens."""
   if kind == LOCAL and cfg.window < prompt + new:
     return cfg.window, 0
   return prompt + new, prompt
 
 
 def init_cache(cfg: ModelConfig, batch_size: int, new: int, prompt: int | None = None) -> Cache:
-  """An empty cache.
+  """Creates an empty cache.
 
   Args:
-    new: slots of the ring; beyond them the oldest token is overwritten.
-    prompt: columns of the prompts that `admit` will put in, and then local layers have their
-      window only. None: all layers have `new` slots.
+    new: slots of the ring; once they are full, the oldest token is overwritten.
+    prompt: columns of the prompts that `admit` will insert; local layers then allocate their
+      window only. None allocates `new` slots in every layer.
   """
 
   def shape(kind):
@@ -108,11 +107,11 @@ def init_cache(cfg: ModelConfig, batch_size: int, new: int, prompt: int | None =
 
 
 def from_prefill(cfg: ModelConfig, made: Any, segment_ids_BxP: jax.Array, new: int) -> Cache:
-  """The cache after right-aligned prompts.
+  """Builds the cache that follows right-aligned prompts.
 
   Args:
-    made: keys and values of the prompts, [R, B, K, P, H] each, by group and layer.
-    new: tokens N that will be decoded at most; 0 for prompts that `admit` will copy.
+    made: keys and values of the prompts by group and layer, [R, B, K, P, H] each.
+    new: maximum number of tokens N to decode; 0 for prompts that `admit` will copy.
   """
   prompt = segment_ids_BxP.shape[1]
   present = segment_ids_BxP != 0
@@ -151,13 +150,14 @@ def admit(
     take: Callable[[jax.Array, int], jax.Array],
     new_B: jax.Array,
 ) -> Cache:
-  """Puts prefilled prompts into rows of a running cache, in place of what was there.
+  """Replaces rows of a running cache by prefilled prompts.
 
   Args:
-    cache: from `init_cache` with the prompts' columns.
-    prompts: from `from_prefill` with new=0; its rows are not those of `cache`.
-    take: (array, axis of its prompts) -> the array with the B rows of `cache` on that axis.
-    new_B: bool [B], the rows that get a prompt; what `take` gives for others is not used.
+    cache: from `init_cache`, called with the number of prompt columns.
+    prompts: from `from_prefill` with new=0; its rows differ from those of `cache`.
+    take: (array, axis of the prompts) -> the array with a prompt for each of the B rows of
+      `cache` on that axis.
+    new_B: bool [B], the rows to replace; the output of `take` for other rows is ignored.
   """
 
   def put(x, source, kind, fill, rows=0, axis=1):
@@ -167,7 +167,7 @@ def admit(
     if fixed:
       old = jax.lax.slice_in_dim(x, 0, fixed, axis=axis)
       return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(new, source, old), 0, axis)
-    # Behind each other in the ring, the last just before the slot that is written next.
+    # Consecutive in the ring, ending just before the slot that is written next.
     source = _pad(source, axis, n - source.shape[axis], 0, fill)
     return jnp.where(new, jnp.roll(source, cache.index % n, axis=axis), x)
 
@@ -202,12 +202,12 @@ def _pad(x, axis, before, after, fill):
 def advance(
     cache: Cache, segment_ids_BxT: jax.Array, window_of: Callable[[str], int]
 ) -> tuple[Cache, dict[str, jax.Array], dict[str, jax.Array]]:
-  """Room for T more tokens a row; a token of segment 0 is not stored.
+  """Reserves slots for T more tokens per row; tokens of segment 0 are not stored.
 
   Returns:
-    (cache without the new keys and values; the slots that the last of them go to by kind, int32
-    [at most T]; which slots each query sees by kind, bool [B, 1, T, S] for T = 1, else
-    [B, 1, T, S + T]: the new tokens stand behind the old, see `store`).
+    (cache, still without the new keys and values; by kind, the slots of the last new tokens,
+    int32 [at most T]; by kind, the mask, bool [B, 1, T, S] for T = 1, else [B, 1, T, S + T]: the
+    new tokens follow the old ones, see `store`).
   """
   tokens = segment_ids_BxT.shape[1]
   alive = segment_ids_BxT != 0
@@ -216,23 +216,23 @@ def advance(
   column_T = cache.index + jnp.arange(tokens, dtype=jnp.int32)
   new_slots, targets, masks = {}, {}, {}
   for kind, slots in cache.slots.items():
-    # A ring cannot hold more columns than it has: the last ones stay.
+    # If there are more new columns than the ring has slots, only the last ones are stored.
     kept = min(tokens, slots.ranks.shape[1] - slots.fixed)
     targets[kind] = slots.at(column_T[-kept:])
     ranks = _write(slots.ranks, rank_BxT[:, -kept:], targets[kind], axis=1)
     new_slots[kind] = slots.replace(ranks=ranks)
     seen_BxS = ranks if tokens == 1 else jnp.concatenate([slots.ranks, rank_BxT], axis=1)
-    mask = (seen_BxS >= 0)[:, None, :] & (seen_BxS[:, None, :] <= rank_BxT[:, :, None])
+    mask_BxTxS = (seen_BxS >= 0)[:, None, :] & (seen_BxS[:, None, :] <= rank_BxT[:, :, None])
     if window_of(kind):
-      mask &= rank_BxT[:, :, None] - seen_BxS[:, None, :] < window_of(kind)
-    masks[kind] = mask[:, None]
+      mask_BxTxS &= rank_BxT[:, :, None] - seen_BxS[:, None, :] < window_of(kind)
+    masks[kind] = mask_BxTxS[:, None]
   lengths = cache.lengths + jnp.sum(alive, axis=1, dtype=jnp.int32)
   cache = cache.replace(slots=new_slots, lengths=lengths, index=cache.index + tokens)
   return cache, targets, masks
 
 
 def _write(x, new, slot_T, axis):
-  """x with new at the slots of `axis`: one slice for one token, a scatter for several."""
+  """Writes `new` to slots of `axis` of x, of any rank: a slice for one token, else a scatter."""
   if new.shape[axis] == 1:
     return jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), slot_T[0], axis)
   at = (slice(None),) * axis + (slot_T,)
@@ -240,37 +240,37 @@ def _write(x, new, slot_T, axis):
 
 
 def store(kv: Any, new: Any, layer: jax.Array, slot_T: jax.Array) -> tuple[Any, Any]:
-  """Writes new keys and values of one layer, and returns what its queries look at.
+  """Writes the new keys and values of one layer and returns those that its queries attend to.
 
-  The cache of all repeats is carried through the scan over layers and written in place: only
-  the new slots are stored, and no copy of the other layers is made.
+  The scan over layers carries the cache of all repeats and updates it in place: only the new
+  slots are written, and the other layers are not copied.
 
   Args:
-    kv: (keys, values), [R, B, K, S, H], or [B, K, S, H] of a layer that is not repeated.
+    kv: (keys, values), [R, B, K, S, H], or [B, K, S, H] if the layer is not repeated.
     new: (keys, values), [B, K, T, H].
-    layer: int32 [], which of the R.
-    slot_T: int32 [at most T], from `advance`: of the last of the new ones.
+    layer: int32 [], index into R.
+    slot_T: int32 [at most T], from `advance`: the slots of the last new tokens.
 
   Returns:
-    (kv, (keys, values) to attend to). One token is written first and reads the slots. Several
-    read the slots as they were, and each other behind them: in a ring, the last of them may
-    overwrite what the first still sees.
+    (kv, (keys, values) to attend to). A single token is written first and then attends to the
+    slots. Several tokens attend to the old slots followed by the new tokens, because in a ring
+    the last of them may overwrite a slot that the first still sees.
   """
   one, alone = new[0].shape[2] == 1, kv[0].ndim == 4
   read = lambda x: x if alone else jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
   out, seen = [], []
-  for x, y in zip(kv, new, strict=True):
+  for x, y_BxKxTxH in zip(kv, new, strict=True):
     if one:
       if alone:
-        x = _write(x, y, slot_T, axis=2)
+        x = _write(x, y_BxKxTxH, slot_T, axis=2)
       else:
         at = (layer, 0, 0, slot_T[0], 0)
-        x = jax.lax.dynamic_update_slice(x, y[None].astype(x.dtype), at)
+        x = jax.lax.dynamic_update_slice(x, y_BxKxTxH[None].astype(x.dtype), at)
       seen.append(read(x))
     else:
-      before = read(x)
-      seen.append(jnp.concatenate([before, y.astype(x.dtype)], axis=2))
-      after = _write(before, y[:, :, -slot_T.shape[0] :], slot_T, axis=2)
-      x = after if alone else jax.lax.dynamic_update_index_in_dim(x, after, layer, 0)
+      old_BxKxSxH = read(x)
+      seen.append(jnp.concatenate([old_BxKxSxH, y_BxKxTxH.astype(x.dtype)], axis=2))
+      new_BxKxSxH = _write(old_BxKxSxH, y_BxKxTxH[:, :, -slot_T.shape[0] :], slot_T, axis=2)
+      x = new_BxKxSxH if alone else jax.lax.dynamic_update_index_in_dim(x, new_BxKxSxH, layer, 0)
     out.append(x)
   return tuple(out), tuple(seen)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpr_jax.models.config import ModelConfig
-from dpr_jax.models.table import logits_axes
+from dpr_jax.models.embedding import logits_axes
 from dpr_jax.sharding import batch_ways, constrain, vocab_ways
 
 

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): y = x W + (alpha / rank) (x A) B.
 
-A and B live in a variable collection of their own, so `variables = {"params", "lora"}`:
-policy, sft and ref are three adapters over one base, and a model applied without "lora" is
-the base. B starts at zero, so a fresh adapter changes nothing.
+A and B form a variable collection of their own, `variables = {"params": ..., "lora": ...}`.
+Policy, sft and ref are then three adapters of one base model; a model applied without "lora"
+is the base. B is initialised to zero, so a new adapter does not change the model.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-  """Which projections get an adapter, and of what size."""
+  """Size of the adapters and the projections that have one."""
 
-  rank: int = 0  # 0: no adapters.
-  alpha: float = 16.0  # the adapter is scaled by alpha / rank.
+  rank: int = 0  # 0 means no adapters.
+  alpha: float = 16.0  # the adapter's output is scaled by alpha / rank.
   targets: tuple[str, ...] = TARGETS  # names of projections.
-  dropout: float = 0.0  # of the adapter's input, while training.
+  dropout: float = 0.0  # rate, applied to the adapter's input in training.
 
   def __post_init__(self):
     object.__setattr__(self, "targets", tuple(self.targets))
@@ -39,7 +39,7 @@ class LoRA:
 
 
 def _uniform_fan_in(n_in: int):
-  """Uniform in +-1 / sqrt(fan_in), what PEFT draws A from (Kaiming with a = sqrt(5))."""
+  """Uniform in +-1 / sqrt(fan_in), PEFT's initialisation of A (Kaiming with a = sqrt(5))."""
 
   def init(key, shape, dtype=jnp.float32):
     bound = 1.0 / math.sqrt(math.prod(shape[:n_in]))
@@ -57,9 +57,13 @@ def adapter(
     out_shape: tuple[int, ...],
     dtype: Any,
 ) -> jax.Array | None:
-  """What the adapter of `module` adds to x W, or None where there is none.
+  """Returns the adapter's term [..., out dims] of `module`'s output, or None without an adapter.
 
-  Makes the adapter's variables at initialisation. Called from `Projection`.
+  Called from `Projection`, at initialisation also to create the variables: a [in dims, rank] and
+  b [rank, out dims]. The number of in dims and out dims varies, so names have no shape suffixes.
+
+  Args:
+    x: [..., in dims].
   """
   if not config.rank or module.name not in config.targets:
     return None
@@ -85,23 +89,21 @@ def adapter(
 
 
 def merge(variables: Mapping[str, Any], config: LoRA) -> dict[str, Any]:
-  """{"params", "lora"} -> {"params"} of a plain model with the same function.
+  """Merges the adapters into the weights of a model without adapters that computes the same.
 
-  Kernels are W + (alpha / rank) A B, computed in float32 and stored in the base's dtype.
+  Kernels become W + (alpha / rank) A B, computed in float32 and stored in the base's dtype.
+  Dims: R repeats of the scan, I inputs, O outputs, r rank.
   """
   if "lora" not in variables:
     return dict(variables)
 
   def walk(params, lora):
-    if "a" in lora:  # A projection: the scan's axis of repeats leads.
+    if "a" in lora:  # A projection.
       a, b, kernel = lora["a"], lora["b"], params["kernel"]
-      delta = jnp.einsum(
-          "rik,rko->rio",
-          a.reshape(a.shape[0], -1, a.shape[-1]).astype(jnp.float32),
-          b.reshape(b.shape[0], b.shape[1], -1).astype(jnp.float32),
-          precision="highest",
-      )
-      merged = kernel.astype(jnp.float32) + config.scale * delta.reshape(kernel.shape)
+      a_RxIxr = a.reshape(a.shape[0], -1, a.shape[-1]).astype(jnp.float32)
+      b_RxrxO = b.reshape(b.shape[0], b.shape[1], -1).astype(jnp.float32)
+      delta_RxIxO = jnp.einsum("rik,rko->rio", a_RxIxr, b_RxrxO, precision="highest")
+      merged = kernel.astype(jnp.float32) + config.scale * delta_RxIxO.reshape(kernel.shape)
       return {**params, "kernel": merged.astype(kernel.dtype)}
     return {k: walk(v, lora[k]) if k in lora else v for k, v in params.items()}
 
@@ -111,7 +113,7 @@ def merge(variables: Mapping[str, Any], config: LoRA) -> dict[str, Any]:
 
 
 def split_trainable(variables: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """(trainable, frozen): the adapter over a frozen base, or all parameters over nothing."""
+  """Returns (trainable, frozen): adapters and the frozen base, or all parameters and nothing."""
   if "lora" in variables:
     return {"lora": variables["lora"]}, {"params": variables["params"]}
   return {"params": variables["params"]}, {}

@@ -1,4 +1,4 @@
-"""How modules of the model make their parameters."""
+"""Creation of parameters with logical axes."""
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 def parameter(
     module: nn.Module, name: str, init, axes: tuple[str | None, ...], shape: tuple[int, ...]
 ) -> jax.Array:
-  """A float32 parameter of `module` with its logical axes (see `sharding.RULES`).
+  """Creates a float32 parameter of `module` with its logical axes (see `sharding.RULES`).
 
   Args:
     init: (key, shape, dtype) -> values.

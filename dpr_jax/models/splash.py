@@ -1,21 +1,21 @@
-"""Splash attention on TPU: flash attention that skips the blocks a static mask rules out.
+"""Splash attention on TPU: flash attention that skips the blocks excluded by a static mask.
 
-The kernel is jax's (`jax.experimental.pallas.ops.tpu.splash_attention`). No [T, T] array
-exists, neither scores nor mask: causality and window are computed from slot numbers inside a
-block, segments compared there, and blocks wholly outside of the mask never run.
+The kernel is JAX's (`jax.experimental.pallas.ops.tpu.splash_attention`). It allocates no [T, T]
+array, neither for scores nor for the mask: each block computes causality and window from slot
+numbers and compares segments, and blocks that are fully masked are skipped.
 """
 
 import jax
 import jax.numpy as jnp
 
-_LANES = 128  # of the vector unit; blocks of tokens are multiples of it.
+_LANES = 128  # of the vector unit; block sizes are multiples of it.
 
 
 def block_size(length: int) -> int:
-  """Tokens a block, for rows of `length`: as large as possible without much padding.
+  """Returns the tokens per block for rows of `length`: as large as possible with little padding.
 
-  Larger blocks run fewer, longer steps, but a block must divide the padded row, and the blocks
-  of all operands must fit on the chip: 512 does for a head_dim of 256 in float32 on v5e.
+  Larger blocks need fewer steps, but a block must divide the padded row, and the blocks of all
+  operands must fit into VMEM: 512 fits for a head_dim of 256 in float32 on v5e.
   """
   least = -(-length // _LANES) * _LANES
   for block in (512, 384, 256):
@@ -37,12 +37,11 @@ def splash_attention(
   """Causal grouped-query attention within segments, on one device.
 
   Args:
-    segment_ids_BxT: int32. Padding (0) is a segment like any other here: a padding query sees
-      padding, so that no softmax is empty, and no other query sees it.
-    window: slots a query sees, itself included; 0 sees all.
+    segment_ids_BxT: int32. Padding (0) is treated as a segment: padding queries see padding, so
+      that no softmax is empty, and no other query sees it.
+    window: slots that a query sees, itself included; 0 means all.
     scale: multiplies q.k.
-    interpret: run the kernel's program in plain jax instead of compiling it, for machines
-      without a TPU. Slow.
+    interpret: interpret the kernel instead of compiling it, for tests without a TPU. Slow.
 
   Returns:
     [B, T, N, H] in the dtype of q; scores and softmax are float32.
@@ -53,11 +52,8 @@ def splash_attention(
   block = block_size(length)
   padded = -(-length // block) * block
   shape = (padded, padded)
-  mask = (
-      splash.LocalMask(shape, (window - 1, 0), 0)
-      if 0 < window < length
-      else splash.CausalMask(shape)
-  )
+  local = 0 < window < length
+  mask = splash.LocalMask(shape, (window - 1, 0), 0) if local else splash.CausalMask(shape)
   kernel = splash.make_splash_mha(
       splash.MultiHeadMask([mask] * heads),
       head_shards=1,
@@ -69,12 +65,12 @@ def splash_attention(
       interpret=interpret,
   )
 
-  def rows(x):  # [B, T, ...] padded to whole blocks with zeros: padding, for segment ids.
+  def rows(x):  # Pads [B, T, ...] with zeros to whole blocks; segment id 0 is padding.
     return jnp.pad(x, [(0, 0), (0, padded - length)] + [(0, 0)] * (x.ndim - 2))
 
   heads_first = lambda x: rows(x).swapaxes(1, 2)
-  # The kernel knows no scale. In a half precision this rounds q once more, unless the scale is
-  # a power of two (head_dim 64 or 256).
+  # The kernel has no scale argument. In half precision this rounds q once more, unless the scale
+  # is a power of two (head_dim 64 or 256).
   q_BxTxNxH = (q_BxTxNxH.astype(jnp.float32) * scale).astype(q_BxTxNxH.dtype)
   segments_BxT = rows(segment_ids_BxT)
   out_BxNxTxH = jax.vmap(kernel)(

@@ -1,15 +1,14 @@
-"""One decoder for all families: a Linen module used as a pure function.
+"""The decoder of all model families: a Linen module used as a pure function.
 
     hidden_BxTxD, cache = Transformer(cfg).apply({"params": params}, tokens_BxT)
     logits_BxTxV = Transformer(cfg).apply({"params": params}, hidden_BxTxD, method="unembed")
 
-Layers of one pattern are scanned, so that compile time and program size do not grow
-with depth. Every parameter names its logical axes (see `sharding.py`). The KV cache
-is an argument and a result.
+The layers of a pattern are scanned, so that compile time and program size do not grow with
+the number of layers. Every parameter has logical axes (see `sharding.py`). The KV cache is an
+argument and a result.
 
-Parameter tree: embed/table [V, D], group_g/layer_j/{attention,mlp,...} with a leading
-axis of R repeats, final_norm/scale [D] and, untied, head/table [V, D]. The head is
-stored like the table, so that both use one matmul.
+Parameter tree: embed/table [V, D], group_g/layer_j/{attention,mlp,...} with a leading axis of
+R repeats, final_norm/scale [D] and, if the head is untied, head/table [V, D].
 
 Dims: see `models/config.py`.
 """
@@ -23,16 +22,19 @@ import jax.numpy as jnp
 from dpr_jax.models import attention as attention_lib
 from dpr_jax.models import cache as cache_lib
 from dpr_jax.models import lora as lora_lib
-from dpr_jax.models import products
 from dpr_jax.models.cache import Cache
 from dpr_jax.models.config import ModelConfig
+from dpr_jax.models.embedding import Embedding
+from dpr_jax.models.matmul import matmul
 from dpr_jax.models.parameters import parameter
-from dpr_jax.models.table import Table
 from dpr_jax.sharding import constrain
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * w over the last axis, in float32; w is stored less one under unit_offset."""
+  """x / rms(x) * w over the last axis, in float32; unit_offset stores w - 1.
+
+  The rank of x varies: [B, T, D] in a layer, [B, T, N, H] for queries and keys.
+  """
 
   cfg: ModelConfig
 
@@ -49,13 +51,16 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-  """A dense map from the last `len(in_axes)` dims to `out_shape`; all matmul weights are here."""
+  """Linear map of x [..., in dims] to [..., out dims], with an optional bias and LoRA adapter.
+
+  Ranks vary: heads and head_dim are two dims of a kernel, on the input or the output side.
+  """
 
   cfg: ModelConfig
   out_shape: tuple[int, ...]
   in_axes: tuple[str | None, ...]
   out_axes: tuple[str | None, ...]
-  init_scale: float = 1.0  # variance times fan_in at initialisation.
+  init_scale: float = 1.0  # variance * fan_in at initialisation.
   use_bias: bool = False
 
   @nn.compact
@@ -71,7 +76,7 @@ class Projection(nn.Module):
     )
     shape = in_shape + self.out_shape
     kernel = parameter(self, "kernel", init, self.in_axes + self.out_axes, shape)
-    y = products.product(x, kernel.astype(dtype), n_in)
+    y = matmul(x, kernel.astype(dtype), n_in)
     if self.use_bias:
       bias = parameter(self, "bias", nn.initializers.zeros, self.out_axes, self.out_shape)
       bias = bias.astype(dtype)
@@ -83,7 +88,7 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-  """Grouped-query self-attention of one layer, over the row or over the cache."""
+  """Grouped-query self-attention of one layer, over whole rows or over the cache."""
 
   cfg: ModelConfig
   kind: str
@@ -94,40 +99,38 @@ class Attention(nn.Module):
     project = lambda name, heads, axis: Projection(
         cfg, (heads, cfg.head_dim), ("embed",), (axis, "head_dim"), use_bias=cfg.qkv_bias, name=name
     )(x_BxTxD)
-    q = project("query", cfg.num_heads, "heads")
-    k = project("key", cfg.num_kv_heads, "kv_heads")
-    v = project("value", cfg.num_kv_heads, "kv_heads")
+    q_BxTxNxH = project("query", cfg.num_heads, "heads")
+    k_BxTxKxH = project("key", cfg.num_kv_heads, "kv_heads")
+    v_BxTxKxH = project("value", cfg.num_kv_heads, "kv_heads")
     if cfg.qk_norm:
-      q, k = RMSNorm(cfg, name="query_norm")(q), RMSNorm(cfg, name="key_norm")(k)
-    cos, sin = shared["rope"][self.kind]
-    q, k = attention_lib.rotate(q, cos, sin), attention_lib.rotate(k, cos, sin)
-    q = constrain(q, "batch", "sequence", "heads", "head_dim")
-    k = constrain(k, "batch", "sequence", "kv_heads", "head_dim")
-    v = constrain(v, "batch", "sequence", "kv_heads", "head_dim")
+      q_BxTxNxH = RMSNorm(cfg, name="query_norm")(q_BxTxNxH)
+      k_BxTxKxH = RMSNorm(cfg, name="key_norm")(k_BxTxKxH)
+    q_BxTxNxH = attention_lib.rotate(q_BxTxNxH, *shared["rope"][self.kind])
+    k_BxTxKxH = attention_lib.rotate(k_BxTxKxH, *shared["rope"][self.kind])
+    q_BxTxNxH = constrain(q_BxTxNxH, "batch", "sequence", "heads", "head_dim")
+    k_BxTxKxH = constrain(k_BxTxKxH, "batch", "sequence", "kv_heads", "head_dim")
+    v_BxTxKxH = constrain(v_BxTxKxH, "batch", "sequence", "kv_heads", "head_dim")
     scale = cfg.query_scale or cfg.head_dim**-0.5
     if kv is None:
-      out = attention_lib.self_attention(
-          q, k, v, shared["segment_ids"],
+      out_BxTxNxH = attention_lib.self_attention(
+          q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, shared["segment_ids"],
           window=cfg.window_of(self.kind),
           scale=scale,
-          backend=attention_lib.resolve_backend(cfg, q.shape[1]),
+          backend=attention_lib.resolve_backend(cfg, x_BxTxD.shape[1]),
           mask_Bx1xTxT=shared["mask"][self.kind],
       )
-      kv = cache_lib.heads_first(k, v) if "keep" in shared else None  # A prefill caches them.
+      if "keep" in shared:  # A prefill, which builds a cache.
+        kv = cache_lib.heads_first(k_BxTxKxH, v_BxTxKxH)
     else:
-      new = cache_lib.heads_first(k, v)
+      new = cache_lib.heads_first(k_BxTxKxH, v_BxTxKxH)
       kv, seen = cache_lib.store(kv, new, layer, shared["slots"][self.kind])
-      out = attention_lib.attend_cache(q, *seen, shared["mask"][self.kind], scale)
-    out = constrain(out, "batch", "sequence", "heads", "head_dim")
-    out = Projection(
-        cfg,
-        (cfg.hidden_size,),
-        ("heads", "head_dim"),
-        ("embed",),
-        init_scale=1.0 / (2 * cfg.num_layers),
-        name="out",
-    )(out)
-    return out, kv
+      out_BxTxNxH = attention_lib.attend_cache(q_BxTxNxH, *seen, shared["mask"][self.kind], scale)
+    out_BxTxNxH = constrain(out_BxTxNxH, "batch", "sequence", "heads", "head_dim")
+    out_BxTxD = Projection(
+        cfg, (cfg.hidden_size,), ("heads", "head_dim"), ("embed",),
+        init_scale=1.0 / (2 * cfg.num_layers), name="out",
+    )(out_BxTxNxH)
+    return out_BxTxD, kv
 
 
 class MLP(nn.Module):
@@ -139,21 +142,17 @@ class MLP(nn.Module):
   def __call__(self, x_BxTxD):
     cfg = self.cfg
     wide = lambda name: Projection(cfg, (cfg.mlp_size,), ("embed",), ("mlp",), name=name)(x_BxTxD)
-    gate, up = wide("gate"), wide("up")
+    gate_BxTxF, up_BxTxF = wide("gate"), wide("up")
     act = jax.nn.silu if cfg.activation == "silu" else lambda a: jax.nn.gelu(a, approximate=True)
-    h = constrain(act(gate) * up, "batch", "sequence", "mlp")
+    h_BxTxF = constrain(act(gate_BxTxF) * up_BxTxF, "batch", "sequence", "mlp")
     return Projection(
-        cfg,
-        (cfg.hidden_size,),
-        ("mlp",),
-        ("embed",),
-        init_scale=1.0 / (2 * cfg.num_layers),
-        name="down",
-    )(h)
+        cfg, (cfg.hidden_size,), ("mlp",), ("embed",),
+        init_scale=1.0 / (2 * cfg.num_layers), name="down",
+    )(h_BxTxF)
 
 
 class Layer(nn.Module):
-  """Pre-norm residual layer; Gemma 3 also normalises what each branch adds."""
+  """Pre-norm residual layer; Gemma 3 also normalises the output of each branch."""
 
   cfg: ModelConfig
   kind: str
@@ -161,16 +160,16 @@ class Layer(nn.Module):
   @nn.compact
   def __call__(self, x_BxTxD, kv, layer, shared):
     cfg = self.cfg
-    h, kv = Attention(cfg, self.kind, name="attention")(
+    h_BxTxD, kv = Attention(cfg, self.kind, name="attention")(
         RMSNorm(cfg, name="attention_norm")(x_BxTxD), kv, layer, shared
     )
     if cfg.sandwich_norm:
-      h = RMSNorm(cfg, name="attention_post_norm")(h)
-    x_BxTxD = x_BxTxD + h
-    h = MLP(cfg, name="mlp")(RMSNorm(cfg, name="mlp_norm")(x_BxTxD))
+      h_BxTxD = RMSNorm(cfg, name="attention_post_norm")(h_BxTxD)
+    x_BxTxD = x_BxTxD + h_BxTxD
+    h_BxTxD = MLP(cfg, name="mlp")(RMSNorm(cfg, name="mlp_norm")(x_BxTxD))
     if cfg.sandwich_norm:
-      h = RMSNorm(cfg, name="mlp_post_norm")(h)
-    return constrain(x_BxTxD + h, "batch", "sequence", None), kv
+      h_BxTxD = RMSNorm(cfg, name="mlp_post_norm")(h_BxTxD)
+    return constrain(x_BxTxD + h_BxTxD, "batch", "sequence", None), kv
 
 
 class Pattern(nn.Module):
@@ -187,12 +186,12 @@ class Pattern(nn.Module):
       kv = None if caches is None else caches[j]
       x_BxTxD, kv = Layer(self.cfg, kind, name=f"layer_{j}")(x_BxTxD, kv, layer, shared)
       out.append(kv)
-    # A cache that exists is carried and written in place; one that is made is an output.
+    # The scan carries an existing cache, written in place, and stacks the outputs of a prefill.
     return (x_BxTxD, None if caches is None else tuple(out)), tuple(out) if caches is None else None
 
 
 class Transformer(nn.Module):
-  """Decoder-only language model. See the module docstring for use."""
+  """Decoder-only language model. The module docstring shows its use."""
 
   cfg: ModelConfig
 
@@ -209,24 +208,24 @@ class Transformer(nn.Module):
         in_axes=(0, nn.broadcast),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    self.embed = Table(cfg)
+    self.embed = Embedding(cfg)
     self.group = [scanned(cfg, pattern) for pattern, _ in cfg.groups]
     self.final_norm = RMSNorm(cfg)
     if not cfg.tied_head:
-      self.head = Table(cfg)
+      self.head = Embedding(cfg)
 
   def __call__(
       self, tokens_BxT, positions_BxT=None, segment_ids_BxT=None, cache: Cache | None = None
   ):
-    """Runs the decoder over T tokens a row, after those in the cache if one is given.
+    """Runs the decoder over T tokens per row, which follow those in the cache if there is one.
 
     Args:
       tokens_BxT: int32 token ids.
-      positions_BxT: int32 positions; by default counted within each segment, going on
-        from the cache.
-      segment_ids_BxT: int32, 0 padding, 1, 2, ... packed rows; by default all 1. A 0/1
-        attention mask is a valid value. Left and right padding both work.
-      cache: keys and values of earlier tokens of the same rows; one segment a row.
+      positions_BxT: int32 positions; by default counted within each segment, continuing from
+        the cache.
+      segment_ids_BxT: int32, 0 for padding, 1, 2, ... for packed rows; by default all 1. A 0/1
+        attention mask is a valid value. Padding may be on the left or on the right.
+      cache: keys and values of earlier tokens of the same rows; one segment per row.
 
     Returns:
       (hidden_BxTxD after the final norm, in the compute dtype; the new cache or None).
@@ -234,22 +233,22 @@ class Transformer(nn.Module):
     return self._run(tokens_BxT, positions_BxT, segment_ids_BxT, cache)
 
   def prefill(self, tokens_BxP, segment_ids_BxP, *, slots: int) -> tuple[jax.Array, Cache]:
-    """Runs right-aligned prompts and makes a cache with room for `slots` more tokens a row.
+    """Runs right-aligned prompts and builds a cache with room for `slots` more tokens per row.
 
-    Attention is that of a whole row, so nothing is computed over empty slots; layers with a
-    window keep no more than the window.
+    Attention runs over whole rows, so nothing is computed over empty slots. Local layers keep
+    only their window.
 
     Args:
-      segment_ids_BxP: int32, 1 on the prompt, 0 on the padding to its left.
+      segment_ids_BxP: int32, 1 for the prompt, 0 for the padding to its left.
 
     Returns:
-      (hidden_BxPxD, cache), whose decoding continues like `__call__` with a full cache.
+      (hidden_BxPxD, cache); decoding from the cache equals a call on the whole rows.
     """
     hidden_BxPxD, made = self._run(tokens_BxP, None, segment_ids_BxP, None, keep=True)
     return hidden_BxPxD, cache_lib.from_prefill(self.cfg, made, segment_ids_BxP, slots)
 
   def _run(self, tokens_BxT, positions_BxT, segment_ids_BxT, cache, keep=False):
-    """(hidden, cache): the new cache, or the keys and values of this call if `keep`, or None."""
+    """Returns hidden states and the new cache, this call's keys and values if `keep`, or None."""
     cfg = self.cfg
     if segment_ids_BxT is None:
       segment_ids_BxT = jnp.ones_like(tokens_BxT)
@@ -272,7 +271,7 @@ class Transformer(nn.Module):
           cache, segment_ids_BxT, cfg.window_of
       )
     elif attention_lib.resolve_backend(cfg, tokens_BxT.shape[1]) == "xla":
-      # Only XLA reads a mask as an array; it is made once for all layers of a kind.
+      # Only XLA takes the mask as an array, which all layers of a kind share.
       shared["mask"] = {
           kind: attention_lib.attention_mask(
               segment_ids_BxT, segment_ids_BxT, 0, cfg.window_of(kind)
@@ -284,10 +283,10 @@ class Transformer(nn.Module):
     if keep:
       shared["keep"] = ()
 
-    # What makes or takes a cache is given gathered weights (`variables.gathered`).
+    # Prefill and decoding get gathered weights (`variables.gathered`).
     x_BxTxD = self.embed.lookup(tokens_BxT, gathered=keep or cache is not None)
     if cfg.embed_scale != 1.0:
-      # Rounded to the compute dtype first, as the published weights were trained.
+      # The scale is rounded to the compute dtype, as in the training of the published weights.
       x_BxTxD = x_BxTxD * jnp.asarray(cfg.embed_scale, x_BxTxD.dtype)
     kept = []
     for g, (_, repeats) in enumerate(cfg.groups):
@@ -301,16 +300,16 @@ class Transformer(nn.Module):
     return hidden_BxTxD, tuple(kept) if keep else None
 
   def unembed(self, hidden):
-    """Logits over the vocabulary, float32 [..., V], of hidden states [..., D]."""
+    """Logits, float32 [..., V], of hidden states [B, T, D], or [B, D] in a decoding step."""
     return (self.embed if self.cfg.tied_head else self.head).logits(hidden)
 
   def init_all(self, tokens_BxT):
-    """Touches every parameter, for `init`."""
-    hidden, _ = self(tokens_BxT)
-    return self.unembed(hidden[:, :1])
+    """Uses every parameter, for `init`."""
+    hidden_BxTxD, _ = self(tokens_BxT)
+    return self.unembed(hidden_BxTxD[:, :1])
 
 
 def init_variables(cfg: ModelConfig, rng: jax.Array) -> dict[str, Any]:
-  """Random variables, boxed with their logical axes (see `sharding.shardings_of`)."""
+  """Initialises variables, boxed with their logical axes (see `sharding.shardings_of`)."""
   rngs = {"params": rng, "lora": jax.random.fold_in(rng, 1)}
   return Transformer(cfg).init(rngs, jnp.zeros((1, 2), jnp.int32), method="init_all")

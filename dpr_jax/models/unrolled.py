@@ -1,11 +1,10 @@
-"""The same decoder with its layers one after the other, for decoding on a CPU or a GPU.
+"""The decoder with its layers unrolled instead of scanned, for decoding on a CPU or a GPU.
 
-A scan over stacked layers slices each weight out of its stack before it multiplies. That is
-nothing beside the product of a whole row, but when a step has one token a row, it moves as many
-bytes again as the step needs at least. Unrolled, every layer has arrays of its own, sliced once
-before the loop over tokens, and a GPU is given whole steps to run (as CUDA graphs) in place of one
-layer at a time: docs/performance.md has what it gives. It costs compile time, and on a TPU it was
-not measured: there the scan stays.
+A scan over stacked layers slices each weight out of its stack before the matmul. That cost is
+negligible for whole rows, but in a step with one token per row it doubles the bytes moved.
+Unrolled, every layer has its own arrays, sliced once before the loop over tokens, and a GPU runs a
+whole step (as a CUDA graph) instead of one layer at a time; docs/performance.md has the speedups.
+Unrolling takes compile time, and it has not been measured on TPUs, which keep the scan.
 """
 
 import dataclasses
@@ -20,9 +19,9 @@ from dpr_jax.models.transformer import Transformer
 
 
 def decoder_of(model: Any) -> Any:
-  """The model to decode with: `model` itself on a TPU or where it is another, else unrolled.
+  """Returns the unrolled model; on a TPU, or if `model` is not a `Transformer`, `model` itself.
 
-  Its variables are those of `split_variables`, its caches those of `split_cache`.
+  The unrolled model takes variables from `split_variables` and caches from `split_cache`.
   """
   if not isinstance(model, Transformer) or target_platform() == "tpu":
     return model
@@ -30,7 +29,7 @@ def decoder_of(model: Any) -> Any:
 
 
 def split_variables(cfg: ModelConfig, variables: Any) -> Any:
-  """Variables of a model of `cfg` -> those of the same model with scan_layers=False."""
+  """Converts the variables of a model of `cfg` to those of its unrolled model."""
   if not cfg.scan_layers:
     return variables
 
@@ -45,7 +44,7 @@ def split_variables(cfg: ModelConfig, variables: Any) -> Any:
 
 
 def split_cache(cfg: ModelConfig, cache: Cache) -> Cache:
-  """A cache of a model of `cfg` -> that of the same model with scan_layers=False."""
+  """Converts a cache of a model of `cfg` to one of its unrolled model."""
   if not cfg.scan_layers:
     return cache
   kv = []
@@ -56,5 +55,5 @@ def split_cache(cfg: ModelConfig, cache: Cache) -> Cache:
 
 
 def _split(tree: Any, repeats: int) -> list[Any]:
-  """[R, ...] leaves -> R trees of [1, ...] leaves."""
+  """Splits a tree of leaves [R, ...] into R trees of leaves [1, ...]."""
   return [jax.tree.map(lambda x, r=r: x[r : r + 1], tree) for r in range(repeats)]

@@ -1,7 +1,7 @@
-"""Variables of a model on a mesh: made, described, cast. Plain pytrees, no boxes.
+"""Creates, describes and casts the variables of a model on a mesh, as plain pytrees without boxes.
 
-`variables = {"params": ...}`, and with LoRA also {"lora": ...}. Every function works under
-any mesh, with the same values on each: random bits do not depend on the layout.
+`variables = {"params": ...}`, with LoRA also {"lora": ...}. The values do not depend on the mesh:
+random bits are the same for every sharding.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ def _boxed(cfg: ModelConfig) -> Any:
 
 
 def abstract_variables(cfg: ModelConfig, mesh: jax.sharding.Mesh, dtype: str | None = None) -> Any:
-  """ShapeDtypeStructs with shardings, to restore or lower against.
+  """Returns ShapeDtypeStructs with shardings, for restoring checkpoints or for lowering.
 
   Args:
-    dtype: of the parameters; None keeps float32, in which they are trained.
+    dtype: of the parameters; None means float32, the dtype of training.
   """
   boxed = _boxed(cfg)
   shapes, shardings = nn.meta.unbox(boxed), sharding.shardings_of(boxed, mesh)
@@ -34,36 +34,35 @@ def abstract_variables(cfg: ModelConfig, mesh: jax.sharding.Mesh, dtype: str | N
 
 
 def random_variables(cfg: ModelConfig, mesh: jax.sharding.Mesh, rng: jax.Array) -> Any:
-  """Random float32 variables, each created in its own shards."""
+  """Creates random float32 variables, directly in their shards."""
   shardings = sharding.shardings_of(_boxed(cfg), mesh)
   return jax.jit(lambda key: nn.meta.unbox(init_variables(cfg, key)), out_shardings=shardings)(rng)
 
 
 def random_adapter(cfg: ModelConfig, mesh: jax.sharding.Mesh, rng: jax.Array) -> Any:
-  """The "lora" collection of `random_variables` alone; the parameters are never made."""
+  """Creates the "lora" collection of `random_variables` without the parameters."""
   shardings = sharding.shardings_of(_boxed(cfg)["lora"], mesh)
   make = lambda key: nn.meta.unbox(init_variables(cfg, key)["lora"])
   return jax.jit(make, out_shardings=shardings)(rng)
 
 
 def cast(variables: Any, dtype: str) -> Any:
-  """A copy in `dtype` with the same shardings; never an alias, so either side can be donated."""
+  """Copies to `dtype` with the same shardings; never aliases, so either side can be donated."""
   shardings = jax.tree.map(lambda x: x.sharding, variables)
   copy = lambda tree: jax.tree.map(lambda x: jnp.array(x, dtype), tree)
   return jax.jit(copy, out_shardings=shardings)(variables)
 
 
 def gathered(cfg: ModelConfig, variables: Any) -> Any:
-  """Inside of a jit: the variables as decoding takes them, once before its loop.
+  """Prepares variables for decoding, inside a jit and once before the loop over tokens.
 
-  Matrices are cast to the compute dtype and gathered over fsdp, so that a token costs no gather
-  (the bytes of the whole model, for each token) and reads no float32; they stay split over
-  tensor. It takes `num_params / tensor` elements a device for as long as the loop runs. The same
-  function bit for bit: the model makes that cast itself, and norms, which it computes in
-  float32, are left alone.
+  Matrices are cast to the compute dtype and gathered over fsdp; they stay split over tensor. A
+  decoding step then neither gathers the whole model nor reads float32. This holds `num_params /
+  tensor` elements per device while the loop runs. The results are equal bit for bit, because
+  the model makes the same cast; norms, which it computes in float32, are left unchanged.
   """
   if cfg.dtype == "float32" and sharding.mesh_shape()[1] == 1:
-    return variables  # As they are.
+    return variables
   boxed = _boxed(cfg)
 
   def leaf(box, x):
@@ -79,16 +78,16 @@ def gathered(cfg: ModelConfig, variables: Any) -> Any:
 
 
 def mean(trees: Sequence[Any]) -> Any:
-  """The mean of the weights of several variables, with the shardings of the first."""
+  """Averages the weights of several variables; the result has the shardings of the first."""
   shardings = jax.tree.map(lambda x: x.sharding, trees[0])
   average = lambda *trees: jax.tree.map(lambda *xs: sum(xs) / len(xs), *trees)
   return jax.jit(average, out_shardings=shardings)(*trees)
 
 
 def extrapolate(sft: Any, ref: Any, alpha: float) -> Any:
-  """theta_sft + alpha (theta_sft - theta_ref): a control that needs no training.
+  """Returns theta_sft + alpha (theta_sft - theta_ref), a training-free baseline.
 
-  With LoRA it moves the two factors of each adapter; a frozen base stays as it is.
+  With LoRA it extrapolates the two factors of each adapter; a frozen base does not change.
   """
   shardings = jax.tree.map(lambda x: x.sharding, sft)
 

@@ -1,4 +1,4 @@
-"""Pretrained weights: Hugging Face folders and GGUF files in, Hugging Face folders out."""
+"""Pretrained weights: reads Hugging Face folders and GGUF files, writes Hugging Face folders."""
 
 import os
 import pathlib
@@ -39,29 +39,29 @@ def load_pretrained(
 
   Args:
     path: a Hugging Face folder (config.json and safetensors) or a .gguf file.
-    dtype: of the parameters; None keeps what is stored, float32 for a quantised GGUF.
-    mesh: where the parameters go, laid out by the rules of `dpr_jax.sharding`. None takes the
-      mesh set by `jax.set_mesh`, else the default device. Each process reads the files
-      itself, one tensor at a time, and keeps its shards.
+    dtype: of the parameters; None keeps the stored dtype, float32 for a quantised GGUF.
+    mesh: the parameters are sharded over it by the rules of `dpr_jax.sharding`. None means the
+      mesh set by `jax.set_mesh`, else the default device. Each process reads the files itself,
+      one tensor at a time, and keeps its shards.
 
   Returns:
     (ModelConfig, params): `Transformer(cfg).apply({"params": params}, ...)`.
 
   Raises:
-    UserError: anything that is wrong with the files, in one line.
+    UserError: the files are missing, damaged or not supported.
   """
   path = _path(path)
   return (gguf.load_gguf if path.is_file() else hf.load_hf)(path, dtype, mesh)
 
 
 def load_config(path: str | os.PathLike) -> ModelConfig:
-  """The ModelConfig of a Hugging Face folder or a .gguf file, without reading weights."""
+  """Reads the ModelConfig of a Hugging Face folder or a .gguf file, without the weights."""
   path = _path(path)
   return gguf.load_gguf_config(path) if path.is_file() else hf.load_hf_config(path)
 
 
 def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
-  """The tokenizer, chat template included, of a Hugging Face folder or a .gguf file.
+  """Loads the tokenizer of a Hugging Face folder or a .gguf file, with its chat template.
 
   Raises:
     UserError: there is none, or it has tokens for which the model has no embedding.
@@ -73,9 +73,9 @@ def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
 
 
 def load_generation_config(path: str | os.PathLike) -> dict[str, Any]:
-  """generation_config.json as a dict; where there is none, the token ids that are known.
+  """Reads generation_config.json; without that file, the token ids of the model's config.
 
-  `eos_token_id` may be one id or a list of them.
+  `eos_token_id` may be one id or a list of ids.
   """
   path = _path(path)
   if path.is_file():
@@ -92,23 +92,23 @@ def save_pretrained(
     dtype: str | None = "float32",
     family: str | None = None,
 ) -> None:
-  """Writes a complete Hugging Face folder, which transformers and `load_pretrained` load.
+  """Writes a complete Hugging Face folder for transformers and `load_pretrained`.
 
-  Tensors go out one by one; above 5 GB into several files with an index. Weights of an
-  earlier export in the folder are replaced. In a multi-process run all processes must
-  call it; the first one writes.
+  Tensors are written one at a time, above 5 GB into several files with an index. Weights of an
+  earlier export in the folder are replaced. In a multi-process run all processes must call this
+  function; process 0 writes.
 
   Args:
     params: the parameter tree of `Transformer(cfg)`, on any mesh.
-    tokenizer: written beside the weights, chat template included; gives the token ids.
-    generation_config: overrides, e.g. what `load_generation_config` returned.
-    dtype: of the stored tensors, "float32", "bfloat16", "float16", or None for as they are.
-    family: `model_type` to write, by default the one that computes this function. A
-      Mistral without a sliding window is a Llama unless "mistral" is asked for.
+    tokenizer: written with its chat template; provides the token ids.
+    generation_config: overrides, for example the result of `load_generation_config`.
+    dtype: of the stored tensors: "float32", "bfloat16", "float16", or None to keep theirs.
+    family: `model_type` to write, by default the family that matches `cfg`. A Mistral without a
+      sliding window is written as a Llama unless this is "mistral".
 
   Raises:
-    UserError: no family (or not this one) computes the function of `cfg`, `params` do not
-      belong to `cfg`, or the tokenizer has more tokens than the embedding has rows.
+    UserError: no family, or not the given one, matches `cfg`; `params` do not belong to `cfg`;
+      or the tokenizer has more tokens than the embedding has rows.
   """
   directory = pathlib.Path(directory).expanduser()
   hf.save_hf(directory, cfg, params, tokenizer, generation_config, dtype, family)

@@ -1,8 +1,7 @@
-"""A tokenizer of bytes, for models small enough to train on a laptop.
+"""A byte-level tokenizer for models small enough to train on a laptop.
 
-Ids 0 to 255 are the bytes of the UTF-8 text, so any text round-trips; five
-special tokens follow. It is an ordinary `PreTrainedTokenizerFast`: it saves,
-loads and renders chats like any other.
+Ids 0 to 255 are the bytes of the UTF-8 text, so any text round-trips; five special tokens
+follow. The result is an ordinary `PreTrainedTokenizerFast`, which saves, loads and renders chats.
 """
 
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ PAD, USER, ASSISTANT, SYSTEM, END = SPECIAL_TOKENS = (
   "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>",
 )
 
-# <|user|>text<|end|><|assistant|>answer<|end|>: one token a turn besides the role, no newlines.
+# <|user|>text<|end|><|assistant|>answer<|end|>: each turn adds a role token and an end token.
 CHAT_TEMPLATE = (
   "{% for message in messages %}"
   "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
@@ -29,7 +28,7 @@ CHAT_TEMPLATE = (
 def byte_symbols() -> list[str]:
   """The character by which the ByteLevel pre-tokenizer (GPT-2) stands for each byte.
 
-  Printable Latin-1 stands for itself; the other bytes, in order, are U+0100, U+0101, ...
+  Printable Latin-1 characters represent themselves; the other bytes map to U+0100, U+0101, ...
   """
   printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
   symbols, shifted = [], 0x100
@@ -40,7 +39,7 @@ def byte_symbols() -> list[str]:
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerFast":
-  """Builds the tokenizer: 256 bytes and SPECIAL_TOKENS, EOS <|end|>, no BOS; 261 ids."""
+  """Builds the tokenizer of 256 bytes and SPECIAL_TOKENS, 261 ids; EOS is <|end|>, no BOS."""
   from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
   from transformers import PreTrainedTokenizerFast
 

@@ -1,8 +1,7 @@
-"""The families of models: what each `model_type` of a config.json means.
+"""Model families: the meaning of each `model_type` in a config.json.
 
-One record per family, and the lists that decide which fields of a config.json may be
-passed over. The two directions between a config.json and a `ModelConfig` are in
-`hf_config.py`, tensor names in `names.py`.
+There is one record per family, and lists of the config.json fields that may be ignored.
+`hf_config.py` converts between config.json and `ModelConfig`; `names.py` has the tensor names.
 
 Source of field meanings and defaults: the configuration classes of transformers 5.
 """
@@ -16,7 +15,7 @@ from dpr_jax.models.config import GLOBAL, LOCAL
 
 Fields = Mapping[str, Any]
 
-# Fields without influence on the function: bookkeeping, initialisation, generation defaults.
+# Fields that do not affect the function: bookkeeping, initialisation, generation defaults.
 IRRELEVANT = frozenset(
     """
     architectures model_type dtype torch_dtype transformers_version transformers.js_config use_cache
@@ -34,8 +33,8 @@ IRRELEVANT = frozenset(
     """.split()
 )
 
-# Fields of functions the decoder does not implement, with the values at which they do nothing
-# (null does nothing either). Any other field is refused as unknown.
+# Fields of features that the decoder does not implement, with the values that disable them
+# (null also does). Fields in none of these lists are refused as unknown.
 NEUTRAL: Fields = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -77,13 +76,13 @@ ROPE_FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """How one `model_type` writes a `ModelConfig`."""
+  """How the config.json of one `model_type` represents a `ModelConfig`."""
 
   model_type: str
   architecture: str  # class name in transformers.
   layer_types: Callable[[Fields], tuple[list[str], int]]  # -> default types, window (0: none).
-  fields: frozenset[str]  # read beside COMMON.
-  defaults: Fields  # of absent fields, where they differ from those of Llama.
+  fields: frozenset[str]  # fields that are read in addition to COMMON.
+  defaults: Fields  # of absent fields, if they differ from Llama's.
   activation: str = "hidden_act"
   qkv_bias: bool = False
   qk_norm: bool = False
@@ -180,7 +179,7 @@ LLAMA_DEFAULTS: Fields = {
 
 
 def family_named(model_type: Any, where: str = "config.json") -> Family:
-  """The family of a `model_type`; UserError with the list of known ones."""
+  """Returns the family of a `model_type`; raises UserError with the known ones if unknown."""
   if not isinstance(model_type, str) or model_type not in FAMILIES:
     raise UserError(
         f"{where}: model_type={model_type!r} is not implemented; known: gemma3, "

@@ -1,8 +1,7 @@
-"""GGUF -> ModelConfig and parameters, for the llama.cpp architectures of our families.
+"""Reads the ModelConfig and parameters of GGUF files, for the architectures listed below.
 
-Three conventions of llama.cpp are undone here: llama's q and k rows are interleaved for
-ggml's rope, Gemma's norms are stored as 1 + w, and llama3 rope scaling is a tensor of
-frequency divisors.
+It undoes three conventions of llama.cpp: Llama's q and k rows are interleaved for ggml's rope,
+Gemma's norms are stored as 1 + w, and llama3 rope scaling is a tensor of frequency divisors.
 """
 
 import pathlib
@@ -22,7 +21,7 @@ from dpr_jax.weights.placement import check_names, fill_params
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 ROPE_DIVISORS = "rope_freqs.weight"
 
-# Keys below the architecture's prefix that are read; others are refused unless neutral.
+# Keys under the architecture's prefix that are read; others are refused unless neutral.
 _READ = frozenset(
     """
     context_length embedding_length block_count feed_forward_length attention.head_count
@@ -47,7 +46,7 @@ _NEUTRAL = {
 
 
 def _decimal(x: Any) -> Any:
-  """The shortest decimal of a float32: 1e-05, not 9.999999747378752e-06."""
+  """Converts a float32 to its shortest decimal: 1e-05, not 9.999999747378752e-06."""
   return float(str(np.float32(x))) if isinstance(x, float) else x
 
 
@@ -86,7 +85,7 @@ def _config(file: GGUFFile) -> ModelConfig:
     raise UserError(
         f"{where}: {arch}.rope.scaling.type={scaling!r} is not implemented; known: none, linear"
     )
-  # No default of a Hugging Face class may stand in for a size; Gemma's constants are llama.cpp's.
+  # Sizes never default to those of a Hugging Face class; Gemma's constants are llama.cpp's.
   fields = {
       "model_type": ARCHITECTURES[arch],
       "vocab_size": file.shapes["token_embd.weight"][0],
@@ -104,7 +103,7 @@ def _config(file: GGUFFile) -> ModelConfig:
   if scaling == "linear":
     fields["rope_scaling"] = {"rope_type": "linear", "factor": f.get("rope.scaling.factor")}
   if gemma:
-    # The 27B model (62 layers) is the one whose query scale is not that of its head_dim.
+    # Only the 27B model (62 layers) has a query scale that does not follow from its head_dim.
     heads = f["attention.head_count"]
     scalar = f["embedding_length"] // heads if f["block_count"] == 62 else head_dim
     pattern = f.get("attention.sliding_window_pattern", 6)
@@ -113,7 +112,7 @@ def _config(file: GGUFFile) -> ModelConfig:
         "sliding_window": f.get("attention.sliding_window"),
         "rope_local_base_freq": f.get("rope.freq_base_swa", 10_000.0),
     }
-    if isinstance(pattern, list):  # one flag a layer.
+    if isinstance(pattern, list):  # one flag per layer.
       fields["layer_types"] = ["sliding_attention" if x else "full_attention" for x in pattern]
     else:
       fields["sliding_window_pattern"] = pattern
@@ -128,12 +127,12 @@ def _config(file: GGUFFile) -> ModelConfig:
 
 
 def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict[str, Any]:
-  """The llama3 rule whose frequency divisors are those of the file."""
+  """Returns the llama3 rope parameters that produce the frequency divisors of the file."""
   size = file.shapes[ROPE_DIVISORS][0]
   divisors = np.asarray(file.read(ROPE_DIVISORS, 0, size), np.float32)
   if size == head_dim // 2 and np.all(divisors >= 1):
     plain = np.asarray(rope_frequencies(Rope(theta=theta), head_dim))
-    # All published Llama 3 models share everything but the factor, which the longest waves show.
+    # Published Llama 3 models differ in the factor only: the divisor of the longest wavelengths.
     rope = Rope(theta, "llama3", float(np.round(divisors.max(), 4)), 1.0, 4.0, 8192)
     if np.allclose(plain / np.asarray(rope_frequencies(rope, head_dim)), divisors, rtol=1e-3):
       return hf_config.rope_to_hf(rope)
@@ -141,7 +140,7 @@ def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict[str, An
 
 
 class _Source:
-  """Tensors of a GGUF with llama.cpp's conventions undone, under their GGUF names."""
+  """The tensors of a GGUF file under their GGUF names, with llama.cpp's conventions undone."""
 
   def __init__(self, file: GGUFFile, cfg: ModelConfig):
     self._file, self._cfg = file, cfg
@@ -160,14 +159,14 @@ class _Source:
 
 
 def load_gguf_config(path: pathlib.Path) -> ModelConfig:
-  """ModelConfig of a .gguf; UserError where it is damaged or not implemented."""
+  """Reads the ModelConfig of a .gguf file; raises UserError if damaged or not implemented."""
   return _config(GGUFFile(path))
 
 
 def load_gguf(
     path: pathlib.Path, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[ModelConfig, dict[str, Any]]:
-  """See `dpr_jax.weights.load_pretrained`."""
+  """Implements `dpr_jax.weights.load_pretrained` for a .gguf file."""
   file = GGUFFile(path)
   cfg = _config(file)
   specs = tensor_specs(cfg, GGUF)

@@ -1,9 +1,8 @@
-"""The GGUF file format: metadata, tensor table, and quantised rows as float32.
+"""The GGUF file format: metadata, tensor table, and dequantisation of rows to float32.
 
-The table is parsed here, because the reader of the `gguf` package keeps one Python object
-for each element of an array: 19 s and 0.7 GB for a vocabulary of 262,144. The blocks
-themselves are decoded by that package. Source of the format:
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The header is parsed here because the reader of the `gguf` package creates a Python object for
+each array element: 19 s and 0.7 GB for a vocabulary of 262,144. That package decodes the blocks.
+Source of the format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ PLAIN = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-# Value types of metadata: struct codes; 8 is a string, 9 an array.
+# struct codes of the metadata value types; 8 is a string, 9 an array.
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
@@ -31,19 +30,19 @@ _STRING, _ARRAY = 8, 9
 @dataclasses.dataclass(frozen=True)
 class _Entry:
   kind: str  # name of the ggml type.
-  shape: tuple[int, ...]  # row-major: the last dim is contiguous.
+  shape: tuple[int, ...]  # row-major, so the last dim is contiguous.
   begin: int  # byte offset in the file.
   row_bytes: int
 
 
 class _Stream:
-  """Sequential reads that notice the end of the file."""
+  """Sequential reads that raise UserError at the end of the file."""
 
   def __init__(self, path: pathlib.Path, f: BinaryIO, size: int):
     self.path, self.f, self.size = path, f, size
 
   def take(self, n: int) -> bytes:
-    # A damaged length must not become an allocation of that size.
+    # A damaged length must not allocate that many bytes.
     data = self.f.read(n) if n <= self.size else b""
     if len(data) != n:
       raise UserError(f"{self.path}: damaged GGUF file, or cut short ({self.size} bytes)")
@@ -73,7 +72,7 @@ class _Stream:
 
 
 class GGUFFile:
-  """One .gguf file: `metadata`, and the tensors under their ggml names."""
+  """A .gguf file: its `metadata`, and its tensors under their ggml names."""
 
   def __init__(self, path: pathlib.Path):
     """Parses everything but the tensor data.
@@ -145,11 +144,11 @@ class GGUFFile:
       self._entries[name] = _Entry(kind.name, shape, data + offset, row_bytes)
 
   def dtype(self, name: str) -> np.dtype:
-    """What `read` returns: float32 for a quantised file, else what is stored."""
+    """Returns the dtype of `read`: float32 for a quantised file, else the stored dtype."""
     return np.dtype(np.float32) if self.quantised else PLAIN[self._entries[name].kind]
 
   def read(self, name: str, start: int, stop: int) -> np.ndarray:
-    """Rows [start, stop) of a tensor, decoded; of a vector, its elements."""
+    """Reads and decodes rows [start, stop) of a tensor, or elements of a vector."""
     entry = self._entries[name]
     if entry.kind in PLAIN:
       dtype = PLAIN[entry.kind]

@@ -1,8 +1,8 @@
-"""Tokenizers from the metadata of a GGUF file.
+"""Builds tokenizers from the metadata of a GGUF file.
 
 A GGUF holds a vocabulary and, for byte-level BPE, its merges, but only the name of the
-pre-tokenizer. Each name below is given the pipeline of the tokenizer.json it stands for;
-a name that is not listed is refused, because a wrong split gives wrong ids in silence.
+pre-tokenizer. Each name below maps to the pipeline of the original tokenizer.json. Unknown names
+are refused, because a wrong split would silently produce wrong ids.
 Source of the names: llama.cpp, src/llama-vocab.cpp.
 """
 
@@ -44,14 +44,14 @@ _PRE = {
 
 
 def build(metadata: Mapping[str, Any], where: str) -> "PreTrainedTokenizerFast":
-  """Builds the tokenizer, special tokens and chat template included.
+  """Builds the tokenizer with its special tokens and chat template.
 
   Args:
     metadata: of the file, see `GGUFFile`.
-    where: the file, for messages.
+    where: name of the file in error messages.
 
   Raises:
-    UserError: no tokenizer, or one of a kind that is not implemented.
+    UserError: the metadata have no tokenizer, or one of a kind that is not implemented.
   """
   from tokenizers import AddedToken, processors
   from transformers import PreTrainedTokenizerFast
@@ -81,7 +81,7 @@ def build(metadata: Mapping[str, Any], where: str) -> "PreTrainedTokenizerFast":
     )
 
   vocab = backend.get_vocab()
-  # All at once: each call rebuilds the matcher of the added tokens.
+  # Added in one call, because each call rebuilds the matcher of added tokens.
   backend.add_tokens(
       [
           AddedToken(token, special=kind == _CONTROL, normalized=False)
@@ -94,7 +94,7 @@ def build(metadata: Mapping[str, Any], where: str) -> "PreTrainedTokenizerFast":
   for role, i in ids.items():
     if i is not None and not 0 <= i < len(tokens):
       raise UserError(
-          f"{where}: tokenizer.ggml.{keys[role]}_token_id={i} is outside of the vocabulary"
+          f"{where}: tokenizer.ggml.{keys[role]}_token_id={i} is outside the vocabulary"
       )
   named = {f"{role}_token": tokens[i] for role, i in ids.items() if i is not None}
   if get("add_bos_token", add_bos) and ids["bos"] is not None:
@@ -137,14 +137,14 @@ def _byte_level(tokens: list[str], merges: Any, pre: str, where: str) -> "Tokeni
 def _sentencepiece(
     tokens: list[str], scores: Any, gemma: bool, prefix: bool, unknown: int | None, where: str
 ) -> "Tokenizer":
-  """Sentencepiece BPE: spaces are U+2581, bytes are fallback tokens, merges follow from scores."""
+  """SentencePiece BPE: U+2581 for spaces, byte fallback tokens, and merges derived from scores."""
   from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
   if not isinstance(scores, list) or len(scores) != len(tokens):
-    raise UserError(f"{where}: tokenizer.ggml.scores must have one score a token")
+    raise UserError(f"{where}: tokenizer.ggml.scores must have one score per token")
   space = "\u2581"
   if gemma:
-    # Runs of spaces are stored as such; and the order of merges is that of the ids, not the scores.
+    # Runs of spaces are stored as spaces, and merges are ordered by id instead of by score.
     tokens = [space * len(t) if t and not t.strip(" ") else t for t in tokens]
     scores = [-i for i in range(len(tokens))]
   vocab = {token: i for i, token in enumerate(tokens)}
@@ -171,7 +171,7 @@ def _sentencepiece(
 
 
 def _merges(vocab: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
-  """All pairs of tokens that join into a token, best joined token first."""
+  """Returns all pairs of tokens that merge into a token, ordered from the best merged token."""
   found = []
   for token, i in vocab.items():
     cuts = ((token[:k], token[k:]) for k in range(1, len(token)))

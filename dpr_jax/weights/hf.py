@@ -1,4 +1,4 @@
-"""Hugging Face folders: safetensors and config.json -> parameters, and back."""
+"""Reads and writes Hugging Face folders: parameters in safetensors files, and config.json."""
 
 import json
 import os
@@ -20,20 +20,20 @@ from dpr_jax.weights.safetensors_file import SafetensorsFile, write_safetensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
-# Where text models keep their tensors inside of multimodal checkpoints, old and new.
+# Prefixes of the text model's tensors in multimodal checkpoints, old and new.
 _PREFIXES = {
     "language_model.model.": "model.",
     "model.language_model.": "model.",
     "language_model.lm_head.": "lm_head.",
 }
-# Not parameters of the decoder: other modalities, and buffers that old checkpoints stored.
+# Not parameters of the decoder: other modalities, and buffers in old checkpoints.
 _IGNORED = re.compile(
     r"(model\.)?(vision_tower|multi_modal_projector)\..*|.*\.rotary_emb\.inv_freq"
 )
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """An object from a JSON file; UserError where there is none."""
+  """Reads a JSON object from a file; raises UserError if there is none."""
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
@@ -47,7 +47,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def load_hf_config(folder: pathlib.Path) -> ModelConfig:
-  """config.json of a folder -> ModelConfig; UserError where it is missing or not implemented."""
+  """Reads the ModelConfig of a folder; raises UserError if missing or not implemented."""
   path = folder / "config.json"
   if not path.is_file():
     raise UserError(f"{path} does not exist; a Hugging Face model folder has one")
@@ -55,7 +55,7 @@ def load_hf_config(folder: pathlib.Path) -> ModelConfig:
 
 
 class Folder:
-  """The tensors of all safetensors files of a folder, under the names of a text model."""
+  """The tensors of all safetensors files of a folder, under their names in a text model."""
 
   def __init__(self, folder: pathlib.Path):
     self.where = str(folder)
@@ -64,7 +64,7 @@ class Folder:
       for name in file.shapes if names is None else names:
         if name not in file.shapes:
           raise UserError(
-              f"{file.path}: tensor {name!r} is missing, though {INDEX} says it is there"
+              f"{file.path}: tensor {name!r} is missing, but {INDEX} lists it"
           )
         ours = name
         for old, new in _PREFIXES.items():
@@ -85,7 +85,7 @@ class Folder:
 
 
 def _files(folder: pathlib.Path) -> list[tuple[SafetensorsFile, list[str] | None]]:
-  """(file, its tensors according to the index, or None for all) of a folder."""
+  """Lists the files of a folder with their tensors according to the index, or None for all."""
   if (folder / INDEX).is_file():
     index = folder / INDEX
     weight_map = read_json(index).get("weight_map")
@@ -120,11 +120,11 @@ def _files(folder: pathlib.Path) -> list[tuple[SafetensorsFile, list[str] | None
 def load_hf(
     folder: pathlib.Path, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[ModelConfig, dict[str, Any]]:
-  """See `dpr_jax.weights.load_pretrained`."""
+  """Implements `dpr_jax.weights.load_pretrained` for a folder."""
   cfg = load_hf_config(folder)
   source = Folder(folder)
   specs = tensor_specs(cfg)
-  # Some files hold the head of a tied model as well.
+  # Some files also store the head of a tied model.
   copied = {"lm_head.weight"} & set(source.shapes) if cfg.tied_head else set()
   check_names(source, specs, lambda name: name in copied or bool(_IGNORED.fullmatch(name)))
   if copied:
@@ -133,7 +133,7 @@ def load_hf(
 
 
 def _check_tied(source: Folder) -> None:
-  """A stored head beside `tie_word_embeddings` must be the embedding table itself."""
+  """Checks that a head stored despite `tie_word_embeddings` equals the embedding."""
   head, table = "lm_head.weight", "model.embed_tokens.weight"
   rows = source.shapes[table][0]
   same = source.shapes[head] == source.shapes[table]
@@ -168,9 +168,9 @@ def save_hf(
     dtype: str | None = "float32",
     family: str | None = None,
 ) -> None:
-  """See `dpr_jax.weights.save_pretrained`."""
+  """Implements `dpr_jax.weights.save_pretrained`."""
   if dtype not in ("float32", "bfloat16", "float16", None):
-    raise UserError(f"dtype={dtype!r} must be 'float32', 'bfloat16', 'float16' or None (as it is)")
+    raise UserError(f"dtype={dtype!r} must be 'float32', 'bfloat16', 'float16' or None (as stored)")
   if folder.exists() and not folder.is_dir():
     raise UserError(f"{folder} exists and is not a folder")
   record = families.family_named(family, "family") if family else hf_config.family_of(cfg)
@@ -216,7 +216,7 @@ def save_hf(
   if len(shards) > 1:
     total = sum(int(np.prod(s.shape)) * dtypes[s.name].itemsize for s in specs)
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-  # What an earlier export left must not be read as a part of this one.
+  # Files of an earlier export must not be read as part of this one.
   own = {*weight_map.values(), *([INDEX] if len(shards) > 1 else [])}
   for old in folder.iterdir():
     stale = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", old.name)

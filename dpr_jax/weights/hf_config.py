@@ -1,9 +1,9 @@
-"""config.json <-> `ModelConfig`, both ways.
+"""Converts between config.json and `ModelConfig`.
 
-Reading refuses, by name, every field that could change the function the weights compute
-and that the decoder does not implement; a field is only passed over if `families.py`
-lists it as irrelevant. Writing reads its own output back, so that a config which no
-family expresses cannot be exported by mistake.
+Reading raises an error that names every field that may change the function of the weights and
+that the decoder does not implement; only fields that `families.py` lists as irrelevant are
+ignored. Writing reads its output back, so that a config that no family can represent is not
+exported by mistake.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from dpr_jax.weights.families import (
     family_named,
 )
 
-MAX_LAYERS = 10_000  # beyond it a file is damaged, and lists of layers would exhaust the memory.
+MAX_LAYERS = 10_000  # A larger number is damage, and its list of layers would exhaust the memory.
 
 
 def _number(fields: Fields, name: str, where: str, kind: type = int, low: float = 0) -> Any:
@@ -48,7 +48,7 @@ def _flag(fields: Fields, name: str, where: str) -> bool:
 
 
 def _rope(params: Fields, theta: float, max_length: int, where: str) -> Rope:
-  """A Rope from one `rope_parameters` (or `rope_scaling`) object."""
+  """Reads a Rope from a `rope_parameters` (or `rope_scaling`) object."""
   params = {"rope_theta": theta, "original_max_position_embeddings": max_length, **params}
   kind = params.get("rope_type", params.get("type", "default"))
   if kind not in ROPE_FIELDS:
@@ -84,10 +84,10 @@ def _rope(params: Fields, theta: float, max_length: int, where: str) -> Rope:
 
 
 def _ropes(family: Family, f: Fields, max_length: int, where: str) -> tuple[Rope, Rope | None]:
-  """(rope of global layers, rope of local layers or None where it is the same one).
+  """Returns (rope of global layers, rope of local layers or None if they share it).
 
-  Reads the `rope_parameters` of transformers 5 and the older `rope_theta`, `rope_scaling` and
-  `rope_local_base_freq`; where a file has both, `rope_scaling` wins, as in transformers.
+  Reads `rope_parameters` of transformers 5 and the older `rope_theta`, `rope_scaling` and
+  `rope_local_base_freq`. If a file has both, `rope_scaling` takes precedence, as in transformers.
   """
   for name in ("rope_parameters", "rope_scaling"):
     if not isinstance(f.get(name) or {}, Mapping):
@@ -121,14 +121,14 @@ def _refuse_unknown(family: Family, fields: Fields, where: str) -> None:
 
 
 def from_hf(fields: Fields, where: str = "config.json") -> ModelConfig:
-  """A config.json as a dict -> ModelConfig.
+  """Converts the fields of a config.json to a ModelConfig.
 
   Args:
-    fields: the parsed file. Of a multimodal `gemma3`, the text part is taken.
-    where: the file, for messages.
+    fields: the parsed file; of a multimodal `gemma3`, only `text_config` is used.
+    where: name of the file in error messages.
 
   Raises:
-    UserError: an unknown `model_type`, a field that is not implemented or has a bad value.
+    UserError: the `model_type` is unknown, or a field is not implemented or has a bad value.
   """
   if fields.get("model_type") == "gemma3":
     text = fields.get("text_config")
@@ -143,7 +143,7 @@ def from_hf(fields: Fields, where: str = "config.json") -> ModelConfig:
   family = family_named(fields.get("model_type"), where)
   _refuse_unknown(family, fields, where)
   f = {**LLAMA_DEFAULTS, **family.defaults}
-  # null stands for the default, except for a window, of which it means that there is none.
+  # null means the default, except for a window, where it means no window.
   f |= {k: v for k, v in fields.items() if v is not None or k == "sliding_window"}
 
   def size(name: str) -> int:
@@ -152,7 +152,7 @@ def from_hf(fields: Fields, where: str = "config.json") -> ModelConfig:
   heads, hidden = size("num_attention_heads"), size("hidden_size")
   layers = f["num_hidden_layers"] = size("num_hidden_layers")
   if layers > MAX_LAYERS:
-    raise UserError(f"{where}: num_hidden_layers={layers} is more than {MAX_LAYERS}: damaged?")
+    raise UserError(f"{where}: num_hidden_layers={layers} must be at most {MAX_LAYERS}")
   f.setdefault("num_key_value_heads", heads)
   if "head_dim" not in f:
     if hidden % heads:
@@ -237,7 +237,7 @@ def _kinds(cfg: ModelConfig) -> list[str]:
 
 
 def canonical(cfg: ModelConfig) -> ModelConfig:
-  """The same function, with the fields that have no influence at fixed values."""
+  """Returns the same function, with the fields that do not affect it at fixed values."""
   pattern = pattern_of(_kinds(cfg))
   local = LOCAL in pattern
   same_rope = cfg.local_rope is None or cfg.local_rope == cfg.rope
@@ -255,7 +255,7 @@ def canonical(cfg: ModelConfig) -> ModelConfig:
 
 
 def family_of(cfg: ModelConfig) -> Family:
-  """The family that computes this function. A Mistral without a window is a Llama."""
+  """Returns the family that matches `cfg`; a Mistral without a window matches Llama."""
   if cfg.sandwich_norm:
     return FAMILIES["gemma3_text"]
   if cfg.qk_norm:
@@ -266,7 +266,7 @@ def family_of(cfg: ModelConfig) -> Family:
 
 
 def rope_to_hf(rope: Rope) -> dict[str, Any]:
-  """A Rope as a `rope_parameters` object."""
+  """Converts a Rope to a `rope_parameters` object."""
   out = {"rope_type": "default" if rope.scaling == "none" else rope.scaling}
   out["rope_theta"] = rope.theta
   if rope.scaling != "none":
@@ -281,10 +281,10 @@ def rope_to_hf(rope: Rope) -> dict[str, Any]:
 
 
 def to_hf(cfg: ModelConfig, family: Family | None = None) -> dict[str, Any]:
-  """ModelConfig -> config.json as a dict, readable by transformers 4 and 5.
+  """Converts a ModelConfig to the fields of a config.json for transformers 4 and 5.
 
   Raises:
-    UserError: no family, or not the one asked for, computes this function.
+    UserError: no family, or not the given one, matches `cfg`.
   """
   family = family or family_of(cfg)
   wanted = canonical(cfg)

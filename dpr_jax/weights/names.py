@@ -1,7 +1,7 @@
-"""What each family calls its tensors: files <-> parameter paths, both ways.
+"""Maps the tensor names of each family to paths in the parameter tree.
 
-A matrix of a file is [out, in]; a kernel here is [in..., out...], stacked over the R
-repeats of its scanned group. Everything else (norms, biases, tables) keeps its order.
+A matrix in a file is [out, in]; a kernel in the tree is [in..., out...], stacked over the R
+repeats of its scanned group. Norms, biases and embeddings keep their axes.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 
 from dpr_jax.models import ModelConfig, init_variables
 
-# parameter below its layer -> (Hugging Face, GGUF), both below theirs and without .weight or .bias.
+# Path below the layer -> names below the layer (Hugging Face, GGUF), without .weight or .bias.
 _ATTENTION = {
     "attention_norm": ("input_layernorm", "attn_norm"),
     "attention/query": ("self_attn.q_proj", "attn_q"),
@@ -37,7 +37,7 @@ _SANDWICH_NORM = {
     **_MLP,
     "mlp_post_norm": ("post_feedforward_layernorm", "post_ffw_norm"),
 }
-# Outside of the layers.
+# Parameters outside the layers.
 _TOP = {
     "embed": ("model.embed_tokens", "token_embd"),
     "final_norm": ("model.norm", "output_norm"),
@@ -53,7 +53,7 @@ class TensorSpec:
 
   name: str  # in the file.
   path: tuple[str, ...]  # of the parameter, below "params".
-  repeat: int | None  # index along the stacked axis; None outside of the layers.
+  repeat: int | None  # index along the stacked axis; None outside the layers.
   shape: tuple[int, ...]  # in the file.
   param_shape: tuple[int, ...]  # of this repeat of the parameter.
 
@@ -62,23 +62,23 @@ class TensorSpec:
     return self.path[-1] == "kernel"
 
   def to_param(self, x: np.ndarray) -> np.ndarray:
-    """File layout -> parameter layout (a view where possible)."""
+    """Converts from the file's layout to the parameter's (a view if possible)."""
     return (x.T if self.is_kernel else x).reshape(self.param_shape)
 
   def to_file(self, x: np.ndarray) -> np.ndarray:
-    """Parameter layout -> file layout (a view where possible)."""
+    """Converts from the parameter's layout to the file's (a view if possible)."""
     return x.reshape(self.shape[::-1]).T if self.is_kernel else x.reshape(self.shape)
 
 
 @functools.lru_cache(maxsize=8)
 def abstract_params(cfg: ModelConfig) -> Any:
-  """Shapes of the parameters, boxed with their logical axes; nothing is allocated."""
+  """Returns the shapes of the parameters, boxed with their logical axes."""
   cfg = dataclasses.replace(cfg, remat="none", attention="xla")
   return jax.eval_shape(lambda key: init_variables(cfg, key), jax.random.key(0))["params"]
 
 
 def flatten(tree: Any) -> dict[tuple[str, ...], Any]:
-  """{path: leaf} of nested dicts; anything that is not a dict is a leaf."""
+  """Flattens nested dicts to {path: leaf}; anything that is not a dict is a leaf."""
   out = {}
   for name, value in tree.items():
     if isinstance(value, dict):
@@ -99,7 +99,7 @@ def unflatten(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
 
 
 def tensor_specs(cfg: ModelConfig, naming: int = HF) -> list[TensorSpec]:
-  """Every tensor of a model's file in the naming of Hugging Face or GGUF, layer by layer."""
+  """Lists the tensors of a model's file, layer by layer, under Hugging Face or GGUF names."""
   table = _SANDWICH_NORM if cfg.sandwich_norm else _PRE_NORM
   first, starts = 0, []
   for pattern, repeats in cfg.groups:

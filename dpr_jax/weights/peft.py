@@ -1,4 +1,4 @@
-"""LoRA adapters in the format of PEFT: adapter_config.json and adapter_model.safetensors.
+"""Writes LoRA adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
 Source of the format: huggingface/peft, `LoraConfig` and the `lora_A`/`lora_B` tensors of
 `get_peft_model_state_dict`.
@@ -34,17 +34,17 @@ def save_adapter(
 ) -> None:
   """Writes the adapter alone, for `peft.PeftModel.from_pretrained(base_model, directory)`.
 
-  In a multi-process run all processes must call it; the first one writes.
+  In a multi-process run all processes must call this function; process 0 writes.
 
   Args:
-    lora: the "lora" collection of the model of `cfg`.
-    base: name or path of the base model, noted in the config.
+    lora: the "lora" collection of `Transformer(cfg)`.
+    base: name or path of the base model, recorded in adapter_config.json.
 
   Raises:
     UserError: `cfg` has no adapter.
   """
   if not cfg.lora.rank:
-    raise UserError("this model has no adapter (config.model.lora.rank is 0); export it whole")
+    raise UserError("this model has no adapter (cfg.lora.rank is 0); export the whole model")
   folder = pathlib.Path(directory).expanduser()
   tensors, modules = {}, set()
   for spec in tensor_specs(cfg):
@@ -55,7 +55,7 @@ def save_adapter(
     modules.add(module.rpartition(".")[2])
     rank = cfg.lora.rank
     a, b = (to_host(pair[k][spec.repeat]).astype(np.float32) for k in ("a", "b"))
-    # x A B there is B A x: both factors are stored [out, in].
+    # PEFT computes B A x and stores both factors as [out, in].
     prefix = f"base_model.model.{module}"
     tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, rank).T)
     tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b.reshape(rank, -1).T)

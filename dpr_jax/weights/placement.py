@@ -1,8 +1,8 @@
-"""Filling sharded parameters from a file, one tensor at a time.
+"""Loads sharded parameters from a file, one tensor at a time.
 
-A stacked parameter is allocated on its devices first and then written layer by layer,
-in place, so that host memory holds one tensor of the file beside what the devices
-hold. Nothing here is a collective: each process reads the file and keeps its shards.
+A stacked parameter is first allocated on its devices and then written in place, layer by layer.
+Host memory therefore holds only one tensor of the file. There are no collectives: each process
+reads the file and keeps its shards.
 """
 
 import functools
@@ -18,21 +18,21 @@ from dpr_jax.models import ModelConfig
 from dpr_jax.sharding import shardings_of
 from dpr_jax.weights.names import TensorSpec, abstract_params, flatten, unflatten
 
-# Tables are read in blocks of rows of so many bytes: the table of a small model is most of it.
+# Embeddings are read in blocks of rows of this size, as they are most of a small model.
 BLOCK_BYTES = 64 << 20
 
 
 class Source(Protocol):
   """Named tensors in the layout of Hugging Face files."""
 
-  where: str  # the file or folder, for messages.
+  where: str  # name of the file or folder in error messages.
   shapes: Mapping[str, tuple[int, ...]]
 
   def dtype(self, name: str) -> Any:
-    """The dtype that `read` returns."""
+    """Returns the dtype of the arrays that `read` returns."""
 
   def read(self, name: str, start: int, stop: int) -> np.ndarray:
-    """Rows [start, stop) of a tensor."""
+    """Reads rows [start, stop) of a tensor."""
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -41,7 +41,7 @@ def _write(buffer, block, start):
 
 
 class Filler:
-  """One global array that is written block by block along its first axis."""
+  """A global array that is written block by block along its first axis."""
 
   def __init__(self, shape: tuple[int, ...], dtype: Any, sharding: Any):
     self._shape, self._dtype, self._sharding = shape, dtype, sharding
@@ -55,7 +55,7 @@ class Filler:
       self._parts.append([device, bounds, buffer])
 
   def write(self, start: int, block: np.ndarray) -> None:
-    """Sets rows [start, start + len(block)) of the global array; returns when done."""
+    """Writes rows [start, start + len(block)) of the global array and waits for the copy."""
     for part in self._parts:
       device, ((low, high), *rest), buffer = part
       a, b = max(low, start), min(high, start + len(block))
@@ -65,7 +65,7 @@ class Filler:
       with _on(device):
         own = own if device is None else jax.device_put(own, device)
         part[2] = _write(buffer, own, np.int32(a - low))
-    # The host block may be freed only when it has been copied; this also bounds the memory.
+    # The host block may be freed only after the copy; waiting also bounds the memory.
     jax.block_until_ready([part[2] for part in self._parts])
 
   def finish(self) -> jax.Array:
@@ -78,13 +78,13 @@ class Filler:
 
 
 def _on(device: jax.Device | None):
-  """A context in which a program of one device may run, whatever mesh the caller has set."""
+  """Returns a context in which single-device programs run, whatever mesh the caller has set."""
   one = np.asarray([jax.local_devices()[0] if device is None else device])
   return jax.set_mesh(jax.sharding.Mesh(one, ("one",)))
 
 
 def current_mesh(mesh: jax.sharding.Mesh | None) -> jax.sharding.Mesh | None:
-  """`mesh`, else the one set by jax.set_mesh, else None."""
+  """Returns `mesh`, else the mesh set by `jax.set_mesh`, else None."""
   if mesh is not None:
     return mesh
   mesh = jax.sharding.get_mesh()
@@ -92,17 +92,17 @@ def current_mesh(mesh: jax.sharding.Mesh | None) -> jax.sharding.Mesh | None:
 
 
 def check_names(source: Source, specs: list[TensorSpec], ignored: Callable[[str], bool]) -> None:
-  """Raises UserError at a missing tensor, a wrong shape or a tensor that nothing would use."""
+  """Raises UserError if a tensor is missing, has a wrong shape or would not be used."""
   for spec in specs:
     if spec.name not in source.shapes:
       raise UserError(
-          f"{source.where}: tensor {spec.name!r} is missing; the config asks for it with shape "
+          f"{source.where}: tensor {spec.name!r} is missing; the model has it with shape "
           f"{list(spec.shape)}"
       )
     shape = tuple(source.shapes[spec.name])
     if shape != spec.shape:
       raise UserError(
-          f"{source.where}: tensor {spec.name!r} has shape {list(shape)}; the config asks for "
+          f"{source.where}: tensor {spec.name!r} has shape {list(shape)}, but in the model "
           f"{list(spec.shape)}"
       )
   left = sorted(set(source.shapes) - {spec.name for spec in specs})
@@ -110,8 +110,7 @@ def check_names(source: Source, specs: list[TensorSpec], ignored: Callable[[str]
   if left:
     more = f" and {len(left) - 1} more" if len(left) > 1 else ""
     raise UserError(
-        f"{source.where}: tensor {left[0]!r}{more} has no place in the model that the config "
-        "describes"
+        f"{source.where}: tensor {left[0]!r}{more} has no place in the model of this config"
     )
 
 
@@ -122,12 +121,12 @@ def fill_params(
     dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Any]:
-  """Reads every tensor into its place; the plain parameter tree of `Transformer(cfg)`.
+  """Reads all tensors and returns the plain parameter tree of `Transformer(cfg)`.
 
   Args:
-    specs: what `source` holds, checked with `check_names`.
-    dtype: of the parameters; None keeps the stored one.
-    mesh: None takes the mesh that is set, else the default device.
+    specs: the tensors of `source`, checked with `check_names`.
+    dtype: of the parameters; None keeps the stored dtype.
+    mesh: None means the current mesh, else the default device.
   """
   mesh = current_mesh(mesh)
   boxed = abstract_params(cfg)

@@ -1,9 +1,8 @@
 """The safetensors file format: 8 bytes of header length, a JSON header, the tensors.
 
-Read and written here with plain file operations rather than through a memory map, so
-that a process holds no more than the tensor (or the rows of it) it is working on, and
-a damaged file is a readable error. Source of the format:
-https://github.com/huggingface/safetensors#format
+Files are read and written with plain file operations instead of a memory map, so that a process
+holds only the rows it is working on, and a damaged file gives a readable error.
+Source of the format: https://github.com/huggingface/safetensors#format
 """
 
 import json
@@ -28,13 +27,13 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation.
 
 
 class SafetensorsFile:
-  """The tensors of one file, by name."""
+  """The tensors of one safetensors file, by name."""
 
   def __init__(self, path: pathlib.Path):
     """Reads and checks the header.
 
     Raises:
-      UserError: not a safetensors file, damaged, or cut short.
+      UserError: the file is not a safetensors file, is damaged or is cut short.
     """
     self.path = path
     try:
@@ -83,7 +82,7 @@ class SafetensorsFile:
     return DTYPES[kind]
 
   def read(self, name: str, start: int, stop: int) -> np.ndarray:
-    """Rows [start, stop) of a tensor, freshly allocated."""
+    """Reads rows [start, stop) of a tensor into a new array."""
     _, shape, begin, _ = self._entries[name]
     dtype, row = self.dtype(name), math.prod(shape[1:])
     count = (stop - start) * row
@@ -100,15 +99,15 @@ def write_safetensors(
     fetch: Callable[[str], np.ndarray],
     write: bool = True,
 ) -> None:
-  """Writes tensors one by one, under a temporary name until the file is complete.
+  """Writes tensors one at a time; the file has a temporary name until it is complete.
 
   Args:
-    entries: name -> (dtype, shape), in the order in which they are stored.
-    fetch: name -> the tensor; called once for each.
-    write: False only fetches (a process that takes part in collectives but writes nothing).
+    entries: name -> (dtype, shape), in the order of storage.
+    fetch: name -> tensor; called once per name.
+    write: False only fetches, for processes that take part in collectives but do not write.
   """
   codes = {dtype: code for code, dtype in DTYPES.items()}
-  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what transformers insists on.
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it.
   offset = 0
   for name, (dtype, shape) in entries.items():
     end = offset + math.prod(shape) * dtype.itemsize
@@ -126,8 +125,8 @@ def write_safetensors(
     for name, (dtype, shape) in entries.items():
       x = fetch(name)
       if x.dtype != dtype or tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{name}: got {x.dtype}{x.shape}, announced {dtype}{tuple(shape)}")
-      # numpy's tofile does not know the extension dtypes.
+        raise ValueError(f"{name}: got {x.dtype}{x.shape}, declared {dtype}{tuple(shape)}")
+      # numpy's tofile does not support the extension dtypes.
       f.write(np.ascontiguousarray(x).view(np.uint8).data)
     f.flush()
     os.fsync(f.fileno())

@@ -1,4 +1,4 @@
-"""Tokenizers and generation settings of Hugging Face folders and GGUF files, without torch."""
+"""Loads tokenizers and generation settings of Hugging Face folders and GGUF files."""
 
 import json
 import pathlib
@@ -15,18 +15,18 @@ ROLES = ("bos", "eos", "pad", "unk")
 
 
 def from_folder(folder: pathlib.Path) -> "PreTrainedTokenizerFast":
-  """tokenizer.json of a folder, as it is written there, with its chat template.
+  """Loads tokenizer.json of a folder unchanged, with its chat template.
 
   Raises:
-    UserError: there is none, it is damaged, or it has tokens beyond the embedding.
+    UserError: the file is missing or damaged, or it has tokens beyond the embedding.
   """
   from transformers import PreTrainedTokenizerFast
 
   path = folder / "tokenizer.json"
   if not path.is_file():
     raise UserError(f"{path} does not exist; only fast tokenizers (tokenizer.json) are read")
-  # Of the class PreTrainedTokenizerFast itself: model-specific classes of transformers 5 rebuild
-  # parts of the pipeline instead of reading them.
+  # The base class loads the whole pipeline; the model-specific classes of transformers 5 rebuild
+  # parts of it.
   try:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(
         str(folder), local_files_only=True, trust_remote_code=False
@@ -46,13 +46,13 @@ def from_folder(folder: pathlib.Path) -> "PreTrainedTokenizerFast":
 def fit(
     tokenizer: "PreTrainedTokenizerFast", vocab_size: int, where: str
 ) -> "PreTrainedTokenizerFast":
-  """The tokenizer without the special tokens that have no row in the embedding.
+  """Drops special tokens that have no row in the embedding.
 
-  Some text models (Gemma 3 1B) ship placeholders of their multimodal siblings with ids
-  beyond their own vocabulary. Such a token can be dropped; any other cannot.
+  Some text models (Gemma 3 1B) include placeholders of their multimodal versions with ids
+  beyond their own vocabulary. Only such tokens can be dropped.
 
   Raises:
-    UserError: an ordinary token, or one with a role (bos, eos, pad, unk), lies beyond.
+    UserError: an ordinary token, or one with a role (bos, eos, pad, unk), has no row.
   """
   vocab = tokenizer.get_vocab()
   beyond = {token: i for token, i in vocab.items() if i >= vocab_size}
@@ -95,7 +95,7 @@ def _without(tokenizer: "PreTrainedTokenizerFast", dropped: set[str]) -> "PreTra
 
 
 def from_gguf(path: pathlib.Path) -> "PreTrainedTokenizerFast":
-  """The tokenizer that a .gguf describes; UserError where it is absent or not implemented."""
+  """Builds the tokenizer of a .gguf file; raises UserError if missing or not implemented."""
   from dpr_jax.weights.gguf_tokenizer import build
 
   file = GGUFFile(path)
@@ -104,7 +104,7 @@ def from_gguf(path: pathlib.Path) -> "PreTrainedTokenizerFast":
 
 
 def generation_from_folder(folder: pathlib.Path) -> dict[str, Any]:
-  """generation_config.json, else the token ids of config.json."""
+  """Reads generation_config.json, else the token ids of config.json."""
   if (folder / "generation_config.json").is_file():
     return read_json(folder / "generation_config.json")
   if not (folder / "config.json").is_file():
@@ -115,7 +115,7 @@ def generation_from_folder(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def generation_from_gguf(path: pathlib.Path) -> dict[str, Any]:
-  """Token ids of a .gguf; an end-of-turn token is a second `eos_token_id`."""
+  """Reads the token ids of a .gguf file; an end-of-turn token is a second `eos_token_id`."""
   metadata = GGUFFile(path).metadata
   keys = {"bos": "bos", "eos": "eos", "pad": "padding"}
   get = {role: f"tokenizer.ggml.{key}_token_id" for role, key in keys.items()}

@@ -1,4 +1,4 @@
-"""Masks, positions and rotary embeddings against loops over single queries."""
+"""Masks, positions and rotary embeddings equal loops over single queries."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from dpr_jax.models import attention as attention_lib
 
 
 def _segments(rng, batch, length):
-  """Random rows of runs: padding left, right and between, and packed segments."""
+  """Random rows with packed segments and with padding before, between and after them."""
   rows = []
   for _ in range(batch):
     row, segment = [], 0
@@ -110,14 +110,14 @@ def test_rotation_keeps_norms_and_depends_on_distance_only(rng):
   q, k = rng.normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
 
   def score(at_q, at_k):
-    turned = [
+    rotated = [
         attention_lib.rotate(
             x, *attention_lib.rope_tables(rope, 8, np.full((1, 1), p, np.int32))
         )
         for x, p in ((q, at_q), (k, at_k))
     ]
-    np.testing.assert_allclose(np.linalg.norm(turned[0]), np.linalg.norm(q), rtol=1e-6)
-    return float(np.sum(np.asarray(turned[0]) * np.asarray(turned[1])))
+    np.testing.assert_allclose(np.linalg.norm(rotated[0]), np.linalg.norm(q), rtol=1e-6)
+    return float(np.sum(np.asarray(rotated[0]) * np.asarray(rotated[1])))
 
   shift = int(rng.integers(1, 40))
   assert score(9, 4) == pytest.approx(score(9 + shift, 4 + shift), abs=2e-5)

@@ -1,7 +1,7 @@
-"""Every backend of attention over whole rows against a float64 loop over queries.
+"""Every attention backend over whole rows equals a float64 loop over queries.
 
-Splash runs interpreted here: the same program as on a TPU, its blocks and its backward pass
-included, but with the matrix products of this machine.
+Splash is interpreted here: it runs the same program as on a TPU, including its blocks and its
+backward pass, but with the matmuls of the host.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from dpr_jax.models import attention as attention_lib
 
 pytestmark = pytest.mark.usefixtures("light_compilation")
 
-# Both sides are float32 sums of at most a few hundred products of order one.
+# Both sides are float32 sums of at most a few hundred terms of order one.
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
 
@@ -34,8 +34,8 @@ def packed_segments(rng, batch, length):
 
 
 def inputs(rng, batch, length, heads, kv_heads, head_dim):
-  draw = lambda n: rng.normal(size=(batch, length, n, head_dim)).astype(np.float32)
-  return draw(heads), draw(kv_heads), draw(kv_heads), packed_segments(rng, batch, length)
+  normal = lambda n: rng.normal(size=(batch, length, n, head_dim)).astype(np.float32)
+  return normal(heads), normal(kv_heads), normal(kv_heads), packed_segments(rng, batch, length)
 
 
 def by_hand(q, k, v, segments, window, scale, d_out):
@@ -66,7 +66,7 @@ def by_hand(q, k, v, segments, window, scale, d_out):
 
 @pytest.fixture
 def formula_of_cudnn(monkeypatch):
-  """What is handed to cuDNN, computed by XLA; a query that sees nothing gives NaN, as there."""
+  """XLA computes what cuDNN would; as in cuDNN, a query that sees no slot gives NaN."""
   fused = jax.nn.dot_product_attention
 
   def stand_in(*args, mask, implementation=None, **kwargs):
@@ -123,10 +123,10 @@ def test_padding_is_finite_and_reaches_no_token(rng, formula_of_cudnn, backend):
     out, pull = jax.vjp(attend, q, k, v)
     return out, pull(out * real), pull(jnp.ones_like(out))
 
-  out, grads, careless = run(q, k, v)
+  out, grads, grads_of_padding = run(q, k, v)
   other = [np.where(real, x, 3 * rng.normal(size=x.shape).astype(x.dtype)) for x in (q, k, v)]
   out_other, grads_other, _ = run(*other)
-  assert all(np.isfinite(x).all() for x in (out, out_other, *grads, *careless))
+  assert all(np.isfinite(x).all() for x in (out, out_other, *grads, *grads_of_padding))
   np.testing.assert_array_equal(np.where(real, out, 0), np.where(real, out_other, 0))
   for got, got_other in zip(grads, grads_other):
     np.testing.assert_array_equal(np.where(real, 0, got), 0)
@@ -134,7 +134,7 @@ def test_padding_is_finite_and_reaches_no_token(rng, formula_of_cudnn, backend):
 
 
 def test_half_precision_splash_is_as_near_to_float64_as_xla(rng):
-  """Scores and softmax stay float32: only inputs, the scaled q and the output are rounded."""
+  """Scores and softmax are float32: only inputs, the scaled q and the output are rounded."""
   q, k, v, segments = inputs(rng, 1, 140, 2, 1, 16)
   half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
   exact, _ = by_hand(*(np.asarray(x, np.float32) for x in half), segments, 0, 0.3, np.zeros_like(q))
@@ -178,7 +178,7 @@ def test_cudnn_itself_is_as_near_to_float64_as_xla(
 
   own, theirs = errors("cudnn"), errors("xla")
   print("mean error of out, dq, dk, dv: cudnn", own, "xla", theirs)
-  # A window of one token makes the gradients of q and k exactly zero, which XLA finds.
+  # With a window of one token the gradients of q and k are exactly zero, as XLA computes them.
   assert all(a < 2 * b + 1e-6 for a, b in zip(own, theirs))
 
 
@@ -221,7 +221,7 @@ def test_a_model_on_splash_equals_the_same_model_on_xla(make_model, neighbours, 
     np.testing.assert_allclose(hidden_splash, hidden, rtol=1e-4, atol=1e-4)
     scale = np.abs(grads).max()
     np.testing.assert_allclose(grads_splash, grads, rtol=1e-4, atol=1e-5 * scale)
-  else:  # So sharp that the neighbours of the weights tell what rounding explains.
+  else:  # Attention is so sharp that perturbed weights must set the scale of rounding errors.
     hidden_beside, grads_beside = run("xla")(neighbours(variables))
     apart = lambda a, b: np.linalg.norm(a - b)
     assert apart(hidden_splash, hidden) < 4 * apart(hidden_beside, hidden) < 1e-2 * apart(hidden, 0)
@@ -230,7 +230,7 @@ def test_a_model_on_splash_equals_the_same_model_on_xla(make_model, neighbours, 
 
 @contextlib.contextmanager
 def platform(name, mesh=(1, 1, 1)):
-  """As under a mesh over devices that are only described, as for ahead-of-time compilation."""
+  """Sets a mesh of abstract devices, as ahead-of-time compilation does."""
   device = jax.sharding.AbstractDevice(device_kind=name, num_cores=None, platform=name)
   mesh = jax.sharding.AbstractMesh(
       mesh, ("data", "fsdp", "tensor"),
@@ -268,25 +268,25 @@ def test_auto_takes_the_kernel_of_the_platform_where_it_fits(name, fields, lengt
     [
         ("tpu", dict(attention="cudnn", dtype="bfloat16"), "cudnn needs a GPU, and this is a TPU"),
         ("cpu", dict(attention="cudnn", dtype="bfloat16"), "cudnn needs a GPU, and this is a CPU"),
-        ("gpu", dict(attention="cudnn"), "cudnn needs config.model.dtype=bfloat16, not float32"),
+        ("gpu", dict(attention="cudnn"), "cudnn needs dtype=bfloat16, not float32"),
         ("gpu", dict(attention="cudnn", dtype="bfloat16", head_dim=512),
          "cudnn needs a head_dim of at most 256, a multiple of 8, not 512"),
         ("gpu", dict(attention="splash"), "splash needs a TPU, and this is a GPU"),
     ],
 )
-def test_a_backend_that_is_not_there_is_refused_by_name(name, fields, complaint):
-  with platform(name), pytest.raises(UserError, match=f"config.model.attention={complaint}"):
+def test_an_unavailable_backend_is_refused_by_name(name, fields, complaint):
+  with platform(name), pytest.raises(UserError, match=f"^attention={complaint}; auto"):
     attention_lib.resolve_backend(ModelConfig(**fields), 512)
 
 
-def test_without_a_mesh_the_platform_is_that_of_the_machine():
+def test_without_a_mesh_the_platform_is_that_of_the_host():
   assert attention_lib.target_platform() == "cpu"
   with pytest.raises(ValueError, match="attention='flash' is not one of"):
     ModelConfig(attention="flash")
 
 
 def test_a_training_step_for_gpu_calls_cudnn(monkeypatch):
-  """Lowered only: nothing of CUDA is on the machines that run the tests."""
+  """The step is only lowered, because the tests run without CUDA."""
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
   from dpr_jax.models import init_variables
@@ -307,6 +307,6 @@ def test_a_training_step_for_gpu_calls_cudnn(monkeypatch):
     traced = jax.jit(jax.grad(loss)).trace(variables, rows, rows)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
   forward = next(line for line in text.splitlines() if "@__cudnn$fmhaScaleBiasSoftmax(" in line)
-  # Of one device: 2 rows, 64 slots (63 made even), 2 of 4 query heads and the one KV head.
+  # Per device: 2 rows, 64 slots (63 padded), 2 of 4 query heads and the only KV head.
   assert "(tensor<2x64x2x32xbf16>, tensor<2x64x1x32xbf16>, tensor<2x64x1x32xbf16>," in forward
   assert "@__cudnn$fmhaScaleBiasSoftmaxBackward(" in text

@@ -1,4 +1,4 @@
-"""A whole train step compiled for a TPU that is not there, where libtpu is installed."""
+"""A whole train step compiles ahead of time for a TPU; needs libtpu but no TPU."""
 
 import importlib.util
 import json
@@ -37,7 +37,7 @@ batch = SFTBatch(
     tokens=rows(jnp.int32), segment_ids=rows(jnp.int32), loss_mask=rows(jnp.float32)
 )
 state = abstract_state(abstract_variables(cfg, mesh), optimizer, jax.random.key(0))
-step = make_train_step(make_sft_loss(Transformer(cfg), chunk_size=50), optimizer, accumulation=2)
+step = make_train_step(make_sft_loss(Transformer(cfg)), optimizer, accumulation=2)
 with jax.set_mesh(mesh):  # Nothing may run under it: its devices cannot.
   text = step.lower(state, batch).compile().as_text()
 print("\\nRESULT " + json.dumps([
@@ -46,8 +46,8 @@ print("\\nRESULT " + json.dumps([
 ]))
 """
 
-# What the partitioner must complain of: a table split over its rows and columns, looked up with
-# tokens that are split as the columns are, and over one axis more.
+# The partitioner must warn about this program: a lookup in a table split over rows and columns, by
+# tokens that are split over the axis of the columns and over another one.
 _CONTROL = """
 import jax
 import jax.numpy as jnp
@@ -77,9 +77,9 @@ def _run(program: str, *args: str) -> subprocess.CompletedProcess:
           **os.environ,
           "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
           "JAX_PLATFORMS": "cpu",
-          "TPU_SKIP_MDS_QUERY": "1",  # Not on a TPU machine: do not ask it about itself.
+          "TPU_SKIP_MDS_QUERY": "1",  # The host is no TPU VM and has no metadata server.
           "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-          # The partitioner's warnings come to stderr, not to files alone.
+          # Log the partitioner's warnings to stderr, not only to files.
           "TPU_STDERR_LOG_LEVEL": "0",
           "TPU_MIN_LOG_LEVEL": "0",
           "TF_CPP_MIN_LOG_LEVEL": "1",
@@ -92,8 +92,8 @@ def _run(program: str, *args: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-def test_the_partitioner_is_heard():
-  """Without it the absence of a complaint says nothing."""
+def test_the_warnings_of_the_partitioner_are_captured():
+  """Without this test, the absence of a warning would prove nothing."""
   assert _REMATERIALIZATION in _run(_CONTROL).stderr
 
 
@@ -103,7 +103,7 @@ def test_the_partitioner_is_heard():
     "fields, kernels",
     [
         (dict(num_kv_heads=2, remat="full"), True),
-        (dict(num_kv_heads=1, remat="dots"), True),  # The KV head is on both devices of tensor.
+        (dict(num_kv_heads=1, remat="dots"), True),  # Both devices of tensor hold the KV head.
         (dict(num_kv_heads=2, attention="xla"), False),
     ],
 )

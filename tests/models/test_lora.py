@@ -1,4 +1,4 @@
-"""Adapters: identity at first, exact when merged, the same in PEFT."""
+"""Adapters start as the identity, merge exactly and compute the same as in PEFT."""
 
 import dataclasses
 import functools

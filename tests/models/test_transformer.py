@@ -1,4 +1,4 @@
-"""The decoder gives one function however its rows are laid out: cached, padded or packed."""
+"""The decoder computes the same function for cached, padded and packed rows."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from dpr_jax.models import ModelConfig, Rope, init_cache, init_variables
 
 pytestmark = pytest.mark.usefixtures("light_compilation")
 
-# Every switch of the decoder is on in one of these.
+# Every feature of the decoder is enabled in one of these.
 SHAPES = {
     "grouped": {},
     "windowed": dict(
@@ -43,10 +43,10 @@ def _rows(rng, model, lengths):
 
 
 def _alone(model, variables, rows):
-  """Hidden states of each row run on its own, as the start of a full row without padding."""
+  """Hidden states of each row run alone, as the start of a full row without padding."""
   out = []
   for row in rows:
-    tokens = np.resize(row, (1, WIDTH)).astype(np.int32)  # repeats itself: the past is what counts.
+    tokens = np.resize(row, (1, WIDTH)).astype(np.int32)  # The tail does not affect the start.
     out.append(np.asarray(forward(model, variables, tokens, None, None)[0][0, : len(row)]))
   return out
 
@@ -64,7 +64,7 @@ def test_padding_changes_nothing(model, rng, left):
   model, variables = model
   rows = _rows(rng, model, (9, 4, 1, 7))
   tokens, segments = _layout(rows, WIDTH, left)
-  # What stands in the padding must not matter.
+  # The tokens in the padding must not matter.
   tokens = np.where(segments == 0, rng.integers(0, model.cfg.vocab_size, tokens.shape), tokens)
   hidden = np.asarray(forward(model, variables, tokens.astype(np.int32), segments, None)[0])
   for b, alone in enumerate(_alone(model, variables, rows)):
@@ -102,7 +102,7 @@ def test_cached_decode_equals_the_full_forward(model, rng, step):
 
 
 def test_a_finished_row_does_not_disturb_the_others(model, rng):
-  """A row whose new token has segment 0 neither stores nor advances."""
+  """A row whose new token has segment 0 neither stores it nor advances."""
   model, variables = model
   prompt = np.stack(_rows(rng, model, (4, 4)))
   column = lambda *x: np.asarray(x, np.int32)[:, None]
@@ -115,7 +115,7 @@ def test_a_finished_row_does_not_disturb_the_others(model, rng):
       model, variables, [np.append(prompt[0], [3, 5]), np.append(prompt[1], [5])]
   )
   np.testing.assert_allclose(hidden[0, 0], first[-1], atol=2e-5)
-  # The hole in the slots does not shorten a window: it counts tokens.
+  # A gap in the slots does not shorten a window, because windows count tokens.
   np.testing.assert_allclose(hidden[1, 0], second[-1], atol=2e-5)
 
 
@@ -166,7 +166,7 @@ def test_every_parameter_names_its_axes():
   assert stacked and all(names[0] == "layers" for names in stacked)
 
 
-def test_config_round_trips_and_refuses_what_it_cannot_mean():
+def test_config_round_trips_and_refuses_bad_values():
   import json
 
   cfg = ModelConfig(**SHAPES["windowed"], vocab_size=9)
@@ -211,7 +211,7 @@ def test_a_prefilled_cache_keeps_no_more_than_the_window_of_local_layers(make_mo
 
 
 def test_more_tokens_than_a_ring_holds_leave_the_last_ones(make_model, rng):
-  """Two slots behind a prompt, four tokens at once: each slot is written once, by the newest."""
+  """Four tokens for two slots after a prompt: each slot is written once, by the newest token."""
   model, variables = make_model(int(rng.integers(1 << 30)))
   tokens = rng.integers(0, model.cfg.vocab_size, (2, 6)).astype(np.int32)
   prompt, more = tokens[:, :2], tokens[:, 2:]
@@ -219,5 +219,5 @@ def test_more_tokens_than_a_ring_holds_leave_the_last_ones(make_model, rng):
   _, cache = model.apply(variables, prompt, ones(prompt), slots=2, method="prefill")
   hidden, cache = forward(model, variables, more, ones(more), cache)
   full = np.asarray(forward(model, variables, tokens, ones(tokens), None)[0])
-  np.testing.assert_allclose(hidden, full[:, 2:], atol=2e-5)  # They saw all that was there.
+  np.testing.assert_allclose(hidden, full[:, 2:], atol=2e-5)  # Each saw all tokens before it.
   np.testing.assert_array_equal(cache.slots["global"].ranks, [[0, 1, 4, 5]] * 2)

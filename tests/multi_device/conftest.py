@@ -1,4 +1,4 @@
-"""Runs functions of a test file in a process of their own with several forced host devices."""
+"""Runs functions of a test file in a separate process with several forced host devices."""
 
 import json
 import os
@@ -24,9 +24,9 @@ print("\\nRESULT " + json.dumps(getattr(module, name)(*arguments)))
 
 
 class Finished(NamedTuple):
-  """What a program left behind."""
+  """The outputs of a program."""
 
-  result: Any  # what the function returned, through JSON.
+  result: Any  # the return value of the function, through JSON.
   stderr: str
 
 
@@ -34,9 +34,8 @@ class Finished(NamedTuple):
 def run_on_devices():
   """run_on_devices(function, *arguments, devices=8) -> Finished.
 
-  `function` stands at the top level of a test file whose own top level imports neither jax
-  nor pytest fixtures with effects; arguments and result travel as JSON. An exception in it
-  fails the test with its traceback.
+  `function` must be at the top level of a test file that imports no jax at its top level.
+  Arguments and results are passed as JSON. An exception fails the test with its traceback.
   """
 
   def run(function, *arguments, devices: int = 8, timeout: float = 600.0) -> Finished:
@@ -47,7 +46,7 @@ def run_on_devices():
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            # The partitioner's complaints are warnings of C++: they must not be filtered.
+            # The partitioner's warnings come from C++ and must not be filtered.
             "TF_CPP_MIN_LOG_LEVEL": "0",
         },
         capture_output=True,
@@ -55,8 +54,8 @@ def run_on_devices():
         timeout=timeout,
     )
     if done.returncode:
-      said = f"{done.stdout}\n{done.stderr}"
-      pytest.fail(f"{function.__name__} exited with {done.returncode}:\n{said}")
+      output = f"{done.stdout}\n{done.stderr}"
+      pytest.fail(f"{function.__name__} exited with {done.returncode}:\n{output}")
     result = done.stdout.rsplit("\nRESULT ", 1)[1]
     return Finished(json.loads(result), done.stderr)
 

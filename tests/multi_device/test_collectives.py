@@ -1,11 +1,11 @@
-"""Collectives of compiled programs, counted by `dpr_jax.planning.hlo`, on 8 forced devices."""
+"""Collectives of programs compiled for 8 devices, counted by `dpr_jax.planning.hlo`."""
 
 import numpy as np
 import pytest
 
 
 def compiled_counts():
-  """Counts and bytes of small programs whose collectives are known."""
+  """Counts and bytes of the collectives of small programs."""
   import jax
   import jax.numpy as jnp
   import numpy as np
@@ -49,7 +49,7 @@ def compiled_counts():
       "nested": (loop(lambda v: lax.scan(lambda c, _: (total(c), None), v, None, length=3)[0], 5),
                  shape((16,))),
       "unknown": (until, shape((16,))),
-      # GSPMD's own: a contraction over a split dim ends in an all-reduce of the result.
+      # Inserted by GSPMD: a contraction over a split dim all-reduces its result.
       "matmul": (lambda x: x @ x.T, shape((8, 32), None, "b")),
   }
   out = {}
@@ -76,7 +76,7 @@ def test_collectives_are_counted_with_the_trips_of_their_loops(run_on_devices):
 
 
 def steps_of_both_forms(shapes, dtype, vocab):
-  """Three AdamW steps with tables used as `models/table.py` does, and as JAX would by itself."""
+  """Three AdamW steps with the sharding of `models/embedding.py` and with that of plain JAX."""
   import dataclasses
 
   import flax.linen as nn
@@ -87,36 +87,38 @@ def steps_of_both_forms(shapes, dtype, vocab):
   from dpr_jax.config import OptimizerConfig
   from dpr_jax.data.batches import SFTBatch
   from dpr_jax.losses import make_sft_loss
-  from dpr_jax.models import ModelConfig, Transformer, init_variables, logprobs, table
+  from dpr_jax.models import ModelConfig, Transformer, embedding, init_variables, logprobs
   from dpr_jax.training import TrainState, make_train_step
   from dpr_jax.training.optimizer import make_optimizer
 
   cfg = ModelConfig(vocab_size=vocab, hidden_size=32, mlp_size=64, num_layers=1, num_heads=4,
                     num_kv_heads=2, head_dim=8, tied_head=False)
-  draw = np.random.default_rng(0)
-  tokens = draw.integers(0, vocab, (8, 17)).astype(np.int32)
+  tokens = np.random.default_rng(0).integers(0, vocab, (8, 17)).astype(np.int32)
   batch = SFTBatch(tokens=tokens, segment_ids=np.ones_like(tokens),
                    loss_mask=np.ones(tokens.shape, np.float32))
 
-  def cast_and_move(x, dtype, names, to, back):  # What JAX differentiates by itself.
+  def cast_and_reshard(x, dtype, names, to, back):  # Without a custom backward pass.
     return sharding.constrain(x.astype(dtype), *to)
 
-  axes = table.logits_axes
-  rows_move, gathered, stay = table.rows_move, lambda *_: table.GATHERED_HEAD, lambda *_: False
-  forms = {"ours": (dtype, sharding.move, rows_move, axes),
-           "plain": (dtype, cast_and_move, stay, gathered),
-           "exact": ("float32", cast_and_move, stay, gathered)}
+  axes, rows_move = embedding.logits_axes, embedding.rows_move
+  gathered, stay = lambda *_: embedding.GATHERED_HEAD, lambda *_: False
+  forms = {"ours": (dtype, sharding.reshard, rows_move, axes),
+           "plain": (dtype, cast_and_reshard, stay, gathered),
+           "exact": ("float32", cast_and_reshard, stay, gathered)}
   out = {"axes": []}
   boxed = jax.eval_shape(lambda key: init_variables(cfg, key), jax.random.key(0))
   for shape in shapes:
     mesh = sharding.make_mesh(*shape)
     placed = sharding.place(batch, mesh)
-    for name, (how, sharding.move, table.rows_move, axes_of) in forms.items():
-      table.logits_axes = logprobs.logits_axes = axes_of
-      model = Transformer(dataclasses.replace(cfg, dtype=how))
+    for name, (how, sharding.reshard, embedding.rows_move, axes_of) in forms.items():
+      embedding.logits_axes = logprobs.logits_axes = axes_of
+      # Chunks of 4 columns on every mesh.
+      budget = 3 * 4 * 8 * vocab * 4 / mesh.size / 2**30
+      model = Transformer(dataclasses.replace(cfg, dtype=how, logits_budget=budget))
       optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, eps=1e-4), 10)
-      step = make_train_step(make_sft_loss(model, chunk_size=4), optimizer)
+      step = make_train_step(make_sft_loss(model), optimizer)
       with jax.set_mesh(mesh):
+        assert logprobs.chunk_columns(model.cfg, 8) == 4
         out["axes"].append(axes_of(8, 4, vocab))
         variables = jax.jit(lambda key: nn.unbox(init_variables(cfg, key)),
                             out_shardings=sharding.shardings_of(boxed, mesh))(jax.random.key(0))
@@ -154,12 +156,14 @@ def test_tables_on_their_shards_train_as_the_plain_form_does(
                           ("ours", "plain", "exact"))
     if dtype == "float32":
       assert ours == pytest.approx(plain, rel=1e-6, abs=1e-6), shape
-    else:  # The two round each chunk's gradient at different places.
+    else:  # The two forms round the gradient of a chunk at different places.
       assert np.mean(np.abs(ours - exact)) < 1.2 * np.mean(np.abs(plain - exact)), shape
 
 
 def received(cfg, mesh, columns, chunk):
   """Bytes that a device receives for values and gradients of log-probs of 8 rows."""
+  import dataclasses
+
   import jax
   import jax.numpy as jnp
 
@@ -171,10 +175,12 @@ def received(cfg, mesh, columns, chunk):
 
   rows = sharding.batch_sharding(mesh)
   tokens = jax.ShapeDtypeStruct((8, columns + 1), jnp.int32, sharding=rows)
+  budget = 3 * 4 * 8 * cfg.vocab_size * chunk / mesh.size / 2**30
+  cfg = dataclasses.replace(cfg, logits_budget=budget)
   variables = abstract_variables(cfg, mesh)
 
   def loss(variables, tokens):
-    return token_logprobs(Transformer(cfg), variables, tokens, chunk_size=chunk).logp.sum()
+    return token_logprobs(Transformer(cfg), variables, tokens).logp.sum()
 
   with jax.set_mesh(mesh):
     own = jax.tree.map(lambda x: x.sharding, variables)
@@ -183,38 +189,38 @@ def received(cfg, mesh, columns, chunk):
 
 
 def bytes_of_heads():
-  """By vocabulary and chunk; and at a shape, as it is computed and in either form."""
+  """Bytes by vocabulary and chunk, and by form of the head (chosen, gathered or fine)."""
   from dpr_jax import sharding
-  from dpr_jax.models import ModelConfig, logprobs, table
+  from dpr_jax.models import ModelConfig, embedding, logprobs
 
   cfg = lambda vocab: ModelConfig(vocab_size=vocab, hidden_size=32, mlp_size=64, num_layers=1,
                                   num_heads=4, num_kv_heads=2, head_dim=8, tied_head=False)
   mesh = sharding.make_mesh(1, 8, 1)
   chunks = {f"{v} {c}": received(cfg(v), mesh, 64, c) for v in (4096, 8192) for c in (8, 64)}
-  near, chosen = {}, table.logits_axes
+  near, chosen = {}, embedding.logits_axes
   mesh = sharding.make_mesh(4, 2, 1)
-  forms = {"ours": chosen, "gathered": lambda *_: table.GATHERED_HEAD,
-           "fine": lambda *_: table.FINE_HEAD}
+  forms = {"ours": chosen, "gathered": lambda *_: embedding.GATHERED_HEAD,
+           "fine": lambda *_: embedding.FINE_HEAD}
   for columns in (80, 400):
     for name, axes in forms.items():
-      table.logits_axes = logprobs.logits_axes = axes
+      embedding.logits_axes = logprobs.logits_axes = axes
       near[f"{columns} {name}"] = received(cfg(1024), mesh, columns, columns)
   return chunks, near, 4 * 32 * 4096
 
 
 def test_chunks_of_logits_do_not_gather_the_head_again(run_on_devices):
   chunks, near, table = run_on_devices(bytes_of_heads).result
-  # Neither more chunks nor a larger vocabulary move much: a part of a part of the head.
+  # More chunks or a larger vocabulary add only a fraction of the bytes of the head.
   for vocab in (4096, 8192):
     assert chunks[f"{vocab} 8"] - chunks[f"{vocab} 64"] < 8 * 3 * (vocab / 4096 * table) / 8
   assert chunks["8192 64"] - chunks["4096 64"] < table
-  # Of the two forms the one that receives less is taken, on either side of where they meet.
+  # The form that receives fewer bytes is chosen, on both sides of the break-even point.
   assert near["80 ours"] == near["80 fine"] < near["80 gathered"]
   assert near["400 ours"] == near["400 gathered"] < near["400 fine"]
 
 
 def decoding():
-  """Bytes that sampling receives by number of new tokens, and what decoding is given."""
+  """Bytes received in sampling by number of new tokens, and the gathered variables."""
   import jax
   import jax.numpy as jnp
 
@@ -253,9 +259,9 @@ def decoding():
 def test_decoding_gathers_the_weights_once_and_not_for_each_token(run_on_devices):
   received, specs, weights = run_on_devices(decoding).result
   (few, exchanged), (many, _) = received["4"], received["20"]
-  assert few > weights / 2 * 3 / 4  # The gather itself: 3/4 of what tensor leaves.
+  assert few > weights / 2 * 3 / 4  # The gather itself: 3/4 of each half over tensor.
   assert many - few < 0.05 * weights
-  assert exchanged == 0  # The table of embeddings is there: no activations move to it.
+  assert exchanged == 0  # The embedding is gathered, so no activations move.
   for name, (fsdp, tensor, dtype) in specs.items():
     assert not fsdp, name
     if "norm" in name:

@@ -1,4 +1,4 @@
-"""Every family on eight devices: loaded shard by shard, the same function as on one."""
+"""Every family loads shard by shard on eight devices and computes the same as on one."""
 
 import json
 import pathlib
@@ -7,7 +7,7 @@ import pytest
 
 
 def compare(folder: str, names: list, gradients_of: str) -> dict:
-  """Per family: the largest differences between one device and eight."""
+  """Largest differences between one device and eight, per family."""
   import tempfile
 
   import flax.linen as nn
@@ -33,7 +33,7 @@ def compare(folder: str, names: list, gradients_of: str) -> dict:
     "gemma3_text": {"sliding_window": 5, "sliding_window_pattern": 2, "query_pre_attn_scalar": 9},
   }
   rng = np.random.default_rng(0)
-  placement.BLOCK_BYTES = 4 * 32 * 40  # blocks of 40 rows, across the borders of shards of 48.
+  placement.BLOCK_BYTES = 4 * 32 * 40  # Blocks of 40 rows cross the boundaries of shards of 48.
   tokens = jnp.asarray(rng.integers(0, 96, (8, 20)), jnp.int32)
   segments = jnp.asarray(np.arange(20)[None] >= rng.integers(0, 8, (8, 1)), jnp.int32)
 
@@ -51,9 +51,9 @@ def compare(folder: str, names: list, gradients_of: str) -> dict:
   for name in names:
     cfg = from_hf(small | {"model_type": name} | families[name])
     shapes = nn.unbox(abstract_params(cfg))
-    draw = lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape), jnp.float32)
+    sample = lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape), jnp.float32)
     path = pathlib.Path(folder) / name
-    save_pretrained(path, cfg, jax.tree.map(draw, shapes))
+    save_pretrained(path, cfg, jax.tree.map(sample, shapes))
     _, one = load_pretrained(path)
     want = np.asarray(logits_fn(cfg, one))
     assert len(jax.tree.leaves(one)[0].sharding.device_set) == 1
@@ -82,7 +82,7 @@ def compare(folder: str, names: list, gradients_of: str) -> dict:
       for a, b in zip(*map(jax.tree.leaves, (want_grads, grads)), strict=True):
         error = float(np.abs(a - b).max() / np.abs(a).max())
         worst["gradients"] = max(worst["gradients"], error)
-    # Sharded parameters are exported as they were.
+    # The export of sharded parameters is the same file.
     with tempfile.TemporaryDirectory() as out:
       save_pretrained(out, cfg, many, family=name)
       same = [(pathlib.Path(d) / "model.safetensors").read_bytes() for d in (out, path)]
@@ -91,7 +91,7 @@ def compare(folder: str, names: list, gradients_of: str) -> dict:
   return report
 
 
-# Between them these two have every kind of parameter; the others follow in the slow run.
+# These two families together have every kind of parameter; the others are slow tests.
 @pytest.mark.parametrize(
   "names, gradients_of",
   [

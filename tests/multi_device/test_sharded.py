@@ -1,16 +1,16 @@
-"""A mesh changes where arrays live and nothing else: 8 forced host devices against one.
+"""A mesh of 8 forced host devices gives the same results as one device.
 
-The programs below run in a process of their own; see conftest.py.
+The programs below run in a separate process; see conftest.py.
 """
 
 import pytest
 
 MESHES = ((2, 2, 2), (1, 2, 4))
-MORE_MESHES = ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 1, 4))  # each takes a compilation: slow.
+MORE_MESHES = ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 1, 4))  # Slow: each one compiles.
 
 
 def _setup(shape, devices):
-  """(mesh, model, state, train_step, batch, optimizer) of one mesh, the same values on each."""
+  """(mesh, model, train_step, batch) of one mesh, the same values on each."""
   import numpy as np
 
   from dpr_jax import sharding
@@ -21,21 +21,25 @@ def _setup(shape, devices):
   from dpr_jax.training import make_train_step
   from dpr_jax.training.optimizer import make_optimizer
 
+  # Chunks of 5 columns of the 4 rows of a micro-batch, on every mesh.
+  ways, parts = shape[0] * shape[1], 2 if shape[2] == 2 else 1
+  rows = 4 // ways if 4 % ways == 0 else 4
+  budget = 3 * 4 * 5 * rows * (38 // parts) / 2**30
   # Two kv heads on tensor=4 and a vocabulary of 38 stay whole there; on tensor=2 they split.
   cfg = ModelConfig(vocab_size=38, hidden_size=32, mlp_size=64, num_layers=2, num_heads=4,
-                    num_kv_heads=2, head_dim=8, layer_pattern=("local", "global"), window=5)
+                    num_kv_heads=2, head_dim=8, layer_pattern=("local", "global"), window=5,
+                    logits_budget=budget)
   mesh = sharding.make_mesh(*shape, devices=devices)
   optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, eps=1e-4), 10)
-  draw = np.random.default_rng(0)
-  tokens = draw.integers(0, 38, (8, 13)).astype(np.int32)
-  segments = np.sort(draw.integers(1, 3, (8, 13)), axis=1).astype(np.int32)
-  segments[:, 10:] *= draw.integers(0, 2, (8, 1)).astype(np.int32)
-  mask = ((draw.random((8, 13)) < 0.7) & (segments > 0)).astype(np.float32)
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, 38, (8, 13)).astype(np.int32)
+  segments = np.sort(rng.integers(1, 3, (8, 13)), axis=1).astype(np.int32)
+  segments[:, 10:] *= rng.integers(0, 2, (8, 1)).astype(np.int32)
+  mask = ((rng.random((8, 13)) < 0.7) & (segments > 0)).astype(np.float32)
   batch = sharding.place(SFTBatch(tokens=tokens, segment_ids=segments, loss_mask=mask), mesh)
   model = Transformer(cfg)
-  loss_fn = make_sft_loss(model, chunk_size=5)
-  step = make_train_step(loss_fn, optimizer, accumulation=2, ema_decay=0.5)
-  return mesh, model, step, batch, optimizer
+  step = make_train_step(make_sft_loss(model), optimizer, accumulation=2, ema_decay=0.5)
+  return mesh, model, step, batch
 
 
 def _variables(model, mesh, seed=0):
@@ -57,16 +61,19 @@ def train(shapes):
   import numpy as np
 
   from dpr_jax import sharding
-  from dpr_jax.training import TrainState
 
+  describe = lambda tree: jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+  )
   runs = []
   for shape in [(1, 1, 1), *shapes]:
     devices = jax.devices()[: int(np.prod(shape))]
-    mesh, model, step, batch, optimizer = _setup(shape, devices)
+    mesh, model, step, batch = _setup(shape, devices)
     with jax.set_mesh(mesh):
-      state = TrainState.create(
-          _variables(model, mesh), optimizer, jax.random.key(1), ema=True
-      )
+      variables = _variables(model, mesh)
+      abstract = step.abstract(describe(variables), jax.random.key(1))
+      state = step.init(variables, jax.random.key(1))
+      described = describe(state) == abstract
       before = jax.tree.map(lambda x: x.sharding, state)
       losses, norms = [], []
       for _ in range(3):
@@ -84,7 +91,7 @@ def train(shapes):
       }
       runs.append(dict(
           losses=losses, norms=norms, compilations=step.compilations(),
-          kept=bool(jax.tree.all(kept)),
+          kept=bool(jax.tree.all(kept)), described=described,
           query=sorted(query),
           params=[np.asarray(x, np.float64).ravel()[:40].tolist()
                   for x in jax.tree.leaves(sharding.to_host((state.trainable, state.ema)))],
@@ -93,7 +100,9 @@ def train(shapes):
 
 
 def roll_out(shapes):
-  """Rollout, weighing and two REINFORCE steps on each mesh, and on one device."""
+  """Rollout, advantages and two REINFORCE steps on each mesh, and on one device."""
+  import functools
+
   import jax
   import numpy as np
   import optax
@@ -104,23 +113,24 @@ def roll_out(shapes):
   from dpr_jax.rollout import make_rollout_step
   from dpr_jax.training import TrainState, make_train_step
 
-  draw = np.random.default_rng(5)
+  rng = np.random.default_rng(5)
   lengths = np.array([4, 1, 0, 3, 2, 4, 1, 3], np.int32)
-  prompts = PromptBatch(tokens=draw.integers(0, 38, (8, 4)).astype(np.int32), lengths=lengths)
+  prompts = PromptBatch(tokens=rng.integers(0, 38, (8, 4)).astype(np.int32), lengths=lengths)
   runs = []
   for shape in [(1, 1, 1), *shapes]:
-    mesh, model, _, _, _ = _setup(shape, jax.devices()[: int(np.prod(shape))])
+    mesh, model, _, _ = _setup(shape, jax.devices()[: int(np.prod(shape))])
     optimizer = optax.sgd(0.1)  # Adam would divide rounding by the size of a small gradient.
     with jax.set_mesh(mesh):
       policy, sft, ref = (_variables(model, mesh, seed) for seed in (0, 1, 2))
-      rollout_step = make_rollout_step(model, max_new_tokens=6, stop_ids=(1, 2, 3), chunk_size=4)
+      rollout_step = make_rollout_step(model, max_new_tokens=6, stop_ids=(1, 2, 3))
       rollout = rollout_step(policy, sft, ref, sharding.place(prompts, mesh), jax.random.key(7))
       refill = make_rollout_step(
           model, max_new_tokens=6, stop_ids=(1, 2, 3), samples_per_prompt=2, slots=8, refill=0.01
       )
       refilled = refill(policy, sft, ref, sharding.place(prompts, mesh), jax.random.key(7))
-      batch, _ = jax.jit(lambda r: reinforce_batch(r, beta=0.5, baseline="position_mean"))(rollout)
-      step = make_train_step(make_reinforce_loss(model, chunk_size=4), optimizer, accumulation=2)
+      make_batch = functools.partial(reinforce_batch, variance_baseline="position_mean")
+      batch, _ = jax.jit(lambda r: make_batch(r, beta=0.5))(rollout)
+      step = make_train_step(make_reinforce_loss(model), optimizer, accumulation=2)
       state = TrainState.create(policy, optimizer, jax.random.key(1))
       losses = []
       for _ in range(2):
@@ -142,7 +152,7 @@ def roll_out(shapes):
 
 
 def save_and_restore(directory, shapes):
-  """Saves on the first mesh, restores on the others; True where every bit agrees."""
+  """Saves on the first mesh and restores on the others; True if all bits are equal."""
   import jax
   import numpy as np
   import optax
@@ -154,10 +164,10 @@ def save_and_restore(directory, shapes):
   from dpr_jax.training.steps import abstract_state
 
   axes = {"table": ("vocab", "embed"), "kernel": ("layers", "embed", "heads", "head_dim")}
-  draw = np.random.default_rng(0)
+  rng = np.random.default_rng(0)
   values = {
-      "table": draw.normal(size=(40, 16)).astype(np.float32),
-      "kernel": draw.normal(size=(3, 16, 4, 2)).astype(np.float32),
+      "table": rng.normal(size=(40, 16)).astype(np.float32),
+      "kernel": rng.normal(size=(3, 16, 4, 2)).astype(np.float32),
   }
   optimizer, key = optax.adamw(0.1), jax.random.key(3)
   carried = {"ema": True, "control": {"beta": 0.7}}
@@ -176,7 +186,7 @@ def save_and_restore(directory, shapes):
             {"params": jax.device_put(values, own)}, optimizer, key, **carried
         )
         moments = jax.tree.map(
-            lambda x: x + 1 if x.ndim else x, state.opt_state  # not the zeros of a fresh start.
+            lambda x: x + 1 if x.ndim else x, state.opt_state  # Not the zeros of a new state.
         )
         state = state.replace(opt_state=moments)
         with Checkpoints(directory) as checkpoints:
@@ -197,9 +207,9 @@ def save_and_restore(directory, shapes):
 
 
 def _quiet(stderr):
-  """The partitioner says so when it must gather a whole array: none of our programs may."""
-  for complaint in ("Involuntary full rematerialization", "not used: donated"):
-    assert complaint not in stderr, stderr
+  """Checks that the partitioner gathered no whole array and that all donations were used."""
+  for warning in ("Involuntary full rematerialization", "not used: donated"):
+    assert warning not in stderr, stderr
 
 
 @pytest.mark.parametrize("meshes", [MESHES, pytest.param(MORE_MESHES, marks=pytest.mark.slow)],
@@ -213,6 +223,7 @@ def test_training_on_a_mesh_equals_one_device(run_on_devices, meshes):
     assert run["norms"] == pytest.approx(alone["norms"], rel=1e-5), shape
     for ours, theirs in zip(run["params"], alone["params"], strict=True):
       assert ours == pytest.approx(theirs, abs=1e-5), shape
+    assert run["described"], f"{shape}: the state is not what its step describes"
     assert run["kept"], f"{shape}: the returned state lost its shardings"
     assert run["compilations"] == 1, shape
     assert run["query"] == ["None/fsdp/tensor/None"], shape
@@ -227,13 +238,13 @@ def test_rollouts_on_a_mesh_equal_one_device(run_on_devices, meshes):
   assert len(set(alone["lengths"])) > 2
   for shape, run in zip(meshes, sharded, strict=True):
     assert run["tokens"] == alone["tokens"] and run["lengths"] == alone["lengths"], shape
-    assert run["refilled"] == alone["refilled"], f"{shape}: refilled slots drew other tokens"
+    assert run["refilled"] == alone["refilled"], f"{shape}: refilled slots sampled other tokens"
     both = (run["rewards"] + run["refilled_rewards"], alone["rewards"] + alone["refilled_rewards"])
     for ours, theirs in zip(*both, strict=True):
       assert ours == pytest.approx(theirs, abs=1e-5), shape
     for ours, theirs in zip(run["losses"], alone["losses"], strict=True):
       assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6), shape
-    assert all(run["by_rows"]), f"{shape}: rollouts are not laid out by rows"
+    assert all(run["by_rows"]), f"{shape}: rollouts are not sharded by rows"
     assert run["compilations"] == 1, shape
   _quiet(done.stderr)
 

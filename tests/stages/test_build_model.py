@@ -26,5 +26,5 @@ def test_how_it_is_computed_is_taken_from_the_section():
 
 
 def test_a_kernel_of_another_platform_is_refused_before_anything_is_written():
-  with pytest.raises(UserError, match="config.model.attention=cudnn needs a GPU"):
+  with pytest.raises(UserError, match="attention=cudnn needs a GPU"):
     build_model(_config(attention="cudnn", dtype="bfloat16"))

@@ -12,7 +12,7 @@ from dpr_jax.errors import UserError
 from dpr_jax.evals.results import EXPERT_FILE, build_results
 from dpr_jax.evals.systems import system_file
 from dpr_jax.loading import load_checkpoint
-from dpr_jax.models.depth import kept_layers
+from dpr_jax.models.layer_pruning import kept_layers
 from dpr_jax.stages.context import set_up
 from dpr_jax.stages.evaluate import evaluate_stage
 from dpr_jax.stages.expert import expert_stage

@@ -1,4 +1,4 @@
-"""Small models of every family, made by transformers, as the independent reference."""
+"""Small models of every family, created with transformers as the independent reference."""
 
 import importlib.util
 import os
@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-V = 96  # vocabulary of the reference models.
+V = 96  # vocabulary size of the reference models.
 _SMALL = {
   "vocab_size": V, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3,
   "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -84,7 +84,7 @@ def make_model(case, seed=0, **fields):
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
-  """case -> (transformers model, its saved folder with a tokenizer), made once."""
+  """case -> (transformers model, the folder where it is saved), created once."""
   made = {}
 
   def get(case):
@@ -105,7 +105,7 @@ def hf_model():
 
 @pytest.fixture(scope="session")
 def logits_of():
-  """logits_of(cfg, params, tokens) -> float32 [B, T, V], compiled once a config."""
+  """logits_of(cfg, params, tokens) -> float32 [B, T, V], compiled once per config."""
   import jax
 
   from dpr_jax.models import Transformer

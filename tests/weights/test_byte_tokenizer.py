@@ -1,4 +1,4 @@
-"""The byte tokenizer: any text round-trips, and it saves and loads like any other."""
+"""The byte tokenizer round-trips any text, and saves and loads like any other tokenizer."""
 
 import random
 
@@ -33,7 +33,7 @@ def test_ids_are_the_utf8_bytes_and_text_round_trips(rng):
   for text in TEXTS + [random_text(dice) for _ in range(300)]:
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert ids == list(text.encode("utf-8"))
-    assert tokenizer.encode(text) == ids  # no BOS, no EOS of its own
+    assert tokenizer.encode(text) == ids  # It adds neither BOS nor EOS.
     assert tokenizer.decode(ids) == text
   every = "".join(map(chr, range(0x80)))
   assert tokenizer.encode(every) == list(range(0x80))

@@ -1,4 +1,4 @@
-"""GGUF files: written here with the gguf package from models whose parameters are known."""
+"""GGUF files, written with the gguf package from models with known parameters."""
 
 import dataclasses
 import struct
@@ -19,7 +19,7 @@ from dpr_jax.weights.names import flatten, tensor_specs
 gguf = pytest.importorskip("gguf")
 TYPES = gguf.GGMLQuantizationType
 
-# Hugging Face -> GGUF, written out here a second time: a slip in the library's table shows.
+# Hugging Face -> GGUF, independent of the library's table, so that a mistake there shows.
 NAMES = {
   "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
   "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -103,7 +103,7 @@ def _state(model):
 
 @pytest.mark.parametrize("case", ["llama", "smollm2", "qwen2", "qwen3", "gemma3"])
 def test_float32_gguf_equals_the_folder(hf_model, tmp_path, case):
-  # Gemma's GGUF does not hold these; llama.cpp knows them.
+  # Gemma's GGUF does not store these fields; llama.cpp hard-codes them.
   fixed = {}
   if case == "gemma3":
     fixed = dict(query_pre_attn_scalar=16, rope_parameters={

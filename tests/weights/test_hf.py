@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out."""
+"""Reading and writing Hugging Face folders."""
 
 import json
 import shutil
@@ -100,7 +100,7 @@ def test_bfloat16_in_several_files(hf_model, logits_of, tmp_path, case):
     np.testing.assert_array_equal(
       spec.to_file(leaf if spec.repeat is None else leaf[spec.repeat]), state[spec.name]
     )
-  # In float32 the same values, and logits as those of the model in float32.
+  # In float32 the values are the same, and so are the logits of the float32 model.
   _, wide = load_pretrained(tmp_path, dtype="float32")
   assert {x.dtype for x in jax.tree.leaves(wide)} == {jnp.dtype(jnp.float32)}
   x = torch.randint(3, 96, (2, 20))
@@ -224,7 +224,7 @@ def test_a_multimodal_gemma_of_transformers(logits_of, tmp_path):
   np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_a_tied_head_may_be_stored_if_it_is_the_table(tmp_path):
+def test_a_tied_head_may_be_stored_if_it_equals_the_embedding(tmp_path):
   cfg, params = _random_model()
   save_pretrained(tmp_path, cfg, params)
   file = tmp_path / "model.safetensors"

@@ -1,4 +1,4 @@
-"""config.json <-> ModelConfig."""
+"""Conversions between config.json and ModelConfig."""
 
 import copy
 import dataclasses
@@ -12,7 +12,7 @@ from dpr_jax.weights import hf_config
 from dpr_jax.weights.families import FAMILIES
 from dpr_jax.weights.hf_config import canonical, family_of, from_hf, to_hf
 
-# As published by their makers, shortened to one line a model.
+# As published by the authors of the models.
 _LLAMA31_ROPE = {
   "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
   "original_max_position_embeddings": 8192, "rope_type": "llama3",
@@ -106,7 +106,7 @@ PUBLISHED = {
     "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
   },
 }
-# Their parameters, as counted by transformers on the published files (text part).
+# Numbers of parameters, counted by transformers on the published files (text part).
 NUM_PARAMS = {
   "Llama-3.1-8B": 8_030_261_248, "SmolLM2-135M-Instruct": 134_515_008,
   "Qwen2.5-7B": 7_615_616_512, "Qwen3-0.6B": 596_049_920, "Mistral-7B-v0.1": 7_241_732_096,

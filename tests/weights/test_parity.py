@@ -1,4 +1,4 @@
-"""The decoder against transformers, in float32, for every family."""
+"""The decoder equals transformers in float32, for every family."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ CASES = [
   "llama", "smollm2", "llama3", "llama_linear", "qwen2", "qwen2_window", "qwen3", "mistral",
   "mistral_full", "gemma3", "gemma3_uneven",
 ]
-# One of each family, and each kind of window: what decoding and gradients depend on.
+# One case per family and kind of window, on which decoding and gradients depend.
 DECODED = ["llama", "qwen2_window", "qwen3", "mistral", "gemma3", "gemma3_uneven"]
 DIFFERENTIATED = ["llama", "llama3", "qwen2", "qwen3", "mistral", "gemma3"]
 B, T, V = 3, 20, 96  # T exceeds every window.
@@ -60,14 +60,14 @@ def test_logits_with_padding_on_either_side(reference, rng, case):
     tokens, mask = _padded(rng, side)
     ours, _ = logits_fn(cfg, params, jnp.asarray(tokens), jnp.asarray(mask, jnp.int32))
     theirs = _torch_logits(model, tokens, mask)
-    assert np.std(theirs[mask == 1]) > 0.3  # large enough for the tolerance to mean something.
+    assert np.std(theirs[mask == 1]) > 0.3  # Large compared with the tolerance.
     np.testing.assert_allclose(np.asarray(ours)[mask == 1], theirs[mask == 1], atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("case", DECODED)
 def test_cached_decode_equals_the_full_forward_of_transformers(reference, rng, case, side):
-  """Prompts padded on one side, then tokens one by one: with right padding, slots lie between."""
+  """Prompts padded on one side, then tokens one by one: right padding leaves gaps in the slots."""
   model, folder = reference(case)
   cfg, params = load_pretrained(folder)
   prompt, prompt_mask = _padded(rng, side)
@@ -94,7 +94,7 @@ def test_gradients_of_the_mean_log_prob(reference, rng, case):
   tokens = rng.integers(3, V, (2, T))
 
   def loss(params):
-    out = token_logprobs(Transformer(cfg), {"params": params}, jnp.asarray(tokens), chunk_size=8)
+    out = token_logprobs(Transformer(cfg), {"params": params}, jnp.asarray(tokens))
     return jnp.mean(out.logp[:, 1:])
 
   value, grads = jax.jit(jax.value_and_grad(loss))(params)

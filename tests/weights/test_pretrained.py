@@ -1,7 +1,7 @@
 """Published models: SmolLM2-135M-Instruct and Gemma-3-270M, both as 4-bit GGUF files.
 
-Skipped where the files are not. The reference is transformers on the same dequantised
-weights: once through our export, once through the gguf package and its own name map.
+Skipped without the files. The references are transformers on our export of the dequantised
+weights, and the gguf package with its own name map.
 """
 
 import json
@@ -98,7 +98,7 @@ def test_greedy_continuations_equal_those_of_transformers(loaded):
 
 @pytest.mark.slow
 def test_tensors_equal_those_of_the_gguf_package_and_its_name_map(loaded):
-  """An independent route: GGUFReader, its dequantisation, llama.cpp's map of tensor names."""
+  """The reference is GGUFReader with its dequantisation and llama.cpp's map of tensor names."""
   gguf = pytest.importorskip("gguf")
   path, cfg, params, _, model, _ = loaded
   arch = {"llama": gguf.MODEL_ARCH.LLAMA, "gemma3_text": gguf.MODEL_ARCH.GEMMA3}
@@ -171,7 +171,7 @@ print(json.dumps([peak() - before, sum(x.nbytes for x in leaves)]))
 
 @pytest.mark.slow
 def test_peak_memory_is_the_model_and_little_more(loaded):
-  """Resident memory of a fresh process; beside the parameters a block of rows and metadata."""
+  """Resident memory of a new process: the parameters, one block of rows and the metadata."""
   if not sys.platform.startswith("linux"):
     pytest.skip("reads /proc")
   for path in (loaded[0], loaded[-1]):

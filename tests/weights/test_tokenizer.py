@@ -1,4 +1,4 @@
-"""Tokenizers of folders and of GGUF metadata."""
+"""Tokenizers of Hugging Face folders and of GGUF metadata."""
 
 import json
 import unicodedata
@@ -162,7 +162,7 @@ def test_byte_level_gguf_gives_the_ids_of_the_original(pre):
 
 
 def test_pipelines_differ_where_they_should():
-  """The texts tell the pre-tokenizers apart, so that the test above can fail."""
+  """The texts distinguish the pre-tokenizers, so that the test above can fail."""
   seen = {}
   original = _byte_level(*PIPELINES["gpt-2"])
   for pre in PIPELINES:
@@ -179,7 +179,7 @@ def test_the_splits_of_transformers_are_the_same():
     assert _PRE[name][0] == mapping.GGUF_PRE_TOKENIZER_SPLITS[name]
 
 
-def test_bos_is_added_as_the_file_says():
+def test_bos_is_added_according_to_the_file():
   original = _byte_level(*PIPELINES["llama-bpe"])
   plain = original.encode("ab").ids
   for flags, wanted in (({}, True), ({"ggml.add_bos_token": False}, False)):
@@ -190,7 +190,7 @@ def test_bos_is_added_as_the_file_says():
 
 
 def _sentencepiece():
-  """A vocabulary with bytes, pieces and scores as sentencepiece lays them out."""
+  """A vocabulary with bytes, pieces and scores in SentencePiece's order."""
   tokenizer = Tokenizer(models.BPE())
   tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
   trainer = trainers.BpeTrainer(vocab_size=260, show_progress=False)
@@ -238,7 +238,7 @@ def test_sentencepiece_gguf_gives_the_ids_of_transformers(arch):
 
 
 @pytest.mark.parametrize(
-  "change, said",
+  "change, message",
   [
     ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens is missing"),
     ({"tokenizer.ggml.model": "t5"}, "tokenizer.ggml.model='t5'"),
@@ -248,8 +248,8 @@ def test_sentencepiece_gguf_gives_the_ids_of_transformers(arch):
     ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.scores"),
   ],
 )
-def test_bad_metadata_is_one_clear_line(change, said):
+def test_bad_metadata_is_one_clear_line(change, message):
   metadata = _metadata(_byte_level(*PIPELINES["gpt-2"]), "gpt-2") | change
-  with pytest.raises(UserError, match=said) as error:
+  with pytest.raises(UserError, match=message) as error:
     build(metadata, "m.gguf")
   assert str(error.value).startswith("m.gguf:")

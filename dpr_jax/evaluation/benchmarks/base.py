@@ -2,14 +2,21 @@
 
 A file of this package, or of a user, declares one. It reads its data, says what to generate, and
 scores responses; `python -m dpr_jax.evaluate` and the evaluation of a run do the rest.
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Contains(Benchmark):
+      scores = {"accuracy": ACCURACY}
+
+      def score(self, demo, text):
+        return {"accuracy": float(demo.answer in text)}
 """
 
 import pathlib
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-from dpr_jax.config.fields import Value
-from dpr_jax.data.formats import Demo, read_demos
+from dpr_jax.config.fields import Value, title_of
+from dpr_jax.data.formats import Demo, Message, read_demos
 from dpr_jax.evaluation.metrics import Column
 
 
@@ -18,17 +25,32 @@ class Benchmark(Value):
 
   # Name of a score -> what it is. A run needs "accuracy", in [0, 1], among them.
   scores: ClassVar[Mapping[str, Column]] = {}
+  # Figures that are not the mean of a score over prompts, such as a ratio of sums; see `summarize`.
+  summaries: ClassVar[Mapping[str, Column]] = {}
+  needs_data: ClassVar[bool] = True  # False: it makes its own examples, and `read` is given "".
   max_new_tokens: ClassVar[int] = 256  # what `evaluate` generates unless told otherwise.
   stop_strings: ClassVar[tuple[str, ...]] = ()
   likelihood: ClassVar[bool] = False  # scores demonstrated responses by their log-probs instead.
 
-  def read(self, path: str | pathlib.Path) -> list[Demo]:
+  def check(self, config):
+    if "accuracy" not in self.scores:
+      raise ValueError(f"a run needs a benchmark with accuracy; {title_of(self)} has "
+                       f"{', '.join(self.scores)} and is for python -m dpr_jax.evaluate")
+
+  def read(self, path: str | pathlib.Path, limit: int = 0) -> list[Demo]:
     """The examples of a file: conversations that end with a reference response.
+
+    Args:
+      limit: only the first so many; 0 takes all.
 
     Raises:
       UserError: another format; names the file and line.
     """
-    return read_demos(path).demos
+    return read_demos(path, limit=limit).demos
+
+  def prompt(self, demo: Demo) -> tuple[Message, ...]:
+    """What `evaluate` asks: messages that end with a user turn."""
+    return demo.prompt
 
   def score(self, demo: Demo, text: str) -> Mapping[str, float]:
     """The scores of a response to an example."""
@@ -41,6 +63,14 @@ class Benchmark(Value):
       logps: float32 [T], of its tokens, EOS included, nats.
     """
     raise NotImplementedError
+
+  def summarize(self, records: Sequence[Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+    """The `summaries`, {"mean", "ci95", "n"} each.
+
+    Args:
+      records: the lines of responses.jsonl.
+    """
+    return {}
 
   def groups(self, demo: Demo) -> tuple[str, ...]:
     """Groups of examples whose accuracy is told apart."""

@@ -1,12 +1,16 @@
 """GSM8K: grade-school problems with a number for an answer."""
 
 import dataclasses
+import functools
 import re
 
+from dpr_jax.config.fields import setting
+from dpr_jax.data.formats import prompt_key, read_demos
+from dpr_jax.errors import UserError
 from dpr_jax.evaluation.benchmarks.base import Benchmark
 from dpr_jax.evaluation.metrics import ACCURACY, Column
 
-_NUMBER = r"-?\$?[0-9][0-9,]*(?:\.[0-9]+)?"
+_NUMBER = r"-?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
 _STRICT = re.compile(rf"####\s*({_NUMBER})")
 _ANY = re.compile(_NUMBER)
 
@@ -24,7 +28,10 @@ class GSM8K(Benchmark):
   """`accuracy` takes the number after '####', `accuracy_flexible` the last number.
 
   The two extractions follow the `strict-match` and `flexible-extract` filters of
-  EleutherAI/lm-evaluation-harness, tasks/gsm8k.
+  EleutherAI/lm-evaluation-harness, tasks/gsm8k, and so does the prompt with worked examples, a
+  single user message. There the examples are sampled and keep their calculator annotations; here
+  they are the first ones of a file, without annotations. Without examples, the problem alone is
+  asked.
   """
 
   kind = "gsm8k"
@@ -33,6 +40,47 @@ class GSM8K(Benchmark):
       "accuracy": ACCURACY,
       "accuracy_flexible": Column("Accuracy, last number", "%", better=1),
   }
+  shots: int = setting(0, "worked examples before each problem: the first of `shots_file`", low=0)
+  shots_file: str = setting("", "of problems that are not asked, such as the training set's file")
+
+  def __post_init__(self):
+    if bool(self.shots) != bool(self.shots_file):
+      raise ValueError(f"shots={self.shots} and shots_file={self.shots_file!r} need each other")
+
+  def check(self, config):
+    if self.shots:
+      raise ValueError(f"shots={self.shots}: a run asks the prompts that it trains on, without "
+                       "worked examples; python -m dpr_jax.evaluate asks with them")
+
+  @property
+  def stop_strings(self):
+    # A base model goes on with a problem of its own. The longer string leaves no blank lines.
+    return ("\n\nQuestion:", "Question:") if self.shots else ()
+
+  @functools.cached_property
+  def _examples(self):
+    """The worked examples."""
+    demos = _read(self.shots_file, self.shots)
+    if len(demos) < self.shots:
+      raise UserError(f"{self.shots_file}: {len(demos)} examples; shots={self.shots} asks for more")
+    return demos
+
+  def read(self, path, limit=0):
+    demos = _read(path, limit)
+    shown = {prompt_key(demo) for demo in self._examples} if self.shots else ()
+    for demo in demos:
+      if prompt_key(demo) in shown:
+        raise UserError(f"{demo.source}: this problem is one of the worked examples of "
+                        f"{self.shots_file}; name a file of other problems")
+    return demos
+
+  def prompt(self, demo):
+    if not self.shots:
+      return demo.prompt
+    asked = [f"Question: {d.prompt[-1]['content']}\nAnswer:" for d in (*self._examples, demo)]
+    answers = [f" {d.response}\n\n" for d in self._examples] + [""]
+    text = "".join(question + answer for question, answer in zip(asked, answers, strict=True))
+    return ({"role": "user", "content": text},)
 
   def score(self, demo, text):
     target = normal_number(demo.answer or "")
@@ -46,3 +94,13 @@ class GSM8K(Benchmark):
   def answer(self, demo, text):
     strict = _STRICT.search(text)
     return normal_number(strict[1]) if strict else text.strip()
+
+
+def _read(path, limit):
+  """Problems whose answer is a number."""
+  demos = read_demos(path, limit=limit).demos
+  for demo in demos:
+    if not _ANY.fullmatch(demo.answer):
+      raise UserError(f"{demo.source}: the answer {demo.answer[:40]!r} is not a number; expected a "
+                      "closing line '#### N', or a field 'answer'")
+  return demos

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from dpr_jax.data.tasks import TASKS, verify
+from dpr_jax.data.dataset import HOLDOUT_SEED
+from dpr_jax.data.tasks import TASKS, make_demos, verify
 from dpr_jax.evaluation.benchmarks.base import Benchmark
 from dpr_jax.evaluation.metrics import ACCURACY
 
@@ -14,12 +15,17 @@ class Tasks(Benchmark):
   kind = "tasks"
   title = "built-in tasks"
   scores = {"accuracy": ACCURACY}
+  needs_data = False
   max_new_tokens = 24
 
   def check(self, config):
     if config.data.demos:
       raise ValueError("tasks is of the built-in tasks; use exact or gsm8k with config.data.demos="
                        f"{config.data.demos}")
+
+  def read(self, path, limit=0):
+    """The first held-out prompts of every run; 256 unless `limit` says otherwise."""
+    return make_demos(tuple(TASKS), limit or 256, HOLDOUT_SEED, split="heldout")
 
   def score(self, demo, text):
     return {"accuracy": float(verify(demo.task, demo.messages[0]["content"], text))}

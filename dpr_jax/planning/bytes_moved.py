@@ -61,7 +61,7 @@ def rollout(
 
 
 def minimum_received(
-    cfg: ModelConfig, fsdp: int, accumulation: int, tokens: int
+    cfg: ModelConfig, fsdp: int, accumulation: int, tokens: float, logits: float
 ) -> dict[str, float]:
   """Least bytes for one of `fsdp` devices to receive in a full train step on mesh (1, fsdp, 1).
 
@@ -70,28 +70,31 @@ def minimum_received(
   n - 1 others once, added up on the way. What remat computes again needs no gather of its own: it
   uses the weights that the backward pass of that layer uses next. Of the embedding, whose values
   the backward pass does not need, and of the head it receives either the weights or activations,
-  whichever is less (see `models/table.py`). The least of these ways, that is, all columns of the
-  rows counted; not a proof that there is no other.
+  whichever is less (see `models/embedding.py`). The least of these ways; not a proof that there is no
+  other.
 
   Args:
-    tokens: of a micro-batch, on one device.
+    tokens, logits: of a micro-batch on one device: how many there are, and of how many the logits
+      are computed.
   """
   n, share, a = fsdp, (fsdp - 1) / fsdp, accumulation
-  own = WORD * tokens * cfg.hidden_size  # Bytes of the activations of one device.
+  column = WORD * cfg.hidden_size  # Bytes of the activations of one token.
 
   def weights(params: int, backward: bool = True) -> np.ndarray:
     """Gathered forward, gathered backward, gradients reduced."""
     return WORD * share * params * np.array([a, a * backward, 1.0])
 
-  table = cfg.vocab_size * cfg.hidden_size
-  head = a * (n - 1) * own * np.ones(3)  # All activations, again backward, all their cotangents.
-  rows = a * share * own * np.array([1.0, 0.0, 1.0])  # Exchanged for columns, and back.
+  embedding = cfg.vocab_size * cfg.hidden_size
+  # All activations, again backward, all their cotangents.
+  head = a * (n - 1) * logits * column * np.ones(3)
+  rows = a * share * tokens * column * np.array([1.0, 0.0, 1.0])  # Exchanged for columns, and back.
   least = lambda *ways: min(ways, key=lambda x: x.sum())
-  embedded = weights(table, backward=False)
+  embedded = weights(embedding, backward=False)
   if cfg.tied_head:
-    total = weights(cfg.num_params - table) + least(weights(table), head + rows, head + embedded)
+    total = weights(cfg.num_params - embedding)
+    total += least(weights(embedding), head + rows, head + embedded)
   else:
-    total = weights(cfg.num_params - 2 * table)
-    total += least(weights(table), head) + least(embedded, rows)
+    total = weights(cfg.num_params - 2 * embedding)
+    total += least(weights(embedding), head) + least(embedded, rows)
   names = ("gathered_forward", "gathered_backward", "gradients_reduced")
   return dict(zip(names, map(float, total)))

@@ -1,15 +1,16 @@
-"""Products of activations with a weight, differentiated as suits a CPU, and those of logits.
+"""Matmuls of activations with weights, with a backward pass for CPUs, and the matmul of logits.
 
-**The gradient of a weight** sums over all tokens. JAX writes it with the cotangent on the left, and
-XLA's CPU backend transposes what stands on the left into a copy. The elementwise operations that
-made the cotangent, those of the gated MLP above all, are fused into that copy and read each of
-their inputs along its columns, dozens of times slower than along its rows. With the activations
-on the left the copy is a plain one. Everywhere else layouts are the compiler's to choose.
+**The gradient of a weight** is a matmul that sums over all tokens. JAX makes the cotangent its
+left operand, which XLA's CPU backend transposes into a copy. XLA fuses the elementwise operations
+that produce the cotangent, in particular those of the gated MLP, into that copy, where they read
+their inputs by columns, dozens of times slower than by rows. With the activations as the left
+operand, the copy is a plain one. On other devices the compiler chooses the layouts.
 
-**Logits** are float32, and so is their cotangent. Beside weights in bfloat16 it would make
-the products of the backward pass float32 ones, at half of the speed or less.
+**Logits** and their cotangents are float32. Together with bfloat16 weights, a float32 cotangent
+would turn the matmuls of the backward pass into float32 ones, at half the speed or less.
 
-Dims: T tokens or rows, I inputs, O outputs, V vocabulary, D hidden.
+Dims: T tokens or rows, I inputs, O outputs, V vocabulary, D hidden. Names of arrays whose rank
+varies have no shape suffixes.
 """
 
 import functools
@@ -22,24 +23,24 @@ from jax.custom_derivatives import SymbolicZero
 from dpr_jax.models.attention import target_platform
 
 
-def product(x: jax.Array, kernel: jax.Array, n_in: int) -> jax.Array:
-  """[..., in dims] times [in dims, out dims] -> [..., out dims], summed over the `n_in` in dims.
+def matmul(x: jax.Array, kernel: jax.Array, n_in: int) -> jax.Array:
+  """Contracts x [..., in dims] with kernel [in dims, out dims] over the `n_in` in dims.
 
-  On one CPU device it has a backward pass of its own and so no forward-mode derivative
-  (`jax.jvp` of it; reverse mode, and forward over reverse, are there).
+  On a single CPU device it has a custom backward pass and therefore no forward-mode derivative
+  (`jax.jvp`); reverse mode and forward-over-reverse mode work.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if target_platform() == "cpu" and (mesh.empty or mesh.size == 1):
-    return _product_on_cpu(x, kernel, n_in)
-  return _product(x, kernel, n_in)
+    return _matmul_on_cpu(x, kernel, n_in)
+  return _matmul(x, kernel, n_in)
 
 
 @jax.custom_jvp
 def logits(hidden: jax.Array, table_VxD: jax.Array) -> jax.Array:
-  """[..., D] times [V, D] -> float32 [..., V]; derivatives are products in the inputs' dtype.
+  """Contracts hidden [..., D] with the table into float32 logits [..., V].
 
-  The sums within a product are float32 as ever. Of a derivative, what goes into the product is
-  rounded: so would a layer's be, and a TPU rounds float32 factors anyway.
+  The matmuls of the derivative have operands in the dtype of the inputs, like those of a layer,
+  and accumulate in float32. The cotangent is rounded; a TPU rounds float32 operands anyway.
   """
   return _logits(hidden, table_VxD)
 
@@ -52,7 +53,7 @@ def _logits(hidden, table_VxD, dtype=jnp.float32):
 def _logits_jvp(primals, tangents):
   hidden, table_VxD = primals
   out = _logits(hidden, table_VxD)
-  # Cast after the product, so that its transpose casts the cotangent before.
+  # The cast follows the matmul, so that its transpose casts the cotangent before the matmul.
   tangent = lambda h, t: _logits(h, t, dtype=hidden.dtype).astype(jnp.float32)
   parts = []
   if not isinstance(tangents[0], SymbolicZero):
@@ -65,21 +66,21 @@ def _logits_jvp(primals, tangents):
 logits.defjvp(_logits_jvp, symbolic_zeros=True)
 
 
-def _product(x, kernel, n_in):
+def _matmul(x, kernel, n_in):
   contract = (tuple(range(x.ndim - n_in, x.ndim)), tuple(range(n_in)))
   return jax.lax.dot_general(x, kernel, (contract, ((), ())))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product_on_cpu(x, kernel, n_in):
-  return _product(x, kernel, n_in)
+def _matmul_on_cpu(x, kernel, n_in):
+  return _matmul(x, kernel, n_in)
 
 
 def _forward(x, kernel, n_in):
-  # The kernel as it came: a scan keeps no copy of what it was given, but would of a reshaped one.
-  # A frozen kernel needs no activations kept.
+  # The kernel is saved as given: a scan would store a copy of a reshaped one for every layer.
+  # A frozen kernel does not need the activations.
   kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
-  return _product(x.value, kernel.value, n_in), kept
+  return _matmul(x.value, kernel.value, n_in), kept
 
 
 def _backward(n_in, kept, d_y):
@@ -98,4 +99,4 @@ def _backward(n_in, kept, d_y):
   return d_x, d_kernel
 
 
-_product_on_cpu.defvjp(_forward, _backward, symbolic_zeros=True)
+_matmul_on_cpu.defvjp(_forward, _backward, symbolic_zeros=True)

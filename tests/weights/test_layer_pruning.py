@@ -1,4 +1,4 @@
-"""Some layers of pretrained weights: the same model as transformers' with the others taken out."""
+"""Layer pruning of pretrained weights equals removing the same layers in transformers."""
 
 import dataclasses
 
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from dpr_jax import sharding
-from dpr_jax.config import ModelSection, default_config, resolve, shrink
+from dpr_jax.config import ModelSection, debug_config, default_config, resolve
 from dpr_jax.errors import UserError
 from dpr_jax.loading import base_variables
 from dpr_jax.models import ModelConfig
-from dpr_jax.models.depth import kept_layers, shallow_config
+from dpr_jax.models.layer_pruning import kept_layers, pruned_config
 from dpr_jax.planning.programs import planned_model
 from dpr_jax.weights import load_config, save_pretrained
 
@@ -28,13 +28,13 @@ def test_kept_layers_are_spaced_evenly_from_the_first_to_the_last(num_layers):
 
 
 @pytest.mark.parametrize("case", ["smollm2", "mistral"])
-def test_loaded_and_exported_as_transformers_has_it(hf_model, logits_of, tmp_path, rng, case):
+def test_pruned_models_load_and_export_as_in_transformers(hf_model, logits_of, tmp_path, rng, case):
   torch = pytest.importorskip("torch")
   from transformers import AutoModelForCausalLM
 
   model = hf_model(case, seed=int(rng.integers(2**31)), num_hidden_layers=6)
   model.save_pretrained(tmp_path / "whole")
-  cfg = shallow_config(load_config(tmp_path / "whole"), 3)
+  cfg = pruned_config(load_config(tmp_path / "whole"), 3)
   section = ModelSection(pretrained=str(tmp_path / "whole"), keep_layers=3)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
@@ -56,18 +56,18 @@ def test_loaded_and_exported_as_transformers_has_it(hf_model, logits_of, tmp_pat
     np.testing.assert_allclose(again.eval()(x).logits.numpy(), ours, atol=1e-4, rtol=0)
 
 
-def test_what_cannot_be_kept_is_refused():
+def test_a_number_of_layers_that_cannot_be_kept_is_refused():
   deep = ModelConfig(num_layers=4)
-  assert shallow_config(deep, 0) == deep
-  assert shallow_config(deep, 4) == deep
+  assert pruned_config(deep, 0) == deep
+  assert pruned_config(deep, 4) == deep
   for keep in (1, 5):
-    with pytest.raises(UserError, match=rf"config.model.keep_layers={keep} must be .* most 4"):
-      shallow_config(deep, keep)
+    with pytest.raises(UserError, match=rf"^keep={keep} must be .* most 4"):
+      pruned_config(deep, keep)
   mixed = dataclasses.replace(deep, layer_pattern=("local", "local", "global"), window=8)
-  with pytest.raises(UserError, match="keep_layers=2: .*local, local, global.* pattern"):
-    shallow_config(mixed, 2)
+  with pytest.raises(UserError, match="^keep=2 would break .*local, local, global"):
+    pruned_config(mixed, 2)
   window = dataclasses.replace(deep, layer_pattern=("local",), window=8)
-  assert shallow_config(window, 2) == dataclasses.replace(window, num_layers=2)
+  assert pruned_config(window, 2) == dataclasses.replace(window, num_layers=2)
 
 
 def test_a_plan_has_the_layers_that_are_kept():
@@ -78,4 +78,4 @@ def test_a_plan_has_the_layers_that_are_kept():
     resolve(config)
   config.model.pretrained = "somewhere"
   assert planned_model(resolve(config)).num_layers == 3
-  assert shrink(config).model.keep_layers == 0
+  assert debug_config(config).model.keep_layers == 0

@@ -1,16 +1,16 @@
-"""The product with a weight and its gradients, against the same sums in float64."""
+"""The matmul with a weight and its gradients equal the same sums in float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpr_jax.models import products
-from dpr_jax.models.products import product
+from dpr_jax.models import matmul as matmul_lib
+from dpr_jax.models.matmul import matmul
 
 
 def summed(x, kernel, n_in):
-  """float64, one output at a time."""
+  """The matmul in float64, one output at a time."""
   x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
   lead, size = x.shape[: x.ndim - n_in], int(np.prod(kernel.shape[:n_in]))
   out = np.zeros((int(np.prod(lead)), kernel.size // size))
@@ -24,17 +24,17 @@ def summed(x, kernel, n_in):
     "lead, ins, outs",
     [((2, 5), (7,), (3,)), ((2, 5), (7,), (2, 3)), ((3, 1), (2, 4), (5,)), ((6,), (4,), (1,))],
 )
-def test_product_and_both_gradients(rng, lead, ins, outs):
+def test_matmul_and_both_gradients(rng, lead, ins, outs):
   x, kernel = rng.normal(size=lead + ins), rng.normal(size=ins + outs)
   d_y = rng.normal(size=lead + outs)
   as32 = lambda *arrays: [jnp.asarray(a, jnp.float32) for a in arrays]
   (x_, kernel_), (d_y_,) = as32(x, kernel), as32(d_y)
-  y, pull = jax.vjp(lambda x, k: product(x, k, len(ins)), x_, kernel_)
+  y, pull = jax.vjp(lambda x, k: matmul(x, k, len(ins)), x_, kernel_)
   d_x, d_kernel = pull(d_y_)
-  # The same where only one of them is trained.
-  (alone,) = jax.vjp(lambda x: product(x, kernel_, len(ins)), x_)[1](d_y_)
+  # The gradients are the same if only one of the two is differentiated.
+  (alone,) = jax.vjp(lambda x: matmul(x, kernel_, len(ins)), x_)[1](d_y_)
   np.testing.assert_array_equal(alone, d_x)
-  (alone,) = jax.vjp(lambda k: product(x_, k, len(ins)), kernel_)[1](d_y_)
+  (alone,) = jax.vjp(lambda k: matmul(x_, k, len(ins)), kernel_)[1](d_y_)
   np.testing.assert_array_equal(alone, d_kernel)
 
   close = lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -48,14 +48,14 @@ def test_product_and_both_gradients(rng, lead, ins, outs):
 def test_gradients_keep_the_dtype_and_pass_through_other_transformations(rng):
   x = jnp.asarray(rng.normal(size=(4, 3, 6)), jnp.float32)
   kernel = jnp.asarray(rng.normal(size=(6, 2)), jnp.float32)
-  loss = lambda kernel, x: jnp.sum(jnp.sin(product(x, kernel, 1)))
+  loss = lambda kernel, x: jnp.sum(jnp.sin(matmul(x, kernel, 1)))
   plain = lambda kernel, x: jnp.sum(jnp.sin(x @ kernel))
 
   half = jax.grad(loss)(kernel.astype(jnp.bfloat16), x.astype(jnp.bfloat16))
   assert half.dtype == jnp.bfloat16
-  # A gradient a row, under remat, and a Hessian-vector product (forward over reverse).
-  a_row = lambda f: jax.vmap(jax.grad(jax.checkpoint(f)), in_axes=(None, 0))(kernel, x)
-  np.testing.assert_allclose(a_row(loss), a_row(plain), rtol=1e-5, atol=1e-5)
+  # Gradients per row, under remat, and a Hessian-vector product (forward over reverse).
+  per_row = lambda f: jax.vmap(jax.grad(jax.checkpoint(f)), in_axes=(None, 0))(kernel, x)
+  np.testing.assert_allclose(per_row(loss), per_row(plain), rtol=1e-5, atol=1e-5)
   direction = jnp.asarray(rng.normal(size=kernel.shape), jnp.float32)
   curve = lambda f: jax.jvp(lambda k: jax.grad(f)(k, x), (kernel,), (direction,))[1]
   np.testing.assert_allclose(curve(loss), curve(plain), rtol=1e-5, atol=1e-5)
@@ -67,7 +67,7 @@ def test_a_mesh_of_several_devices_leaves_the_backward_pass_to_the_compiler():
         (1, devices, 1), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3
     )
     with jax.sharding.use_abstract_mesh(mesh):
-      return str(jax.make_jaxpr(lambda x, k: product(x, k, 1))(np.ones((2, 3)), np.ones((3, 4))))
+      return str(jax.make_jaxpr(lambda x, k: matmul(x, k, 1))(np.ones((2, 3)), np.ones((3, 4))))
 
   assert "custom_vjp_call" in text(1)
   assert "custom_vjp_call" not in text(8)
@@ -75,7 +75,7 @@ def test_a_mesh_of_several_devices_leaves_the_backward_pass_to_the_compiler():
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_backward_pass_keeps_nothing_more(make_model, monkeypatch, remat):
-  """Stacked over the layers, one more copy of the weights would be most of the memory."""
+  """Stacked over the layers, another copy of the weights would dominate the memory."""
   model, variables = make_model(0, num_layers=6, hidden_size=64, mlp_size=96, remat=remat)
   tokens = np.zeros((1, 4), np.int32)
 
@@ -84,18 +84,18 @@ def test_the_backward_pass_keeps_nothing_more(make_model, monkeypatch, remat):
     return jax.jit(jax.grad(loss)).lower(variables).compile().memory_analysis().temp_size_in_bytes
 
   own = temporaries()
-  monkeypatch.setattr(products, "_product_on_cpu", products._product)
+  monkeypatch.setattr(matmul_lib, "_matmul_on_cpu", matmul_lib._matmul)
   one_kernel = 6 * 4 * 64 * 64
   assert own < temporaries() + one_kernel
 
 
 def test_logits_and_their_gradients_in_half_precision(rng):
-  """Float32 logits; in the backward pass only factors and results are rounded to bfloat16."""
+  """Logits are float32; the backward pass only rounds operands and results to bfloat16."""
   hidden = jnp.asarray(rng.normal(size=(2, 7, 24)), jnp.bfloat16)
   table = jnp.asarray(rng.normal(size=(301, 24)), jnp.bfloat16)
   scale = 10.0 ** rng.uniform(-4, 0, (2, 7, 1))
   d_y = jnp.asarray(rng.normal(size=(2, 7, 301)) * scale, jnp.float32)
-  y, pull = jax.vjp(products.logits, hidden, table)
+  y, pull = jax.vjp(matmul_lib.logits, hidden, table)
   d_hidden, d_table = pull(d_y)
   assert (y.dtype, d_hidden.dtype, d_table.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
 
@@ -110,20 +110,20 @@ def test_logits_and_their_gradients_in_half_precision(rng):
 
   check(d_hidden, "btv,vd->btd", w)
   check(d_table, "btv,btd->vd", h)
-  # Far nearer than the bound on average: roundings of many terms cancel.
+  # On average the error is far below the bound, because the roundings of many terms cancel.
   exact = np.einsum("btv,btd->vd", d, h)
   error = np.abs(np.asarray(d_table, np.float64) - exact).sum() / np.abs(exact).sum()
   assert error < unit
 
 
-def test_the_backward_products_of_logits_are_in_half_precision():
+def test_the_backward_matmuls_of_logits_are_in_half_precision():
   hidden, table = jnp.ones((4, 8), jnp.bfloat16), jnp.ones((32, 8), jnp.bfloat16)
-  both = jax.grad(lambda h, t: jnp.sum(products.logits(h, t) ** 2), (0, 1))
+  both = jax.grad(lambda h, t: jnp.sum(matmul_lib.logits(h, t) ** 2), (0, 1))
   dots = [e for e in jax.make_jaxpr(both)(hidden, table).eqns if e.primitive.name == "dot_general"]
-  factors = [tuple(str(v.aval.dtype) for v in e.invars) for e in dots]
-  assert factors == [("bfloat16", "bfloat16")] * 3
-  # A frozen table, as under adapters, has no product of its own.
-  one = jax.make_jaxpr(jax.grad(lambda h: jnp.sum(products.logits(h, table) ** 2)))(hidden)
+  operands = [tuple(str(v.aval.dtype) for v in e.invars) for e in dots]
+  assert operands == [("bfloat16", "bfloat16")] * 3
+  # A frozen table, as with adapters, needs no matmul for its gradient.
+  one = jax.make_jaxpr(jax.grad(lambda h: jnp.sum(matmul_lib.logits(h, table) ** 2)))(hidden)
   assert str(one).count("dot_general[") == 2
 
 
@@ -132,7 +132,7 @@ def test_logits_in_float32_differentiate_forward_and_backward(rng):
       jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(5, 6), (9, 6), (5, 6), (9, 6)]
   )
   plain = lambda h, t: h @ t.T
-  for f in (products.logits, jax.vmap(products.logits, in_axes=(0, None))):
+  for f in (matmul_lib.logits, jax.vmap(matmul_lib.logits, in_axes=(0, None))):
     out, tangent = jax.jvp(f, (hidden, table), (dh, dt))
     expected, expected_tangent = jax.jvp(plain, (hidden, table), (dh, dt))
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)

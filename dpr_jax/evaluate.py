@@ -1,0 +1,201 @@
+r"""A benchmark asked of a model: its responses with their scores, means and intervals.
+
+    python -m dpr_jax.evaluate --model=CKPT --benchmark=NAME --data=FILE --output=DIR
+
+NAME is a kind of dpr_jax/evaluation/benchmarks (tasks, gsm8k, exact, perplexity, ...) or a class of
+your own: module:Class or path/to/file.py:Class. Its fields are flags too, as in --benchmark.shots=5
+--benchmark.shots_file=train.jsonl. `tasks` makes its prompts itself and takes no --data.
+--metrics=file.py:Class,... measures something else of each response.
+
+DIR/responses.jsonl has one line per prompt and sample, DIR/results.json the means over prompts with
+95% intervals; with --samples=N also pass@k. An evaluation that was stopped goes on with the same
+command and ends with the same files.
+
+--stop=STRING, which may be repeated, ends a response before STRING, for example
+--stop=$'\n\nQuestion:'.
+"""
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from dpr_jax import cli
+from dpr_jax.cli import models as models_cli
+from dpr_jax.cli.flags import flag_value
+from dpr_jax.cli.values import define_fields, make_value, value_class
+from dpr_jax.errors import UserError, naming
+
+BENCHMARKS, METRICS = "dpr_jax.evaluation.benchmarks", "dpr_jax.evaluation.metrics"
+# What a benchmark that only scores demonstrated responses has no use for.
+_GENERATION = ("samples", "temperature", "top_k", "top_p", "max_new_tokens", "stop", "seed")
+
+
+def define(values: flags.FlagValues) -> None:
+  flags.DEFINE_string("model", None, "CKPT.", flag_values=values)
+  flags.DEFINE_string("benchmark", None, "A kind, module:Class or file.py:Class.",
+                      flag_values=values)
+  flags.DEFINE_string("data", "", "JSONL, JSON or Parquet.", flag_values=values)
+  flags.DEFINE_string("output", None, "Folder to write, or to go on with.", flag_values=values)
+  flags.DEFINE_integer("samples", 1, "Responses per prompt.", lower_bound=1, flag_values=values)
+  flags.DEFINE_float("temperature", 0.0, "0 is greedy.", flag_values=values)
+  flags.DEFINE_integer("top_k", 0, "0 keeps all tokens.", flag_values=values)
+  flags.DEFINE_float("top_p", 1.0, "1 keeps all tokens.", flag_values=values)
+  flags.DEFINE_integer("max_new_tokens", None, "Per response; default: the benchmark's.",
+                       lower_bound=1, flag_values=values)
+  flags.DEFINE_multi_string("stop", [], "Ends a response before this text; may be repeated.",
+                            flag_values=values)
+  flags.DEFINE_integer("max_prompts", 0, "The first so many of the data; 0 takes all.",
+                       lower_bound=0, flag_values=values)
+  flags.DEFINE_integer("seed", 0, "Of the sampling.", lower_bound=0, flag_values=values)
+  flags.DEFINE_list("metrics", ["length", "eos_rate"], "Of each response: kinds, module:Class or "
+                    "file.py:Class, separated by commas.", flag_values=values)
+  models_cli.define_model_flags(values, "Responses decoded, or scored,")
+
+
+def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any]]:
+  """Command line -> (flags, benchmark, metrics by name).
+
+  Raises:
+    UserError: naming the flag, and what would be right.
+  """
+  from dpr_jax.evaluation.benchmarks.base import Benchmark
+  from dpr_jax.evaluation.metrics import ResponseMetric
+
+  name = flag_value(argv, "benchmark")
+  cls = value_class("benchmark", BENCHMARKS, name, Benchmark) if name else None
+
+  def define_all(values):
+    define(values)
+    if cls:
+      define_fields(values, "benchmark", cls)
+
+  values = cli.parse_flags(
+      argv, entry_point="dpr_jax.evaluate", doc=__doc__, define=define_all,
+      required={"model": "runs/smoke/dpr", "benchmark": "gsm8k", "output": "runs/gsm8k"},
+  )
+  benchmark, metrics = make_value(values, "benchmark", cls), {}
+  for spec in values.metrics:
+    metric = value_class("metrics", METRICS, spec, ResponseMetric)
+    # Named as the package's own are: EosRate is eos_rate.
+    key = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", metric.__name__).lower()
+    if key in metrics or key in benchmark.scores:
+      raise UserError(f"--metrics={spec}: there is another score called {key}")
+    metrics[key] = make_value(values, "metrics", metric)
+  _check(values, benchmark)
+  return values, benchmark, metrics
+
+
+def _check(values: flags.FlagValues, benchmark: Any) -> None:
+  """Raises UserError for flags that contradict each other or the benchmark."""
+  from dpr_jax.rollout.stop_strings import check_stop_strings
+
+  if bool(values.data) != benchmark.needs_data:
+    raise UserError(
+        "--data is missing; for example --data=test.jsonl" if benchmark.needs_data else
+        f"--data={values.data}: {values.benchmark} makes its own prompts; leave it out"
+    )
+  for name in _GENERATION if benchmark.likelihood else ():
+    if values[name].present:
+      raise UserError(f"--{name}: {values.benchmark} scores given responses and generates nothing")
+  if values.samples > 1 and values.temperature == 0:
+    raise UserError(f"--samples={values.samples}: greedy responses are all the same; set "
+                    "--temperature, for example to 1")
+  with naming("--stop"):
+    check_stop_strings(values.stop)
+
+
+def _sources(*of: Any) -> dict[str, str]:
+  """Class -> fingerprint of its file, of those that users wrote."""
+  from dpr_jax.config.fields import kind_of
+  from dpr_jax.data.dataset import fingerprint
+
+  users = [value for value in of if not type(value).__module__.startswith("dpr_jax.")]
+  return {kind_of(value): fingerprint(inspect.getsourcefile(type(value))) for value in users}
+
+
+def main(argv: Sequence[str]) -> None:
+  values, benchmark, metrics = parse(argv)
+  from dpr_jax.evaluation.benchmark_run import BenchmarkRun, EvaluationFolder, digest, fill
+
+  folder = EvaluationFolder(values.output)
+  folder.check()
+  demos = benchmark.read(values.data, values.max_prompts)
+  import jax
+
+  from dpr_jax.config.values import to_json
+  from dpr_jax.data.dataset import fingerprint
+  from dpr_jax.loading import load_checkpoint
+  from dpr_jax.rollout import Sampling
+  from dpr_jax.training.integrity import fingerprint as fingerprint_arrays
+  from dpr_jax.workdir import versions, write_json
+
+  asking = {}
+  if not benchmark.likelihood:
+    with naming("--temperature, --top_k, --top_p"):
+      sampling = Sampling(values.temperature, values.top_k, values.top_p)
+    asking = {
+        "sampling": sampling,
+        "samples": values.samples,
+        "max_new_tokens": values.max_new_tokens or benchmark.max_new_tokens,
+        "stop_strings": (*benchmark.stop_strings, *values.stop),
+    }
+  with models_cli.model_mesh(values) as (mesh, dtype):
+    loaded = load_checkpoint(values.model, mesh, dtype)
+    run = BenchmarkRun(
+        benchmark, metrics, loaded, mesh, values.template or loaded.template, demos,
+        values.batch_size, values.seed, **asking,
+    )
+    run.check()
+    described = to_json(benchmark)
+    settings = {
+        "benchmark": described.pop("kind"),
+        **{f"benchmark.{name}": value for name, value in described.items()},
+        "metrics": list(metrics),
+        **{name: getattr(values, name) for name in ("batch_size", "max_prompts", "template")},
+        "dtype": dtype,
+    }
+    if asking:
+      generation = {name: getattr(values, name) for name in _GENERATION}
+      settings |= {**generation, "max_new_tokens": run.max_new_tokens}
+    contents = {
+        "data": fingerprint(values.data) if values.data else "",
+        "benchmark": _sources(benchmark),
+        "metrics": _sources(*metrics.values()),
+        "model": digest(fingerprint_arrays(loaded.variables)),
+        # Whatever else decides the prompts: the tokenizer, or a file that the benchmark reads.
+        "template, the tokenizer, or a file of the benchmark": run.fingerprint(),
+    }
+    folder.claim(settings, contents)
+    bar = lambda total: models_cli.bar(f"evaluate {values.benchmark}", total, "response")
+    records, asked = fill(run, folder, bar)
+  if jax.process_index():
+    return
+  results = {
+      "benchmark": settings["benchmark"],
+      "model": values.model,
+      **run.results(records),
+      "settings": {"data": values.data, **settings},
+      "versions": versions(),
+  }
+  write_json(folder.results_file, results)
+  if not asked:
+    print(f"{values.output} was finished already")
+  print(summary(results, values.output))
+
+
+def summary(results: Mapping[str, Any], output: str) -> str:
+  """The table that ends an evaluation."""
+  lines = [f"{results['benchmark']}: {results['n']} prompts"]
+  for name, figure in results["metrics"].items():
+    column = results["columns"][name]
+    scale, unit = (100, "%") if column["unit"] == "%" else (1, column["unit"])
+    low, high = (f"{scale * x:.4g}" for x in figure["ci95"])
+    lines.append(f"  {column['label']:<34}{scale * figure['mean']:>10.4g} [{low}, {high}] {unit}")
+  return "\n".join([*lines, f"results: {output}/results.json"])
+
+
+if __name__ == "__main__":
+  cli.run_entry_point(main)

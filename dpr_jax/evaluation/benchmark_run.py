@@ -1,0 +1,328 @@
+"""A benchmark asked of one model: a folder that is filled block by block.
+
+    config.json      settings and contents that decide the responses
+    responses.jsonl  one line per prompt and sample, in the order of the data
+    results.json     means and intervals; a function of responses.jsonl
+
+The random key of a block depends on the seed and on the index of the block alone, and the lines of
+a block are appended as a whole. So an evaluation that was stopped anywhere goes on to the same
+files, byte for byte, and asks nothing twice.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpr_jax.data.formats import Demo
+from dpr_jax.data.templates import encode_response, render_prompt
+from dpr_jax.errors import UserError
+from dpr_jax.evaluation.benchmarks.base import Benchmark
+from dpr_jax.evaluation.metrics import Column, ResponseMetric
+from dpr_jax.evaluation.responses import Responder, response_text
+from dpr_jax.evaluation.scoring import Scorer
+from dpr_jax.evaluation.statistics import interval
+from dpr_jax.loading import LoadedModel, root_key
+from dpr_jax.rollout import Sampling
+from dpr_jax.sharding import barrier
+from dpr_jax.workdir import read_lines, versions, write_json
+
+_BATCHES = 4  # of a block: what `Responder` answers with one program, refilling its slots.
+
+
+class EvaluationFolder:
+  """The files of one evaluation. Process 0 writes them."""
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = pathlib.Path(path).absolute()
+    self.config_file = self.path / "config.json"
+    self.responses_file = self.path / "responses.jsonl"
+    self.results_file = self.path / "results.json"
+
+  def _record(self) -> dict[str, Any] | None:
+    try:
+      record = json.loads(self.config_file.read_text(encoding="utf-8"))
+      return record if {"settings", "contents"} <= set(record) else None
+    except (OSError, ValueError):
+      return None
+
+  def check(self) -> None:
+    """Raises UserError where the folder holds something else, or cannot be made."""
+    place = next(p for p in (self.path, *self.path.parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+      raise UserError(f"--output={self.path} cannot be written: {place} is "
+                      f"{'read-only' if place.is_dir() else 'a file'}")
+    if place == self.path and self._record() is None:
+      ours = self.config_file.name + ".tmp"
+      foreign = sorted(p.name for p in self.path.iterdir() if p.name != ours)
+      if foreign:
+        raise UserError(f"--output={self.path} holds files but no config.json of an evaluation "
+                        f"({foreign[0]}, ...); name a new folder")
+
+  def claim(self, settings: Mapping[str, Any], contents: Mapping[str, Any]) -> None:
+    """Writes config.json, or compares with the one that is there. Call `check` first.
+
+    Args:
+      settings: flag -> value.
+      contents: flag -> fingerprint of what it names.
+
+    Raises:
+      UserError: the evaluation there has other settings; names the first flag that differs.
+    """
+    barrier("claim")  # No process is still checking a folder that the first one writes to.
+    old = self._record()
+    if old is None:
+      try:
+        write_json(self.config_file,
+                   {"settings": settings, "contents": contents, "versions": versions()})
+      except OSError as e:
+        raise UserError(f"--output={self.path} cannot be written: {e.strerror}") from None
+      return
+    new = json.loads(json.dumps({"settings": settings, "contents": contents}))
+    for part, words in (("settings", "another"), ("contents", "other contents of")):
+      for flag in dict.fromkeys([*new[part], *old[part]]):
+        a, b = old[part].get(flag), new[part].get(flag)
+        if a != b:
+          raise UserError(
+              f"--output={self.path} belongs to an evaluation with {words} --{flag} ({a!r} there, "
+              f"{b!r} here); name a new folder, or go on with what that one had"
+          )
+
+  def resume(self, blocks: Sequence[Sequence[tuple[int, int]]]) -> int:
+    """How many blocks responses.jsonl holds; an unfinished one at its end is dropped.
+
+    Args:
+      blocks: (index, sample) of each line of each block.
+
+    Raises:
+      UserError: a line is not the one that belongs there; names file and line.
+    """
+    data = self.responses_file.read_bytes() if self.responses_file.exists() else b""
+    lines = data.split(b"\n")[:-1]  # What follows the last newline is a torn line.
+    ends = list(itertools.accumulate(len(block) for block in blocks))
+    done = sum(end <= len(lines) for end in ends)
+    kept = lines[: ends[done - 1]] if done else []
+    for number, (line, place) in enumerate(zip(kept, itertools.chain(*blocks)), start=1):
+      try:
+        record = json.loads(line)
+        found = record["index"], record["sample"]
+      except (ValueError, KeyError, TypeError):
+        found = None
+      if found != place:
+        raise UserError(f"{self.responses_file}:{number}: not the response {place[1]} to prompt "
+                        f"{place[0]} that belongs there; delete the file to start again")
+    barrier("resume")  # All have read it.
+    size = sum(len(line) + 1 for line in kept)
+    if jax.process_index() == 0 and size < len(data):
+      os.truncate(self.responses_file, size)
+    return done
+
+  def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+    """Adds the lines of a block: one write, on disk when it returns."""
+    if jax.process_index():
+      return
+    lines = "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+    try:
+      with open(self.responses_file, "ab", buffering=0) as file:
+        file.write(lines.encode())
+        os.fsync(file.fileno())
+    except OSError as e:
+      raise UserError(f"{self.responses_file}: cannot be written: {e.strerror}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkRun:
+  """A benchmark, a model, and how the one is asked of the other."""
+
+  benchmark: Benchmark
+  metrics: Mapping[str, ResponseMetric]
+  loaded: LoadedModel
+  mesh: jax.sharding.Mesh
+  template: str
+  demos: Sequence[Demo]
+  batch_size: int
+  seed: int
+  # Of a benchmark that generates:
+  sampling: Sampling = Sampling(temperature=0)
+  samples: int = 1
+  max_new_tokens: int = 0
+  stop_strings: tuple[str, ...] = ()
+
+  @functools.cached_property
+  def prompts(self) -> list[np.ndarray]:
+    """Token ids, int32 [P_i]."""
+    tokenizer, asked = self.loaded.tokenizer, self.benchmark.prompt
+    return [render_prompt(asked(d), tokenizer, self.template, d.source) for d in self.demos]
+
+  @functools.cached_property
+  def demonstrated(self) -> list[np.ndarray]:
+    """Token ids of the demonstrated responses, int32 [T_i]."""
+    tokenizer, asked = self.loaded.tokenizer, self.benchmark.prompt
+    return [
+        encode_response(d.response, asked(d), tokenizer, self.template, d.source, d.ended)
+        for d in self.demos
+    ]
+
+  def check(self) -> None:
+    """Raises UserError for a prompt that the model has no room for, or an unusable stop string."""
+    limit, likelihood = self.loaded.model.cfg.max_length, self.benchmark.likelihood
+    for i, (demo, prompt) in enumerate(zip(self.demos, self.prompts, strict=True)):
+      new = len(self.demonstrated[i]) if likelihood else self.max_new_tokens
+      if len(prompt) + new > limit:
+        what = f"a response of {new}" if likelihood else f"--max_new_tokens={new}"
+        raise UserError(f"{demo.source}: a prompt of {len(prompt)} tokens and {what} exceed the "
+                        f"{limit} that the model was made for")
+    if self.stop_strings:
+      self._responder.stops  # Made here, where nothing is written yet.
+
+  def fingerprint(self) -> str:
+    """Of all that is asked and of the answers that are expected, as the model sees them."""
+    parts = [self.prompts, self.demonstrated if self.benchmark.likelihood else []]
+    return digest([[d.answer for d in self.demos], *([x.tolist() for x in p] for p in parts)])
+
+  @property
+  def blocks(self) -> list[range]:
+    """Indices of the prompts of each block; on every mesh the same."""
+    size = _BATCHES * -(-self.batch_size // self.samples)
+    n = len(self.demos)
+    return [range(i, min(i + size, n)) for i in range(0, n, size)]
+
+  def lines(self, block: range) -> list[tuple[int, int]]:
+    """(index, sample) of each line of a block."""
+    return list(itertools.product(block, range(self.samples)))
+
+  @functools.cached_property
+  def _responder(self) -> Responder:
+    longest = -(-max(map(len, self.prompts)) // 32) * 32
+    return Responder(
+        self.loaded.model, self.mesh, self.batch_size, longest, self.max_new_tokens,
+        self.loaded.stop_ids, self.stop_strings, self.loaded.tokenizer,
+    )
+
+  def answer(self, number: int, on_batch: Callable[[int], None]) -> list[dict[str, Any]]:
+    """The lines of a block."""
+    block = self.blocks[number]
+    prompts = [self.prompts[i] for i in block]
+    variables, tokenizer = self.loaded.variables, self.loaded.tokenizer
+    if self.benchmark.likelihood:
+      scorer = Scorer(self.loaded.model, self.mesh, self.batch_size, on_batch)
+      responses = [self.demonstrated[i] for i in block]
+      out = []
+      for i, logp in zip(block, scorer.logps(variables, prompts, responses), strict=True):
+        demo = self.demos[i]
+        scores = self.benchmark.score_logps(demo, logp)
+        out.append(
+            self._line(i, 0, self.demonstrated[i], demo.response, demo.ended, scores,
+                       logps=[round(float(x), 6) for x in logp])
+        )
+      return out
+    responses = self._responder.respond(
+        (variables,), prompts, jax.random.fold_in(root_key(self.seed, "benchmark"), number),
+        sampling=self.sampling, samples_per_prompt=self.samples, on_batch=on_batch,
+    )
+    out = []
+    for (i, sample), response in zip(self.lines(block), responses, strict=True):
+      text = response_text(
+          tokenizer, response.tokens, response.hit_eos, self.loaded.stop_ids, self.stop_strings
+      )
+      scores = self.benchmark.score(self.demos[i], text)
+      out.append(self._line(i, sample, response.tokens, text, response.hit_eos, scores))
+    return out
+
+  def _line(self, index, sample, tokens, text, hit_eos, scores, **more) -> dict[str, Any]:
+    demo = self.demos[index]
+    line = {
+        "index": index, "sample": sample, "prompt": demo.prompt[-1]["content"],
+        "answer": demo.answer, "groups": list(self.benchmark.groups(demo)), "response": text,
+        "token_ids": [int(t) for t in tokens], "length": len(tokens), "hit_eos": bool(hit_eos),
+        **more,
+    }
+    scores = {name: float(scores[name]) for name in self.benchmark.scores}
+    scores |= {name: float(metric.score(line)) for name, metric in self.metrics.items()}
+    for name, value in scores.items():
+      if not math.isfinite(value):
+        raise UserError(f"{demo.source}: {name} of the response {text[:40]!r} is {value}; a score "
+                        "must be a finite number")
+    return {**line, "scores": scores}
+
+  def results(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of results.json: n, metrics and columns.
+
+    A score is averaged over the samples of each prompt first; intervals are over prompts.
+    """
+    columns = dict(self.benchmark.scores)
+    columns |= {name: metric.column() for name, metric in self.metrics.items()}
+    values = {
+        name: np.reshape([r["scores"][name] for r in records], (-1, self.samples))
+        for name in columns
+    }
+    per_prompt = {name: v.mean(axis=1) for name, v in values.items()}
+    if "accuracy" in values:
+      groups = [r["groups"] for r in records[:: self.samples]]
+      names = sorted({g for of_prompt in groups for g in of_prompt})
+      for group in names if len(names) > 1 else ():
+        chosen = [group in of_prompt for of_prompt in groups]
+        columns[f"accuracy/{group}"] = columns["accuracy"].of_group(group)
+        per_prompt[f"accuracy/{group}"] = per_prompt["accuracy"][chosen]
+      if np.isin(values["accuracy"], (0, 1)).all():
+        for k in _ks(self.samples):
+          columns[f"pass@{k}"] = Column(f"Pass@{k}", "%", better=1)
+          per_prompt[f"pass@{k}"] = pass_at(k, values["accuracy"])
+    metrics = {name: interval([v]) for name, v in per_prompt.items()}
+    metrics |= self.benchmark.summarize(records)
+    columns |= self.benchmark.summaries
+    described = {name: vars(columns[name]) for name in metrics}
+    return {"n": len(self.demos), "metrics": metrics, "columns": described}
+
+
+def digest(value: Any) -> str:
+  """blake2b of a JSON value, 16 hex digits."""
+  return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
+
+
+def _ks(samples: int) -> list[int]:
+  """2, 4, 8, ... and the number of samples itself; pass@1 is the accuracy."""
+  return sorted({*(2**i for i in range(1, samples.bit_length())), samples} - {1})
+
+
+def pass_at(k: int, right: np.ndarray) -> np.ndarray:
+  """The chance that one of k responses is right, without bias; of each prompt, [P].
+
+  1 - C(n - c, k) / C(n, k) for c right ones of n (Chen et al., 2021, arXiv 2107.03374).
+
+  Args:
+    right: [P, n], 0 or 1.
+  """
+  n = right.shape[1]
+  missed = [math.comb(n - int(c), k) / math.comb(n, k) for c in right.sum(axis=1)]
+  return 1 - np.array(missed)
+
+
+def fill(
+    run: BenchmarkRun, folder: EvaluationFolder, bar: Callable[[int], Any]
+) -> tuple[list[dict[str, Any]], int]:
+  """Answers what is not answered yet.
+
+  Args:
+    bar: of the number of responses that are missing -> a progress bar, as `tqdm`.
+
+  Returns:
+    The lines of responses.jsonl, in process 0 (elsewhere none), and how many blocks were missing.
+  """
+  blocks = [run.lines(block) for block in run.blocks]
+  done = folder.resume(blocks)
+  with bar(sum(map(len, blocks[done:]))) as progress:
+    for number in range(done, len(blocks)):
+      folder.append(run.answer(number, progress.update))
+  barrier("evaluate")
+  records = [] if jax.process_index() else read_lines(folder.responses_file)
+  return records, len(blocks) - done

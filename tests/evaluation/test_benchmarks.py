@@ -1,0 +1,183 @@
+"""Benchmarks against answers judged by hand."""
+
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from dpr_jax.config import default_config, resolve
+from dpr_jax.config.fields import kinds
+from dpr_jax.data.formats import Demo
+from dpr_jax.data.tasks import is_heldout
+from dpr_jax.errors import UserError
+from dpr_jax.evaluation.benchmarks import Benchmark
+from dpr_jax.evaluation.benchmarks.exact import Exact
+from dpr_jax.evaluation.benchmarks.gsm8k import GSM8K, normal_number
+from dpr_jax.evaluation.benchmarks.perplexity import Perplexity
+from dpr_jax.evaluation.benchmarks.tasks import Tasks
+
+SHARED = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
+
+
+def demo(answer, response="", prompt="q", task=""):
+  messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": response})
+  return Demo(messages, answer, task)
+
+
+@pytest.fixture
+def problems(tmp_path):
+  """write(name, n, first) -> a file of problems; problem i is answered by i."""
+
+  def write(name, n, first=0):
+    path = tmp_path / name
+    records = [
+        {"question": f"What is {i} + 0?", "answer": f"It is {i} + 0 = <<{i}+0={i}>>{i}.\n#### {i}"}
+        for i in range(first, first + n)
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+  return write
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "strict", "flexible"),
+    [
+        ("18", "so 9 * 2 = 18\n#### 18", 1, 1),
+        ("18", "the answer is 18.", 0, 1),
+        ("18", "#### 18.", 1, 1),
+        ("18", "#### 18 dollars, not 20", 1, 0),
+        ("18", "#### 20\n#### 18", 0, 1),  # The first one counts.
+        ("1,234", "#### 1234", 1, 1),
+        ("1234", "#### 1,234, and that is all", 1, 1),
+        ("1234", "#### $1,234.00", 1, 1),
+        ("1234", "It costs $1,234.", 0, 1),
+        ("-3", "#### -3", 1, 1),
+        ("-3", "#### -$3.", 1, 1),
+        ("3", "#### -3", 0, 0),
+        ("18", "#### 180", 0, 0),
+        ("0.5", "#### 0.50", 1, 1),
+        ("18", "", 0, 0),
+        ("18", "eighteen", 0, 0),
+        ("18", "first 5, then 18", 0, 1),
+        ("18", "####18", 1, 1),
+        ("100", "#### 100", 1, 1),
+    ],
+)
+def test_gsm8k(answer, response, strict, flexible):
+  scores = GSM8K().score(demo(answer), response)
+  assert scores == {"accuracy": strict, "accuracy_flexible": flexible}
+
+
+def test_numbers_have_one_spelling(rng):
+  for x in rng.integers(-(10**7), 10**7, 100).tolist():
+    spellings = (f"{x}", f"{x:,}", f"{x:,}.00", f"{x}.", f"{x:,}.")
+    assert {normal_number(s) for s in spellings} == {str(x)}
+
+
+def test_gsm8k_asks_the_problem_alone_or_after_worked_examples(problems):
+  asked, train = problems("test.jsonl", 3), problems("train.jsonl", 9, first=100)
+  plain = GSM8K()
+  assert [plain.prompt(d)[-1]["content"] for d in plain.read(asked)] == [
+      f"What is {i} + 0?" for i in range(3)
+  ]
+  assert plain.stop_strings == ()
+  shots = GSM8K(shots=2, shots_file=str(train))
+  first, second = shots.read(asked, limit=2)
+  (message,) = shots.prompt(second)
+  assert message == {"role": "user", "content": (
+      "Question: What is 100 + 0?\nAnswer: It is 100 + 0 = 100.\n#### 100\n\n"
+      "Question: What is 101 + 0?\nAnswer: It is 101 + 0 = 101.\n#### 101\n\n"
+      "Question: What is 1 + 0?\nAnswer:"
+  )}
+  assert "Question:" in shots.stop_strings
+  assert shots.score(first, " 0 + 0 = 0\n#### 0")["accuracy"] == 1
+
+
+def test_gsm8k_refuses_what_makes_its_figures_mean_something_else(problems, tmp_path):
+  asked = problems("test.jsonl", 3)
+  with pytest.raises(ValueError, match="shots=2 and shots_file=''"):
+    GSM8K(shots=2)
+  with pytest.raises(UserError, match="3 examples; shots=4"):
+    GSM8K(shots=4, shots_file=str(asked)).read(problems("other.jsonl", 2, first=9))
+  with pytest.raises(UserError, match=r"test.jsonl:2: this problem is one of the worked examples"):
+    GSM8K(shots=2, shots_file=str(problems("train.jsonl", 2, first=1))).read(asked)
+  (tmp_path / "chat.jsonl").write_text('{"prompt": "1 + 1?", "response": "two"}\n')
+  with pytest.raises(UserError, match=r"chat.jsonl:1: the answer 'two' is not a number"):
+    GSM8K().read(tmp_path / "chat.jsonl")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the problems of GSM8K")
+def test_demonstrations_of_gsm8k_are_right():
+  benchmark = GSM8K(shots=5, shots_file=str(SHARED / "train.jsonl"))
+  demos = benchmark.read(SHARED / "test.jsonl")
+  assert len(demos) == 1319
+  for d in demos:
+    assert benchmark.score(d, d.response) == {"accuracy": 1.0, "accuracy_flexible": 1.0}
+    assert benchmark.prompt(d)[0]["content"].count("Question: ") == 6
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "accuracy", "f1"),
+    [
+        ("He goes to the park.", "he goes to park", 1, 1.0),
+        ("The cat sat", "cat sat down here", 0, 2 * 2 / (2 + 4)),
+        ("alpha beta", "gamma", 0, 0.0),
+        ("a a b", "b b", 0, 2 * 1 / (1 + 2)),  # Articles go, and repeats count once each.
+        ("", "", 1, 1.0),
+        ("x", "", 0, 0.0),
+    ],
+)
+def test_exact(answer, response, accuracy, f1):
+  scores = Exact().score(demo(answer), response)
+  assert scores["accuracy"] == accuracy
+  assert scores["token_f1"] == pytest.approx(f1)
+
+
+def test_tasks_ask_the_checker_of_the_task():
+  given = demo("5", "5", "add 2 3", "add")
+  assert Tasks().score(given, "5") == {"accuracy": 1.0}
+  assert Tasks().score(given, " 5") == {"accuracy": 0.0}
+
+
+def test_tasks_makes_heldout_prompts_and_more_of_them_append():
+  few, many = Tasks().read("", 20), Tasks().read("", 50)
+  assert many[:20] == few and len(many) == 50
+  assert all(is_heldout(d.prompt[-1]["content"]) for d in many)
+  assert all(Tasks().score(d, d.response)["accuracy"] for d in many)
+
+
+def test_perplexity_of_all_responses_weighs_tokens(rng):
+  benchmark = Perplexity()
+  logps = [-rng.exponential(2, rng.integers(1, 9)).astype(np.float32) for _ in range(40)]
+  scores = [benchmark.score_logps(None, logp) for logp in logps]
+  for logp, s in zip(logps, scores, strict=True):
+    assert s["nll"] == pytest.approx(-logp.astype(np.float64).sum())
+    assert s["perplexity"] == pytest.approx(math.exp(s["nll"] / len(logp)))
+  records = [{"scores": s, "length": len(logp)} for s, logp in zip(scores, logps, strict=True)]
+  found = benchmark.summarize(records)["corpus_perplexity"]
+  joined = np.concatenate(logps).astype(np.float64)
+  assert found["mean"] == pytest.approx(math.exp(-joined.mean()))
+  # Its interval against the jackknife over responses.
+  nll, n = np.array([s["nll"] for s in scores]), np.array([len(x) for x in logps], float)
+  left_out = (nll.sum() - nll) / (n.sum() - n)
+  error = np.sqrt((len(n) - 1) * np.mean((left_out - left_out.mean()) ** 2))
+  low, high = np.log(found["ci95"])
+  assert (high - low) / 2 == pytest.approx(2.02 * error, rel=0.15)
+
+
+def test_a_run_refuses_a_benchmark_that_cannot_judge_it():
+  for kind, message in (("perplexity", "needs a benchmark with accuracy"), ("gsm8k", "shots=1")):
+    config = default_config()
+    fields = {"shots": 1, "shots_file": "train.jsonl"} if kind == "gsm8k" else {}
+    config.eval.benchmark = kinds("dpr_jax.evaluation.benchmarks")[kind](**fields)
+    with pytest.raises(UserError, match=f"config.eval.benchmark: .*{message}"):
+      resolve(config)
+
+
+def test_every_kind_declares_what_it_is():
+  for kind, cls in kinds("dpr_jax.evaluation.benchmarks").items():
+    assert issubclass(cls, Benchmark) and cls.title and cls.scores and cls.kind == kind
+    assert not set(cls.scores) & set(cls.summaries)

@@ -1,0 +1,63 @@
+"""An evaluation does not depend on the number of processes, and goes on with another one."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from dpr_jax.weights import save_pretrained
+from dpr_jax.weights.byte_tokenizer import byte_tokenizer
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def model(tmp_path, make_model):
+  tokenizer = byte_tokenizer()
+  model, variables = make_model(1, vocab_size=len(tokenizer), max_length=128)
+  save_pretrained(tmp_path / "model", model.cfg, variables["params"], tokenizer=tokenizer)
+  return tmp_path / "model"
+
+
+def run(processes, output, *flags):
+  """Evaluates on four devices."""
+  done = subprocess.run(
+      [ROOT / "launch/local_multiprocess.sh", str(processes), "--", sys.executable, "-m",
+       "dpr_jax.evaluate", f"--output={output}", "--mesh=2,2,1", "--batch_size=4", *flags],
+      env={**os.environ, "PYTHONPATH": str(ROOT),
+           "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}"},
+      capture_output=True, text=True, timeout=300,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  return done.stdout
+
+
+def test_two_processes_go_on_with_what_one_wrote(model, tmp_path):
+  flags = [f"--model={model}", "--benchmark=tasks", "--samples=2", "--temperature=1",
+           "--max_prompts=20", "--max_new_tokens=6"]
+  one, two = tmp_path / "one", tmp_path / "two"
+  run(1, one, *flags)
+  # Two go on where one was stopped, in the middle of a line.
+  whole = (one / "responses.jsonl").read_bytes()
+  two.mkdir()
+  (two / "config.json").write_bytes((one / "config.json").read_bytes())
+  (two / "responses.jsonl").write_bytes(whole[: len(whole) // 2])
+  assert run(2, two, *flags).count("tasks: 20 prompts") == 1  # Process 0 alone prints.
+  for name in ("config.json", "responses.jsonl", "results.json"):
+    assert (two / name).read_bytes() == (one / name).read_bytes(), name
+
+
+def test_two_processes_score_like_one(model, tmp_path):
+  data = tmp_path / "data.jsonl"
+  records = [{"prompt": "say " + "x" * i, "response": "y" * (i + 1)} for i in range(7)]
+  data.write_text("".join(json.dumps(r) + "\n" for r in records))
+  flags = [f"--model={model}", "--benchmark=perplexity", f"--data={data}"]
+  figures = []
+  for n in (1, 2):
+    run(n, tmp_path / str(n), *flags)
+    found = json.loads((tmp_path / str(n) / "results.json").read_text())["metrics"]
+    figures.append({name: x["mean"] for name, x in found.items()})
+  assert figures[1] == pytest.approx(figures[0], rel=1e-5)
