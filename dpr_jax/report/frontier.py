@@ -1,0 +1,83 @@
+"""The frontier of results.json: sentences, a table, and what its plot draws."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpr_jax.report.render import finite, plain
+from dpr_jax.report.tables import (
+  Results,
+  cell,
+  difference_cell,
+  grid,
+  interval,
+  label,
+  resolved,
+  show,
+)
+
+
+def sentences(results: Results) -> list[str]:
+  """Whether the main system does more than a lower temperature of SFT would, and at what cost."""
+  found, main = results.get("frontier") or {}, results.get("main") or ""
+  out, who = [], label(results, main)
+  answers = f"distinct right answers in {found.get('k')} samples"
+  c = (found.get("equal_accuracy") or {}).get(main)
+  if c and finite(c.get("difference")):
+    claim = {
+      1: f"{who} does more than a lower temperature of SFT would",
+      0: f"{who} is not shown to do more than a lower temperature of SFT would",
+      -1: f"A lower temperature of SFT does better than {who}",
+    }[resolved(c)]
+    out.append(f"{claim}: at equal accuracy, {_gap(c, answers)}.")
+  elif c:
+    out.append(f"Whether {who} does more than a lower temperature of SFT would cannot be said: "
+               f"{c.get('reason')}.")
+  same = (found.get("equal_temperature") or {}).get(main)
+  if same and finite(same["coverage"].get("difference")):
+    c, t = same["coverage"], plain(same["temperature"])
+    claim = {1: "grew", 0: "is not shown to have changed", -1: "shrank"}[resolved(c)]
+    out.append(f"Its diversity {claim}: at temperature {t}, {_gap(c, answers)}.")
+  return out
+
+
+def _gap(c: Mapping[str, Any], what: str) -> str:
+  return f"{show(c['difference'], '', sign=True)} {what} against SFT {interval(c, '')}"
+
+
+def table(results: Results) -> dict[str, Any] | None:
+  """Systems by their curve's first temperature and greedy end, and their differences to SFT."""
+  found = results.get("frontier") or {}
+  if not found:
+    return None
+  first = plain(found["temperatures"][0])
+  count = f"of {found['k']} samples"
+  heads = [
+    (f"Accuracy, temperature {first}", "%"), ("Accuracy, greedy", "%"),
+    (f"Coverage, temperature {first}", count), (f"Pass@{found['k']}, temperature {first}", "%"),
+    ("Coverage minus SFT at equal accuracy", count),
+    ("Accuracy minus SFT at equal coverage", "points"),
+    (f"Coverage minus SFT at temperature {first}", count),
+  ]
+  rows = []
+  for name, points in found["curves"].items():
+    ends = [points[0], next((p for p in points if not p["temperature"]), {})]
+    cells = [cell(p.get("accuracy"), "%") for p in ends]
+    cells += [cell(points[0]["coverage"], ""), cell(points[0]["pass_at_k"], "%")]
+    gaps = [(found.get(k) or {}).get(name) for k in ("equal_accuracy", "equal_coverage")]
+    same = ((found.get("equal_temperature") or {}).get(name) or {}).get("coverage")
+    cells += [difference_cell(c, u) for c, u in zip([*gaps, same], ("", "points", ""))]
+    rows.append({"name": label(results, name), "cells": cells})
+  return grid([{"label": text, "unit": unit, "n": ""} for text, unit in heads], rows)
+
+
+def series(results: Results) -> dict[str, list[tuple[float, float, float]]]:
+  """Label -> (temperature, accuracy, coverage) of its points, greedy last; the main system and SFT,
+  which the others are compared with, come first."""
+  curves = (results.get("frontier") or {}).get("curves") or {}
+  order = [n for n in dict.fromkeys([results.get("main"), "sft", *curves]) if n in curves]
+  return {
+    label(results, n): [
+      (p["temperature"], p["accuracy"]["mean"], p["coverage"]["mean"]) for p in curves[n]
+    ]
+    for n in order
+  }
