@@ -251,10 +251,10 @@ def _at_equal(what: str, system: Sequence[_Counts], sft: Sequence[_Counts]) -> d
   gaps_SxB = np.stack([gap for gap, _, _ in results])
   unknown = lambda reason: {"difference": None, "reason": reason}
   if np.isnan(gaps_SxB[:, 0]).any():
-    return unknown(f"the curves have no range of {what} in common")
+    return unknown(f"no range of {what} in common")
   shared = np.isfinite(gaps_SxB).all(axis=0).mean()
   if shared < _SHARED:
-    return unknown(f"the curves have a range of {what} in common in only {shared:.0%} of resamples")
+    return unknown(f"a range of {what} in common in only {shared:.0%} of resamples")
   return {
       "difference": float(gaps_SxB[:, 0].mean()),
       **bootstrapped(gaps_SxB[:, 0], gaps_SxB[:, 1:], prompts),

@@ -21,27 +21,33 @@ def sentences(results: Results) -> list[str]:
   found, main = results.get("frontier") or {}, results.get("main") or ""
   out, who = [], label(results, main)
   answers = f"distinct right answers in {found.get('k')} samples"
-  c = (found.get("equal_accuracy") or {}).get(main)
-  if c and finite(c.get("difference")):
+  equal = {
+    "accuracy": ((found.get("equal_accuracy") or {}).get(main), answers, ""),
+    "coverage": ((found.get("equal_coverage") or {}).get(main), "points of accuracy", "points"),
+  }
+  # A curve may lie wholly above the other one: then it is only at equal coverage that they meet.
+  known = [(at, *x) for at, x in equal.items() if x[0] and finite(x[0].get("difference"))]
+  if known:
+    at, c, *unit = known[0]
     claim = {
       1: f"{who} does more than a lower temperature of SFT would",
       0: f"{who} is not shown to do more than a lower temperature of SFT would",
       -1: f"A lower temperature of SFT does better than {who}",
     }[resolved(c)]
-    out.append(f"{claim}: at equal accuracy, {_gap(c, answers)}.")
-  elif c:
+    out.append(f"{claim}: at equal {at}, {_gap(c, *unit)}.")
+  elif equal["accuracy"][0]:
     out.append(f"Whether {who} does more than a lower temperature of SFT would cannot be said: "
-               f"{c.get('reason')}.")
+               f"the two curves have {equal['accuracy'][0].get('reason')}.")
   same = (found.get("equal_temperature") or {}).get(main)
   if same and finite(same["coverage"].get("difference")):
     c, t = same["coverage"], plain(same["temperature"])
     claim = {1: "grew", 0: "is not shown to have changed", -1: "shrank"}[resolved(c)]
-    out.append(f"Its diversity {claim}: at temperature {t}, {_gap(c, answers)}.")
+    out.append(f"The diversity of {who} {claim}: at temperature {t}, {_gap(c, answers)}.")
   return out
 
 
-def _gap(c: Mapping[str, Any], what: str) -> str:
-  return f"{show(c['difference'], '', sign=True)} {what} against SFT {interval(c, '')}"
+def _gap(c: Mapping[str, Any], what: str, unit: str = "") -> str:
+  return f"{show(c['difference'], unit, sign=True)} {what} against SFT {interval(c, unit)}"
 
 
 def table(results: Results) -> dict[str, Any] | None:

@@ -117,7 +117,7 @@ def frontier_plot(
   """
   colours = _DARK if dark else _LIGHT
   with _style(dark):
-    figure, axes = _figure(6.6, 3.5)
+    figure, axes = _figure(8.0, 3.7)
     for i, (name, points) in enumerate(series.items()):
       colour, shape = colours[i % len(colours)], "os^Dvph"[i // len(colours) % 7]
       sampled = [(100 * x, y) for t, x, y in points if t]

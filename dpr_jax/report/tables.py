@@ -205,7 +205,8 @@ def cell(entry: Any, unit: str) -> dict[str, Any]:
 def difference_cell(comparison: Mapping[str, Any] | None, unit: str) -> dict[str, Any]:
   """What a table shows of {difference, ci95, p}; of an unknown difference, its reason."""
   if not comparison or not finite(comparison.get("difference")):
-    return {"mean": "–", "ci": (comparison or {}).get("reason", ""), "n": "", "sign": 0}
+    why = (comparison or {}).get("reason", "")
+    return {"mean": "–", "ci": "", "n": "", "sign": 0, "why": why}
   shown = show(comparison["difference"], unit, sign=True)
   sign = resolved(comparison)
   return {"mean": shown, "ci": interval(comparison, unit), "n": "", "sign": sign}
