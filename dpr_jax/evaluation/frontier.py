@@ -251,10 +251,16 @@ def _at_equal(what: str, system: Sequence[_Counts], sft: Sequence[_Counts]) -> d
   gaps_SxB = np.stack([gap for gap, _, _ in results])
   unknown = lambda reason: {"difference": None, "reason": reason}
   if np.isnan(gaps_SxB[:, 0]).any():
-    return unknown(f"no range of {what} in common")
+    above = all(a[0][0].min() > b[0][0].max() for a, b in zip(*sides))
+    below = all(a[0][0].max() < b[0][0].min() for a, b in zip(*sides))
+    where = "above" if above else "below" if below else ""
+    return unknown(
+        f"its {what} is {where} that of SFT at every temperature" if where
+        else f"the two have no range of {what} in common"
+    )
   shared = np.isfinite(gaps_SxB).all(axis=0).mean()
   if shared < _SHARED:
-    return unknown(f"a range of {what} in common in only {shared:.0%} of resamples")
+    return unknown(f"the two have a range of {what} in common in only {shared:.0%} of resamples")
   return {
       "difference": float(gaps_SxB[:, 0].mean()),
       **bootstrapped(gaps_SxB[:, 0], gaps_SxB[:, 1:], prompts),

@@ -165,7 +165,7 @@ def _facts(record, results, stages, seeds) -> list[tuple[str, str]]:
     facts.append(("Sweep", f"{sweep['field']} takes {values}, in place of what stands below"))
   compared = (record.get("described") or {}).get("labels") or {}
   if compared:
-    facts.append(("Compared with SFT", ", ".join(compared.values())))
+    facts.append(("Compared with SFT", "; ".join(compared.values())))
     main = list(compared)[-1]
     section = {k: v for k, v in config.get("methods", {}).get(main, {}).items() if k != "label"}
     facts.append((compared[main], _settings(section)))

@@ -46,10 +46,11 @@ def goals(results: Results) -> list[str]:
 
 def show(x: Any, unit: str, sign: bool = False) -> str:
   """A value in its unit: shares as per cent, lengths with one decimal."""
+  digits = 2 if unit == "answers" or unit.startswith("nats") else {"tokens": 1}.get(unit)
   if unit in ("%", "points") and finite(x):
     return number(100 * x, 1, sign)
-  if unit == "tokens" or unit.startswith("nats"):
-    return number(x, 1 if unit == "tokens" else 2, sign)
+  if digits:
+    return number(x, digits, sign)
   text = significant(x)
   return f"+{text}" if sign and finite(x) and x > 0 else text
 
@@ -115,6 +116,7 @@ def comparisons_table(results: Results) -> list[dict[str, Any]]:
       "a": a,
       "b": b,
       "metric": about["label"],
+      "aim": bool(about["better"]),
       "unit": of_difference(unit),
       "difference": show(c.get("difference"), unit, sign=True),
       "ci": interval(c, unit),

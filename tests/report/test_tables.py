@@ -150,13 +150,13 @@ def frontier_of(low, high, p=0.01, **more):
 ])
 def test_the_frontier_claims_no_more_than_its_interval(low, high, p, claim, cost):
   first, second = frontier.sentences(frontier_of(low, high, p))
-  gap = f"{tables.show((low + high) / 2, '', sign=True)} distinct right answers in 8 samples"
+  gap = f"{tables.show((low + high) / 2, 'answers', sign=True)} distinct right answers in 8 samples"
   assert first.startswith(claim) and f"at equal accuracy, {gap} against SFT [" in first
   assert cost in second and f"at temperature 1, {gap} against SFT [" in second
 
 
 def test_an_unknown_difference_has_its_reason():
-  unknown = {"difference": None, "reason": "no range of accuracy in common"}
+  unknown = {"difference": None, "reason": "no such range"}
   results = frontier_of(0.1, 0.2, equal_accuracy={"dpr": unknown}, equal_temperature={})
   assert frontier.sentences(results) == [
     "DPR does more than a lower temperature of SFT would: at equal coverage, +15.0 points of "
@@ -164,10 +164,9 @@ def test_an_unknown_difference_has_its_reason():
   ]
   results["frontier"]["equal_coverage"] = {"dpr": unknown}
   assert frontier.sentences(results) == [
-    "Whether DPR does more than a lower temperature of SFT would cannot be said: the two curves "
-    "have no range of accuracy in common."
+    "Whether DPR does more than a lower temperature of SFT would cannot be said: no such range."
   ]
-  assert frontier.table(results)["rows"][1]["cells"][4]["why"] == "no range of accuracy in common"
+  assert frontier.table(results)["rows"][1]["cells"][3]["why"] == "no such range"
   assert frontier.sentences(RESULTS) == [] and frontier.table(RESULTS) is None
   assert frontier.series(RESULTS) == {}
 
@@ -176,9 +175,9 @@ def test_the_frontier_as_a_table_and_as_curves():
   table = frontier.table(frontier_of(0.1, 0.3))
   assert [r["name"] for r in table["rows"]] == ["SFT", "DPR"] and table["marked"]
   assert [c["mean"] for c in table["rows"][1]["cells"]] == [
-    "50.0", "90.0", "1.50", "70.0", "+0.200", "+20.0", "+0.200"
+    "50.0", "1.50", "70.0", "+0.20", "+20.0", "+0.20"
   ]
-  assert [c["mean"] for c in table["rows"][0]["cells"][4:]] == ["–"] * 3
+  assert [c["mean"] for c in table["rows"][0]["cells"][3:]] == ["–"] * 3
   series = frontier.series(frontier_of(0.1, 0.3))
   assert list(series) == ["DPR", "SFT"] and series["SFT"] == [(1.0, 0.5, 1.5), (0.0, 0.9, 1.5)]
 
