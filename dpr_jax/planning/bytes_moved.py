@@ -70,8 +70,8 @@ def minimum_received(
   n - 1 others once, added up on the way. What remat computes again needs no gather of its own: it
   uses the weights that the backward pass of that layer uses next. Of the embedding, whose values
   the backward pass does not need, and of the head it receives either the weights or activations,
-  whichever is less (see `models/embedding.py`). The least of these ways; not a proof that there is no
-  other.
+  whichever is less (see `models/embedding.py`). The least of these ways; not a proof that
+  there is no other.
 
   Args:
     tokens, logits: of a micro-batch on one device: how many there are, and of how many the logits
