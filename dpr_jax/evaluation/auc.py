@@ -77,7 +77,7 @@ def auc_interval(per_seed: Sequence[Sequence[Group]], *, seed: int = 0) -> dict[
 def auc_difference(
     a_per_seed: Sequence[Sequence[Group]], b_per_seed: Sequence[Sequence[Group]], *, seed: int = 0
 ) -> dict[str, object]:
-  """AUC of a less that of b on the same groups, paired: both see the same draws of groups.
+  """AUC of a minus that of b on the same groups, paired: both see the same draws of groups.
 
   Returns and raises as `auc_interval`.
   """
