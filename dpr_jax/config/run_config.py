@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dpr_jax.config.fields import kinds, section, setting, slot, slots
+from dpr_jax.config.fields import kind_class, section, setting, slot, slots
 from dpr_jax.config.sections import (
     Budget,
     CheckpointSection,
@@ -167,22 +167,29 @@ def first_difference(
         return f"config.{path}: {a!r} there, {b!r} here"
       continue
     if "slots" in metadata:
-      known = kinds(metadata["slots"])
-      pairs = [(a.get(n), b.get(n), n) for n in sorted({*a, *b})]
-      for x, y, n in pairs:
+      for n in sorted({*a, *b}):
+        x, y = a.get(n), b.get(n)
         if not (isinstance(x, Mapping) and isinstance(y, Mapping)):
           return f"config.{path}.{n}: {x!r} there, {y!r} here"
-        found = first_difference(x, y, known.get(x.get("kind")), f"{path}.{n}.")
+        found = first_difference(x, y, _class_of(metadata["slots"], x), f"{path}.{n}.")
         if found:
           return found
       continue
     below = field.type if field and dataclasses.is_dataclass(field.type) else None
     if "slot" in metadata:
-      below = kinds(metadata["slot"]).get(a.get("kind"))
+      below = _class_of(metadata["slot"], a)
     found = first_difference(a, b, below, f"{path}.")
     if found:
       return found
   return None
+
+
+def _class_of(package: str, value: Mapping[str, Any]) -> type | None:
+  """The class of a value, given its JSON; None where it cannot be found any more."""
+  try:
+    return kind_class(package, value.get("kind", ""))
+  except ValueError:
+    return None
 
 
 __all__ = [
