@@ -17,7 +17,7 @@ from dpr_jax.config.sections import (
     SweepSection,
 )
 from dpr_jax.config.values import Config, build, get_path, to_config, to_json
-from dpr_jax.errors import UserError
+from dpr_jax.errors import UserError, naming
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +81,7 @@ def resolve(config: Config | Mapping[str, Any]) -> RunConfig:
   if reserved:
     raise UserError(f"config.methods.{min(reserved)}: base, ref and sft are systems of every run; "
                     "use another name")
+  _check_sections(run)
   values = {"reference": run.reference, **{f"methods.{n}": m for n, m in run.compared().items()}}
   if run.eval.benchmark is not None:
     values["eval.benchmark"] = run.eval.benchmark
@@ -89,7 +90,6 @@ def resolve(config: Config | Mapping[str, Any]) -> RunConfig:
       value.check(run)
     except ValueError as e:
       raise UserError(f"config.{where}: {e}") from None
-  _check_sections(run)
   # What no compared method reads is no part of the run.
   read = {n for name, m in run.compared().items() for n in (name, *m.refers())}
   methods = {name: run.methods[name] for name in run.methods if name in read}
@@ -98,6 +98,10 @@ def resolve(config: Config | Mapping[str, Any]) -> RunConfig:
 
 def _check_sections(run: RunConfig) -> None:
   """Fields of different sections that contradict each other."""
+  from dpr_jax.references.base import sft_milestones
+
+  with naming("config.sft"):
+    sft_milestones(run).by_fraction()
   if run.model.keep_layers and not run.model.pretrained:
     raise UserError(f"config.model.keep_layers={run.model.keep_layers} chooses among layers of "
                     "config.model.pretrained; set config.model.shape.num_layers of a random model")

@@ -1,17 +1,17 @@
-"""Importance resampling against weights computed by hand, and counted draws."""
+"""Importance resampling against weights computed by hand, and counted choices."""
+
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from dpr_jax import sharding
-from dpr_jax.data.formats import Demo
-from dpr_jax.data.loader import Prompts
-from dpr_jax.evals import resampling
-from dpr_jax.evals.responses import Response
-from dpr_jax.evals.scoring import TokenScores, response_logps
-from dpr_jax.evals.systems import controls, evaluate_system
-from dpr_jax.weights.byte_tokenizer import byte_tokenizer
+from dpr_jax.evaluation import resampling
+from dpr_jax.evaluation.resampling import ResampledSystem
+from dpr_jax.evaluation.responses import Responder, Response
+from dpr_jax.evaluation.scoring import TokenScores
+from dpr_jax.references.base import Reference
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_weights_and_effective_samples(rng):
   assert resampling.effective_samples(np.full((1, 8), 1 / 8)) == pytest.approx(8)
 
 
-def test_draws_follow_the_weights(rng, monkeypatch):
+def test_choices_follow_the_weights(rng):
   groups, n, alpha = 20_000, 3, 0.7
   log_ratio = rng.normal(0, 1, n)
   ref_logp = rng.normal(-5, 1, n)
@@ -41,13 +41,12 @@ def test_draws_follow_the_weights(rng, monkeypatch):
   scores = [
       TokenScores(ref_logp[[i]] + log_ratio[[i]], ref_logp[[i]]) for i in range(n)
   ]
-  monkeypatch.setattr(
-      resampling, "score_responses",
-      lambda model, sft, ref, prompts, responses, ensemble: [scores[int(r[0])] for r in responses],
+  scorer = types.SimpleNamespace(
+      score=lambda sft, ref, prompts, responses: [scores[int(r[0])] for r in responses]
   )
   seed = int(rng.integers(1000))
   chosen, effective = resampling.resample(
-      None, None, None, [None] * groups, candidates, alpha=alpha, seed=seed
+      scorer, None, None, [None] * groups, candidates, alpha=alpha, seed=seed
   )
   expected = np.exp(alpha * log_ratio) / np.exp(alpha * log_ratio).sum()
   shares = np.bincount([int(c.tokens[0]) for c in chosen], minlength=n) / groups
@@ -58,25 +57,29 @@ def test_draws_follow_the_weights(rng, monkeypatch):
 def test_the_system_answers_with_one_of_its_candidates(mesh, make_model, rng):
   model, sft = make_model(1)
   _, ref = make_model(2)
-  tokens = [rng.integers(8, 29, 4).astype(np.int32) for _ in range(3)]
-  turn = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "!"})
-  prompts = Prompts(tokens, [Demo(turn, "!", None, {}, source="test")] * 3, 0)
-  load = {"sft": sft, "ref": ref}.__getitem__
-  how = dict(tokenizer=byte_tokenizer(), verifier="exact", rng=jax.random.key(3), seed=5,
-             stop_ids=(7,), prompt_length=8, max_new_tokens=5)
+  prompts = [rng.integers(8, 29, 4).astype(np.int32) for _ in range(3)]
+  responder = Responder(model, mesh, 4, prompt_length=8, max_new_tokens=5, stop_ids=(7,))
 
   def answers(alpha, candidates):
-    (system,) = controls(["resampled"], alpha, 0.5, candidates=candidates)
-    return evaluate_system(system, model, load, prompts, mesh=mesh, batch_size=4, **how)
+    system = ResampledSystem(
+        "r", "R", load=lambda: (sft,), modes=("sampled",), reference=lambda: Reference.of(ref),
+        candidates=candidates, alpha=alpha,
+    )
+    assert not system.single and not system.is_distribution and not system.on_frontier
+    return system.respond(
+        system.load(), responder, prompts, jax.random.key(3), temperature=1.0, seed=5
+    )
 
-  few, best = answers(0.0, 6), answers(1e6, 6)
-  assert [r["effective_samples"] for r in few] == pytest.approx([6] * 3)
-  for record, other, prompt in zip(best, few, tokens):  # All weight on the largest log-ratio.
-    assert record["mode"] == "sampled" and record["effective_samples"] == pytest.approx(1)
-    tokens = [np.asarray(r["token_ids"]) for r in (record, other)]
-    logps = lambda variables, asked, tokens: np.asarray([
-        x.sum()
-        for x in response_logps(model, variables, [asked] * 2, tokens, mesh=mesh, batch_size=4)
-    ])
-    log_ratio = logps(sft, prompt, tokens) - logps(ref, prompt, tokens)
+  (few, effective), (best, alone) = answers(0.0, 6), answers(1e6, 6)
+  assert [r["effective_samples"] for r in effective] == pytest.approx([6] * 3)
+  assert [r["effective_samples"] for r in alone] == pytest.approx([1] * 3)
+  for response, other, prompt in zip(best, few, prompts):  # All weight on the largest log-ratio.
+    rows = [prompt] * 2, [r.tokens for r in (response, other)]
+    log_p, log_q = (responder.scorer.logps(variables, *rows) for variables in (sft, ref))
+    log_ratio = [a.sum() - b.sum() for a, b in zip(log_p, log_q)]
     assert log_ratio[0] >= log_ratio[1] - 1e-5
+  with pytest.raises(ValueError, match="one response per prompt"):
+    ResampledSystem("r", "R", load=None).respond(
+        (sft,), responder, prompts, jax.random.key(3), temperature=1.0, seed=5,
+        samples_per_prompt=2,
+    )

@@ -8,10 +8,20 @@ import jax
 import numpy as np
 import pytest
 
-from dpr_jax.stages import reference as reference_lib
-from dpr_jax.stages.evaluate import trained_systems
-from dpr_jax.stages.reference import ref_stage
-from dpr_jax.training.stopping import write_stopped
+from dpr_jax.errors import UserError
+from dpr_jax.evaluation.responses import Responder
+from dpr_jax.pipeline import make_reference
+from dpr_jax.references.checkpoint import Checkpoint
+from dpr_jax.references.ema import EMA
+from dpr_jax.references.ensemble import Ensemble
+from dpr_jax.references.half_data import HalfData
+from dpr_jax.references.midrun import Midrun
+from dpr_jax.references.pretrained import Pretrained
+from dpr_jax.references.selected import Selected
+from dpr_jax.training.loop import Stage, run_stage
+from dpr_jax.training.stopping import last_step, write_stopped
+
+pytestmark = pytest.mark.usefixtures("light_compilation")
 
 DECAY = 0.8
 
@@ -21,20 +31,20 @@ def trained(train_sft):
   """A run whose SFT stage is done, with milestones and a moving average."""
 
   def change(config):
-    config.reference.kind, config.reference.ema_decay = "ema", DECAY
+    config.reference = EMA(decay=DECAY)
 
   return train_sft(change)
 
 
-def _with(run, **fields):
-  """The run under another reference; its SFT stage serves them all."""
-  section = dataclasses.replace(run.config.reference, **fields)
-  return dataclasses.replace(run, config=dataclasses.replace(run.config, reference=section))
+@pytest.fixture
+def under(trained, with_config):
+  """under(reference) -> the run under it; its SFT stage serves them all."""
+  return lambda reference: with_config(trained, reference=reference)
 
 
 def _measured(run):
   run.workdir.reference_file.unlink(missing_ok=True)
-  ref_stage(run)
+  make_reference(run)
   return json.loads(run.workdir.reference_file.read_text())
 
 
@@ -47,97 +57,125 @@ def _gap(a, b):
   return max(jax.tree.leaves(gaps))
 
 
-def test_each_kind_loads_its_checkpoints(trained):
-  milestone = lambda step: trained.stage_variables("sft", step, "float32")
-  average = trained.load("ref")
-  _assert_equal(average, trained.stage_variables("sft", 10, "float32", "ema"))
+def test_each_kind_loads_its_checkpoints(trained, under):
+  milestone = lambda step: trained.checkpoint("sft", step, "float32")
+  (average,) = trained.reference().members
+  _assert_equal(average, trained.checkpoint("sft", 10, "float32", "ema"))
   assert min(_gap(average, milestone(10)), _gap(average, milestone(5))) > 1e-4
-  _assert_equal(_with(trained, kind="midrun", fraction=0.25).load("ref"), milestone(2))
-  several = _with(trained, kind="ensemble_mean_logp", fractions=(0.1, 0.5))
-  _assert_equal(several.load("ref"), (milestone(1), milestone(5)))
-  assert several.ref_names == ("ref/0", "ref/1")
-  _assert_equal(several.load("ref/1"), milestone(5))
-  system = trained_systems(several)[1]
-  assert system.name == "ref" and system.members == several.ref_names
-  assert system.weights == (0.5, 0.5)
+  members = lambda kind: under(kind).reference().members
+  _assert_equal(members(Midrun(fraction=0.25)), (milestone(2),))
+  _assert_equal(members(Pretrained()), (trained.initial_variables("float32"),))
+  several = Ensemble(fractions=(0.1, 0.5), combine="mean_logp")
+  _assert_equal(members(several), (milestone(1), milestone(5)))
+  assert under(several).reference().combine == "mean_logp"
+  kinds = [EMA(decay=DECAY), Midrun(fraction=0.25), Pretrained(), several]
+  assert [kind.num_members for kind in kinds] == [1, 1, 1, 2]
+  assert len({kind.describe() for kind in kinds}) == 4
 
 
-def test_measures_agree_between_single_references_and_their_ensembles(trained):
+def test_a_checkpoint_of_another_run_is_a_reference_if_it_fits(trained, under, train_sft):
+  path = f"{trained.workdir.stage('sft')}@0.5"
+  (found,) = under(Checkpoint(path=path)).reference().members
+  _assert_equal(found, trained.checkpoint("sft", 5, "float32"))
+
+  def change(config):
+    config.model.shape.num_layers, config.sft.steps, config.sft.milestones = 1, 1, (1.0,)
+    config.reference = Pretrained()
+
+  other = train_sft(change)
+  with pytest.raises(UserError, match="differs from the run's model in num_layers"):
+    under(Checkpoint(path=str(other.workdir.stage("sft")))).reference()
+
+
+def test_half_of_the_data_trains_a_reference_of_its_own(trained, under):
+  run = under(HalfData(fraction=0.3))
+  make_reference(run)
+  try:
+    assert [line["step"] for line in run.metrics("ref")] == [1, 2, 3]
+    (found,) = run.reference().members
+    assert _gap(found, trained.checkpoint("sft", 10, "float32")) > 1e-3
+    before = run.metrics("ref")
+    make_reference(run)  # It is made once.
+    assert run.metrics("ref") == before
+  finally:
+    shutil.rmtree(run.workdir.stage("ref"))
+    run.workdir.reference_file.unlink()
+
+
+def test_measures_agree_between_single_references_and_their_ensembles(under):
   """All are measured on the same samples of sft, so the tables can be held against each other."""
-  table = _measured(_with(trained, kind="midrun", select="snr"))["candidates"]
-  assert [c["step"] for c in table] == [1, 2, 5, 8]
-  pick = [c["kl"] for c in table if c["fraction"] in (0.1, 0.5)]
+  table = _measured(under(Selected(criterion="snr")))["candidates"]
+  texts = [Midrun(fraction=f).describe() for f in (0.1, 0.25, 0.5, 0.75)]
+  assert [c["text"] for c in table] == texts
+  pick = [c["kl"] for c in table if c["text"] in (texts[0], texts[2])]
   ensembles = {}
-  for kind in ("ensemble_mean_logp", "ensemble_logmeanexp"):
-    record = _measured(_with(trained, kind=kind, fractions=(0.1, 0.5)))
-    (ensembles[kind],) = record["candidates"]
-    assert ensembles[kind]["members"] == ["sft@1", "sft@5"]
-  assert ensembles["ensemble_mean_logp"]["kl"] == pytest.approx(np.mean(pick), abs=1e-4)
-  assert ensembles["ensemble_logmeanexp"]["kl"] < ensembles["ensemble_mean_logp"]["kl"]  # Jensen.
-  sft_itself = _measured(_with(trained, kind="midrun", fraction=1.0))["candidates"][0]
+  for combine in ("mean_logp", "logmeanexp"):
+    kind = Ensemble(fractions=(0.1, 0.5), combine=combine)
+    (ensembles[combine],) = _measured(under(kind))["candidates"]
+    assert ensembles[combine]["text"] == kind.describe()
+  assert ensembles["mean_logp"]["kl"] == pytest.approx(np.mean(pick), abs=1e-4)
+  assert ensembles["logmeanexp"]["kl"] < ensembles["mean_logp"]["kl"]  # Jensen.
+  sft_itself = _measured(under(Midrun(fraction=1.0)))["candidates"][0]
   assert sft_itself["kl"] == sft_itself["snr"] == 0.0 and sft_itself["auc"] == 0.5
   assert sorted(c["kl"] for c in table)[-1] > 0.5  # The early ones are far.
 
 
-@pytest.mark.parametrize("select,key", [("validation", "auc"), ("snr", "snr")])
-def test_the_best_candidate_becomes_the_reference(trained, select, key):
-  run = _with(trained, kind="midrun", select=select)
+@pytest.mark.parametrize("criterion,key", [("validation", "auc"), ("snr", "snr")])
+def test_the_best_candidate_becomes_the_reference(under, criterion, key):
+  run = under(Selected(criterion=criterion))
   record = _measured(run)
   best = max(record["candidates"], key=lambda c: c[key])
-  assert record["fraction"] == best["fraction"] and record["select"] == select
-  assert [m.step for m in run.ref_members] == [best["step"]]
-  _assert_equal(run.load("ref"), run.stage_variables("sft", best["step"], "float32"))
+  assert record["candidates"][record["chosen"]] == best
+  step = (1, 2, 5, 8)[record["chosen"]]
+  _assert_equal(run.reference().members, (run.checkpoint("sft", step, "float32"),))
   before = run.workdir.reference_file.read_text()
-  ref_stage(run)  # Measured once: a run that goes on keeps its reference.
+  make_reference(run)  # Measured once: a run that goes on keeps its reference.
   assert run.workdir.reference_file.read_text() == before
 
 
-def test_only_training_prompts_are_looked_at(trained, monkeypatch):
+def test_only_training_prompts_are_looked_at(trained, under, monkeypatch):
   seen = []
-  plain = reference_lib.respond
+  plain = Responder.respond
 
-  def spy(model, members, prompts, *args, **how):
+  def spy(self, members, prompts, *args, **how):
     seen.extend(tuple(p.tolist()) for p in prompts)
-    return plain(model, members, prompts, *args, **how)
+    return plain(self, members, prompts, *args, **how)
 
-  monkeypatch.setattr(reference_lib, "respond", spy)
-  _measured(_with(trained, kind="midrun", select="snr"))
+  monkeypatch.setattr(Responder, "respond", spy)
+  _measured(under(Selected(criterion="snr")))
   training = {tuple(p.tolist()) for p in trained.data.prompts.tokens}
   heldout = {tuple(p.tolist()) for p in trained.data.heldout.tokens}
   assert len(seen) == 16 and set(seen) <= training and not set(seen) & heldout
+
+
+def test_nothing_is_measured_where_nothing_is_asked_for(under):
+  run = under(Midrun())
+  run.workdir.reference_file.unlink(missing_ok=True)
+  section = dataclasses.replace(run.config.eval, reference_prompts=0)
+  make_reference(dataclasses.replace(run, config=dataclasses.replace(run.config, eval=section)))
+  assert not run.workdir.reference_file.exists()
 
 
 def test_later_stages_take_what_a_stage_that_ended_early_left(trained):
   folder = trained.workdir.stage("dpr")
   shutil.copytree(trained.workdir.stage("sft") / "checkpoints", folder / "checkpoints")
   try:
-    steps = trained.config.dpr.steps
-    assert not trained.finished("dpr", steps)
+    steps = trained.config.budget.steps
+    assert last_step(folder, steps) == steps
     write_stopped(folder, 5, steps, "a reason")
-    assert trained.finished("dpr", steps) and trained.last_step("dpr", steps) == 5
-    _assert_equal(trained.load("dpr"), trained.stage_variables("sft", 5, "float32"))
+    assert last_step(folder, steps) == 5
+    _assert_equal(trained.result("dpr"), trained.checkpoint("sft", 5, "float32"))
+
+    class Built(Exception):
+      pass
+
+    def build():
+      raise Built
+
+    stage = Stage("dpr", folder, trained.mesh, steps)
+    assert run_stage(stage, build) is None  # It does not go on.
     write_stopped(folder, 7, steps, "its checkpoint is lost")
-    assert not trained.finished("dpr", steps)
-  finally:
-    shutil.rmtree(folder)
-
-
-def test_the_matched_strength_with_a_kl_to_ref(trained):
-  section = dataclasses.replace(trained.config.dpr, beta=0.5, beta_ref=0.25)
-  run = dataclasses.replace(trained, config=dataclasses.replace(trained.config, dpr=section))
-  # pi_sft^((1 + b1) / (b1 + b2)) pi_ref^((b2 - 1) / (b1 + b2)) is sft^(1 + alpha) ref^-alpha.
-  assert run.contrastive_alpha == pytest.approx(1.5 / 0.75 - 1) == pytest.approx(0.75 / 0.75)
-
-
-def test_the_matched_strength_of_the_controls_is_that_of_the_last_beta(trained):
-  section = dataclasses.replace(trained.config.dpr, target_kl=1.0, beta=0.5)
-  run = dataclasses.replace(trained, config=dataclasses.replace(trained.config, dpr=section))
-  assert run.contrastive_alpha == 2.0
-  folder = run.workdir.stage("dpr")
-  folder.mkdir()
-  try:
-    lines = [{"step": 1, "beta": 0.5}, {"step": 2, "beta": 0.25}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    assert run.contrastive_alpha == 4.0 and trained.contrastive_alpha == 1.0
+    with pytest.raises(Built):
+      run_stage(stage, build)
   finally:
     shutil.rmtree(folder)
