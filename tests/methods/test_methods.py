@@ -69,9 +69,20 @@ def _flat(variables):
 def test_a_method_trains_and_its_programs_are_those_it_trains_with(
     trained, seen, name, with_config, monkeypatch
 ):
-  method = METHODS.get(name, Mine())
+  method, made = METHODS.get(name, Mine()), []
   run = with_config(trained, **{name: method}, compare=(name,))
+  build = type(method).build
+
+  def keep(*args):
+    made.append(build(*args))
+    return made[-1]
+
+  monkeypatch.setattr(type(method), "build", keep)
   method.train(run, name)
+  (training,) = made
+  # One program of each part of a step, as all prompts have one width.
+  if isinstance(method, DPR):
+    assert training.step.compilations() == 2
   lines = run.metrics(name)
   assert [line["step"] for line in lines] == [1, 2]
   assert all(np.isfinite(line["loss"]) and line["tokens"] > 0 for line in lines)
