@@ -11,7 +11,6 @@ from dpr_jax.config.fields import setting
 from dpr_jax.data.loader import Prompts
 from dpr_jax.evaluation.evaluate import Evaluation, evaluate, heldout_prompts, systems_of
 from dpr_jax.evaluation.metrics import Column, ResponseMetric, SystemMetric
-from dpr_jax.evaluation.results import build_results
 from dpr_jax.evaluation.systems import System
 from dpr_jax.pipeline import make_reference, report
 from dpr_jax.references.ensemble import Ensemble
@@ -149,10 +148,9 @@ def test_without_metrics_there_is_accuracy(run, with_config):
   run.workdir.system_file("base").unlink(), run.workdir.measures_file.unlink()
   try:
     evaluate(other, ["base"])
-    systems = build_results([run.workdir.path], [0])["systems"]
-    assert {name.partition("/")[0] for name in systems["base"]} == {
-        "accuracy_sampled", "accuracy_greedy"
-    }
+    assert {*read_lines(run.workdir.system_file("base"))[0]["scores"]} == {"accuracy"}
+    found = json.loads(run.workdir.measures_file.read_text())
+    assert set(found["columns"]) == {"accuracy"} and found["values"] == {"base": {}}
   finally:
     run.workdir.system_file("base").write_text(kept[0])
     run.workdir.measures_file.write_text(kept[1])
