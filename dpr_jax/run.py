@@ -30,7 +30,7 @@ from dpr_jax.loading import (
 from dpr_jax.models import Transformer
 from dpr_jax.models.attention import resolve_backend
 from dpr_jax.models.layer_pruning import pruned_config
-from dpr_jax.references.base import Reference, sft_milestones
+from dpr_jax.references.base import Reference
 from dpr_jax.training.metrics import read_metrics
 from dpr_jax.training.stopping import last_step
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
@@ -302,8 +302,6 @@ def set_up(
     if name in RESERVED or not re.fullmatch(r"[A-Za-z]\w*", name):
       raise UserError(f"config.methods.{name}: the name of a method is that of a folder of the "
                       "workdir; use letters, digits and _, and none of its own names")
-  with naming("config.sft"):
-    sft_milestones(config).by_fraction()
   tokenizer, model, ends, generation_config = build_model(config)
   if config.eval.expert:
     check_expert(config, model, tokenizer)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dpr_jax import sharding
-from dpr_jax.config.fields import setting, slot
+from dpr_jax.config.fields import kind_of, setting, slot
 from dpr_jax.data.loader import Batches, prompt_batches
 from dpr_jax.evaluation.responses import response_text
 from dpr_jax.losses import make_reinforce_loss, reinforce_batch
@@ -105,7 +105,7 @@ class DPR(TrainedMethod):
         raise ValueError(f"transforms: center has no meaning here: {e}") from None
     if {"sft_logsumexp"} & asked and (self.returns == "per_token" or self.gamma == 0):
       # A constant added to the logits of a state moves reward from one token to the one before.
-      raise ValueError(f"reward={self.reward.kind} says nothing of one token alone; set "
+      raise ValueError(f"reward={kind_of(self.reward)} says nothing of one token alone; set "
                        "returns=reward_to_go and a gamma above 0")
     if self.gamma != 1 and self.returns != "reward_to_go":
       raise ValueError(f"gamma={self.gamma} discounts a reward-to-go, not returns={self.returns}; "

@@ -8,11 +8,11 @@ def largest_shards(cases, budget):
   """(columns, bytes of the largest shard of their logits, the same of one column more) of each."""
   import jax
   import jax.numpy as jnp
+  from dpr_jax.models.table import logits_axes
 
   from dpr_jax import sharding
   from dpr_jax.models import ModelConfig
   from dpr_jax.models.logprobs import chunk_columns
-  from dpr_jax.models.table import logits_axes
 
   def largest(*shape):
     make = jax.jit(lambda: sharding.constrain(jnp.zeros(shape), *logits_axes(*shape)))

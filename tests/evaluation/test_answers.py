@@ -1,13 +1,16 @@
 """responses.py and scoring.py against loops over single rows."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from dpr_jax import sharding
 from dpr_jax.errors import UserError
-from dpr_jax.evals.responses import respond, response_text
-from dpr_jax.evals.scoring import response_logps, score_record, score_responses
+from dpr_jax.evaluation.responses import Responder, response_text
+from dpr_jax.evaluation.scoring import Scorer, score_record
+from dpr_jax.references.base import Reference
 from dpr_jax.rollout.sampling import Sampling
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
 
@@ -39,7 +42,7 @@ def test_scores_of_ragged_responses(mesh, make_model, rng):
   model, sft = make_model(1)
   _, ref = make_model(2)
   prompts, responses = ragged(rng, 5, 1, 9), ragged(rng, 5, 1, 12)
-  scores = score_responses(model, sft, ref, prompts, responses, mesh=mesh, batch_size=2)
+  scores = Scorer(model, mesh, 2).score(sft, Reference.of(ref), prompts, responses)
   for p, r, s in zip(prompts, responses, scores, strict=True):
     np.testing.assert_allclose(s.logp_sft, naive_logps(model, sft, p, r), atol=1e-4)
     np.testing.assert_allclose(s.logp_ref, naive_logps(model, ref, p, r), atol=1e-4)
@@ -54,20 +57,17 @@ def test_scores_of_ragged_responses(mesh, make_model, rng):
 def test_greedy_responses_do_not_depend_on_the_batch(mesh, make_model, rng):
   model, variables = make_model(3)
   prompts = ragged(rng, 19, 1, 9)  # a wave of 16 and one of 3.
-  how = dict(mesh=mesh, prompt_length=10, max_new_tokens=6, stop_ids=STOP)
-  how["sampling"] = Sampling(temperature=0)
-  seen = []
-  together = respond(
-      model, (variables,), prompts, jax.random.key(0), batch_size=4, on_batch=seen.append, **how
+  responder = Responder(model, mesh, 4, prompt_length=10, max_new_tokens=6, stop_ids=STOP)
+  greedy, seen = Sampling(temperature=0), []
+  together = responder.respond(
+      (variables,), prompts, jax.random.key(0), sampling=greedy, on_batch=seen.append
   )
   assert seen == [16, 3]
   for prompt, response in list(zip(prompts, together, strict=True))[::3]:
-    (alone,) = respond(model, (variables,), [prompt], jax.random.key(9), batch_size=4, **how)
+    (alone,) = responder.respond((variables,), [prompt], jax.random.key(9), sampling=greedy)
     np.testing.assert_array_equal(alone.tokens, response.tokens)
     assert alone.hit_eos == response.hit_eos == (response.tokens[-1] in STOP)
-    (logp,) = response_logps(
-        model, variables, [prompt], [response.tokens], mesh=mesh, batch_size=4
-    )
+    (logp,) = responder.scorer.logps(variables, [prompt], [response.tokens])
     assert response.logp == pytest.approx(logp.sum(), abs=1e-3)
 
 
@@ -87,11 +87,12 @@ def test_stop_strings_end_responses_and_are_cut_off(mesh, make_model, rng, sampl
   tokenizer, strings = byte_tokenizer(), ("a", "e", "1", " ", "\n", "\x00", "\x01", "\x02")
   model, variables = make_model(3, vocab_size=261)
   prompts = [rng.integers(0, 256, 5).astype(np.int32) for _ in range(6)]
-  how = dict(mesh=mesh, batch_size=4, prompt_length=10, max_new_tokens=60, stop_ids=(260,),
-             samples_per_prompt=samples)
-  free = respond(model, (variables,), prompts, jax.random.key(0), **how)
-  out = respond(model, (variables,), prompts, jax.random.key(0), stop_strings=strings,
-                tokenizer=tokenizer, **how)
+  plain = Responder(model, mesh, 4, 10, 60, (260,), tokenizer=tokenizer)
+  stopping = dataclasses.replace(plain, stop_strings=strings)
+  free, out = (
+      r.respond((variables,), prompts, jax.random.key(0), samples_per_prompt=samples)
+      for r in (plain, stopping)
+  )
   ended = 0
   for whole, response in zip(free, out, strict=True):
     text = response_text(tokenizer, whole.tokens, whole.hit_eos, (260,))
@@ -106,15 +107,16 @@ def test_stop_strings_end_responses_and_are_cut_off(mesh, make_model, rng, sampl
     ended += first is not None
   assert ended
   with pytest.raises(UserError, match="stop string '' is empty"):
-    respond(model, (variables,), prompts, jax.random.key(0), stop_strings=("a", ""),
-            tokenizer=tokenizer, **how)
+    dataclasses.replace(plain, stop_strings=("a", "")).respond(
+        (variables,), prompts, jax.random.key(0)
+    )
 
 
 def test_a_record_sums_to_the_log_ratio(mesh, make_model, rng):
   model, sft = make_model(1)
   _, ref = make_model(2)
   (prompt,), (response,) = ragged(rng, 1, 4, 5), ragged(rng, 1, 6, 7)
-  (scores,) = score_responses(model, sft, ref, [prompt], [response], mesh=mesh, batch_size=1)
+  (scores,) = Scorer(model, mesh, 1).score(sft, Reference.of(ref), [prompt], [response])
   record = score_record(byte_tokenizer(), response, scores)
   expected = sum(
       sign * naive_logps(model, v, prompt, response).sum() for sign, v in ((1, sft), (-1, ref))
@@ -126,13 +128,27 @@ def test_a_record_sums_to_the_log_ratio(mesh, make_model, rng):
 def test_samples_of_a_prompt_are_adjacent_and_differ(mesh, make_model, rng):
   model, variables = make_model(3)
   prompts = ragged(rng, 3, 1, 9)
-  out = respond(
-      model, (variables,), prompts, jax.random.key(0), mesh=mesh, batch_size=4, prompt_length=10,
-      max_new_tokens=6, stop_ids=STOP, samples_per_prompt=3,
-  )
+  responder = Responder(model, mesh, 4, prompt_length=10, max_new_tokens=6, stop_ids=STOP)
+  out = responder.respond((variables,), prompts, jax.random.key(0), samples_per_prompt=3)
   assert len(out) == 9 and len({tuple(r.tokens) for r in out}) > 3
   for i, response in enumerate(out):
-    (logp,) = response_logps(
-        model, variables, [prompts[i // 3]], [response.tokens], mesh=mesh, batch_size=4
-    )
+    (logp,) = responder.scorer.logps(variables, [prompts[i // 3]], [response.tokens])
     assert response.logp == pytest.approx(logp.sum(), abs=1e-3)
+
+
+def test_a_reference_of_several_models_scores_as_its_combination(mesh, make_model, rng):
+  (model, first), (_, second) = make_model(1), make_model(2)
+  prompts, responses = ragged(rng, 3, 1, 9), ragged(rng, 3, 1, 12)
+  scorer = Scorer(model, mesh, 2)
+  alone = [scorer.logps(v, prompts, responses) for v in (first, second)]
+  mean = scorer.reference_logps(Reference((first, second), "mean_logp"), prompts, responses)
+  mixture = scorer.reference_logps(Reference((first, second)), prompts, responses)
+  for a, b, x, y in zip(*alone, mean, mixture, strict=True):
+    np.testing.assert_allclose(x, (a + b) / 2, atol=1e-5)
+    np.testing.assert_allclose(y, np.log((np.exp(a) + np.exp(b)) / 2), atol=1e-5)
+
+
+def test_a_batch_that_does_not_split_over_the_mesh_is_refused(make_model):
+  mesh = jax.sharding.AbstractMesh((4, 1, 1), ("data", "fsdp", "tensor"))
+  with pytest.raises(ValueError, match="batch_size=6"):
+    Responder(make_model(1)[0], mesh, 6, prompt_length=10, max_new_tokens=6, stop_ids=STOP)

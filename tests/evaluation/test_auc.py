@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from dpr_jax.evals.auc import auc, auc_difference, auc_interval
+from dpr_jax.evaluation.auc import auc, auc_difference, auc_interval
 
 
 def naive(low, high):

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from dpr_jax import config, main, pipeline
-from dpr_jax.compilations import keep_compilations
+from dpr_jax.compilation_cache import keep_compilations
 from dpr_jax.errors import UserError
 
 

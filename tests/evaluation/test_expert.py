@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 from dpr_jax import sharding
-from dpr_jax.evals.expert import equal_length_logp, score_against_expert
+from dpr_jax.evaluation.expert import equal_length_logp, score_against_expert
+from dpr_jax.evaluation.scoring import Scorer
+from dpr_jax.evaluation.systems import System
+from dpr_jax.loading import LoadedModel
+from dpr_jax.models.logprobs import chunk_columns
 
 pytestmark = pytest.mark.usefixtures("light_compilation")
 
@@ -55,19 +59,29 @@ def _naive(logits_of, expert_of, prompt, response):
   return np.asarray(out).T
 
 
-@pytest.mark.parametrize("weights,temperature,chunk_size", [
+def _system(weights=(1.0,), temperature=1.0):
+  return System("s", "S", load=None, weights=weights, temperature=temperature)
+
+
+def _loaded(model, variables):
+  return LoadedModel(model, variables, None, (), "", {})
+
+
+@pytest.mark.parametrize("weights,temperature,columns", [
     ((1.0,), 1.0, 128), ((2.0, -1.0), 0.7, 5),
 ])
-def test_kls_equal_float64_numpy(make_model, mesh, rng, rows, weights, temperature, chunk_size):
+def test_kls_equal_float64_numpy(make_model, mesh, rng, rows, weights, temperature, columns):
   seeds = rng.integers(2**31, size=3).tolist()
   expert, theirs = make_model(seeds[0], num_layers=3, hidden_size=24)
-  models = [make_model(seed) for seed in seeds[1 : 1 + len(weights)]]
+  # Rows of two, and the logits of all members and of the expert at a time.
+  budget = 3 * 4 * columns * 2 * (len(weights) + 1) * V / 2**30
+  models = [make_model(seed, logits_budget=budget) for seed in seeds[1 : 1 + len(weights)]]
   model, members = models[0][0], [variables for _, variables in models]
+  assert chunk_columns(model.cfg, 2, len(weights) + 1) == columns
   seen = []
-  found = score_against_expert(
-      model, members, expert, theirs, *rows, weights=weights, temperature=temperature, mesh=mesh,
-      batch_size=2, chunk_size=chunk_size, on_batch=seen.append,
-  )
+  scorer = Scorer(model, mesh, 2, on_batch=seen.append)
+  system = _system(weights, temperature)
+  found = score_against_expert(scorer, system, members, _loaded(expert, theirs), *rows)
   assert sum(seen) == len(rows[0]) == len(found)
 
   def logits(row):
@@ -83,8 +97,8 @@ def test_kls_equal_float64_numpy(make_model, mesh, rng, rows, weights, temperatu
 
 def test_the_expert_is_no_distance_from_itself(make_model, mesh, rng, rows):
   model, variables = make_model(int(rng.integers(2**31)), num_layers=3)
-  how = {"mesh": mesh, "batch_size": 4}
-  for scores in score_against_expert(model, [variables], model, variables, *rows, **how):
+  scorer, expert = Scorer(model, mesh, 4), _loaded(model, variables)
+  for scores in score_against_expert(scorer, _system(), [variables], expert, *rows):
     np.testing.assert_allclose(scores.reverse_kl, 0.0, atol=1e-6)
     np.testing.assert_allclose(scores.forward_kl, 0.0, atol=1e-6)
     assert scores.expert_logp.max() < 0

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from dpr_jax.evals import statistics
-from dpr_jax.evals.statistics import compare, interval
+from dpr_jax.evaluation import statistics
+from dpr_jax.evaluation.statistics import compare, interval
 
 
 def table(rng, seeds, prompts, seed_sd=0.0, prompt_sd=0.0, shared=True):

@@ -10,8 +10,8 @@ import pytest
 from dpr_jax import cli, export, generate, score
 
 
-def call(door_module, *argv):
-  cli.run_door(door_module.main, [str(a) for a in argv])
+def call(module, *argv):
+  cli.run_entry_point(module.main, [str(a) for a in argv])
 
 
 def lines(path):
@@ -120,13 +120,13 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case, finished_run, prompts, tmp_path, capsys):
-  door_module, flags, expected = BAD[case]
+  module, flags, expected = BAD[case]
   given = {"--input": f"--input={prompts}", "--output": f"--output={tmp_path}/out.jsonl"}
   for flag in flags:
     flag = flag.replace("{run}", str(finished_run[0])).replace("{input}", str(prompts))
     given[flag.partition("=")[0]] = flag
   with pytest.raises(SystemExit) as exit_info:
-    call(door_module, *given.values())
+    call(module, *given.values())
   assert exit_info.value.code == 2
   error = capsys.readouterr().err.strip().splitlines()[-1]
   assert expected in error

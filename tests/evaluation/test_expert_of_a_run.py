@@ -1,4 +1,4 @@
-"""A student of a known expert: its stages, and its distance to the expert."""
+"""A student of a known expert: its stages, and the distance of its systems to the expert."""
 
 import dataclasses
 import json
@@ -9,13 +9,12 @@ import pytest
 
 from dpr_jax import export
 from dpr_jax.errors import UserError
-from dpr_jax.evals.results import EXPERT_FILE, build_results
-from dpr_jax.evals.systems import system_file
+from dpr_jax.evaluation.evaluate import evaluate
+from dpr_jax.evaluation.metrics import Expert
+from dpr_jax.evaluation.results import build_results
 from dpr_jax.loading import load_checkpoint
 from dpr_jax.models.layer_pruning import kept_layers
-from dpr_jax.stages.context import set_up
-from dpr_jax.stages.evaluate import evaluate_stage
-from dpr_jax.stages.expert import expert_stage
+from dpr_jax.run import set_up
 from dpr_jax.weights import save_pretrained
 from dpr_jax.workdir import Workdir, read_lines, write_lines
 
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("light_compilation")
 
 
 def _small(config):
-  config.dpr.steps = 0
+  config.compare = ()
   config.eval.num_prompts = config.eval.batch_size = config.data.holdout = 8
   config.eval.corrupted_tokens = config.eval.heatmaps = 0
 
@@ -35,8 +34,9 @@ def plain(train_sft):
 
 
 def _against(run, spec):
-  """The run with an expert."""
-  section = dataclasses.replace(run.config.eval, expert=str(spec))
+  """The run with an expert, and nothing else to measure."""
+  metrics = {"expert": Expert()}
+  section = dataclasses.replace(run.config.eval, expert=str(spec), metrics=metrics)
   return dataclasses.replace(run, config=dataclasses.replace(run.config, eval=section))
 
 
@@ -54,28 +54,29 @@ def test_base_is_at_no_distance_from_itself_and_at_some_from_another(plain, tmp_
       for mode in ("sampled", "greedy")
       for n, end in zip((1, 3, 5, 2, 4, 1, 2, 6), [plain.stop_ids[:1]] * 7 + [()])
   ]
-  write_lines(system_file(plain.workdir.samples, "base"), records)
-  params, path = plain.load("base")["params"], plain.workdir.samples / EXPERT_FILE
+  write_lines(plain.workdir.system_file("base"), records)
+  params, path = plain.initial_variables("float32")["params"], plain.workdir.measures_file
+
+  def measured(spec):
+    evaluate(_against(plain, spec), ["base"])
+    return json.loads(path.read_text())["values"]["base"]
+
   own = _folder(tmp_path / "own", plain, params)
   noise = jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(np.float32) / 2, params)
   other = _folder(tmp_path / "other", plain, noise)
-  expert_stage(_against(plain, ""), ["base"])
-  assert not path.exists()
-  expert_stage(_against(plain, other), ["base"])
-  far = json.loads(path.read_text())["base"]
+  assert measured("") == {}
+  far = measured(other)
   assert min(far["reverse_kl"] + far["forward_kl"]) > 0.1
   assert list(map(len, far["expert_logp"])) == [len(r["token_ids"]) for r in records[:8]]
-  expert_stage(_against(plain, own), ["base"])
-  assert json.loads(path.read_text())["base"] == far  # What is done is not done again.
+  assert measured(own) == far  # What is done is not done again.
   path.unlink()
-  expert_stage(_against(plain, own), ["base"])
-  near = json.loads(path.read_text())["base"]
+  near = measured(own)
   np.testing.assert_allclose(near["reverse_kl"] + near["forward_kl"], 0.0, atol=1e-5)
   assert len(near["reverse_kl"]) == len(near["forward_kl"]) == 8
 
 
 def test_an_expert_that_cannot_be_compared_is_refused_before_anything_is_written(plain, tmp_path):
-  params, tokens = plain.load("base")["params"], plain.tokenizer
+  params, tokens = plain.initial_variables("float32")["params"], plain.tokenizer
   right = _folder(tmp_path / "right", plain, params)
   short = _folder(tmp_path / "short", plain, params, max_length=16)
   other = _folder(tmp_path / "other", plain, params)
@@ -112,7 +113,7 @@ def expert(train_sft, tmp_path_factory):
 
   run = train_sft(change)
   folder = tmp_path_factory.mktemp("expert") / "hf"
-  save_pretrained(folder, run.model.cfg, run.load("sft")["params"], run.tokenizer)
+  save_pretrained(folder, run.model.cfg, run.sft()["params"], run.tokenizer)
   return run, folder
 
 
@@ -126,7 +127,7 @@ def student(expert, train_sft):
     config.model.lora.rank = 2
     _small(config)
     config.eval.expert = str(run.workdir.stage("sft"))
-    config.eval.controls = ("contrastive", "low_temperature")
+    config.compare = ("contrastive", "low_temperature")
 
   return train_sft(change)
 
@@ -135,14 +136,14 @@ def student(expert, train_sft):
 def test_the_student_has_rows_of_the_expert_and_is_a_checkpoint(expert, student, tmp_path):
   record = student.workdir.read_config()
   assert record["model"]["config"]["num_layers"] == 2
-  whole, ours = expert[0].load("sft")["params"], student.load("base")["params"]
+  whole, ours = expert[0].sft()["params"], student.initial_variables("float32")["params"]
   rows = list(kept_layers(3, 2))
   pick = lambda x: np.asarray(x)[rows]
   jax.tree.map(np.testing.assert_array_equal, ours["group_0"], jax.tree.map(pick, whole["group_0"]))
   np.testing.assert_array_equal(ours["embed"]["table"], whole["embed"]["table"])
   loaded = load_checkpoint(str(student.workdir.stage("sft")), student.mesh)
   assert loaded.model.cfg.num_layers == 2 and loaded.keep_layers == 2
-  jax.tree.map(np.testing.assert_array_equal, loaded.variables, student.load("sft"))
+  jax.tree.map(np.testing.assert_array_equal, loaded.variables, student.sft())
   with pytest.raises(UserError, match="--adapter: .* adapts 2 of the layers of .* without"):
     export.main([f"--model={student.workdir.stage('sft')}", f"--output={tmp_path}/a", "--adapter"])
   export.main([f"--model={student.workdir.stage('sft')}", f"--output={tmp_path}/hf"])
@@ -151,19 +152,18 @@ def test_the_student_has_rows_of_the_expert_and_is_a_checkpoint(expert, student,
 
 @pytest.mark.slow
 def test_every_system_is_measured_and_the_stage_goes_on(student):
-  evaluate_stage(student)
-  expert_stage(student, ["sft", "base"])
-  path = student.workdir.samples / EXPERT_FILE
+  evaluate(student, ["sft", "base"])
+  path = student.workdir.measures_file
   part = json.loads(path.read_text())
-  assert set(part) == {"sft", "base"}
-  part["sft"]["reverse_kl"][0] = 123.0  # What is done is not done again.
+  assert set(part["values"]) == {"sft", "base"}
+  part["values"]["sft"]["reverse_kl"][0] = 123.0  # What is done is not done again.
   path.write_text(json.dumps(part))
-  expert_stage(student)
-  found = json.loads(path.read_text())
+  evaluate(student)
+  found = json.loads(path.read_text())["values"]
   assert set(found) == {"base", "ref", "sft", "contrastive", "low_temperature"}
-  assert found["sft"] == part["sft"]
+  assert found["sft"] == part["values"]["sft"]
   for name, scores in found.items():
-    rows = read_lines(system_file(student.workdir.samples, name))
+    rows = read_lines(student.workdir.system_file(name))
     lengths = [r["length"] for r in rows if r["mode"] == "sampled"]
     assert [len(x) for x in scores["expert_logp"]] == lengths
     assert len(scores["forward_kl"]) == 8 and min(scores["forward_kl"]) > 0

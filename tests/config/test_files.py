@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpr_jax.config_args import other_config, parse_arg
+from dpr_jax.config.files import other_config, parse_arg
 from dpr_jax.errors import UserError
 
 
@@ -31,6 +31,11 @@ def test_a_wrong_argument_is_named(arg, named):
 
 
 def test_a_config_made_from_another(tmp_path):
-  (tmp_path / "base.py").write_text("def get_config(arg=''):\n  return {'arg': arg}\n")
-  here = tmp_path / "sweeps" / "one.py"
-  assert other_config(str(here), "../base.py", "debug") == {"arg": "debug"}
+  (tmp_path / "base.py").write_text(
+      "from dpr_jax.config import default_config\n\n"
+      "def get_config(arg=''):\n"
+      "  config = default_config()\n  config.data.demos = arg\n  return config\n"
+  )
+  here = str(tmp_path / "sweeps" / "one.py")
+  assert other_config(here, "../base.py", "debug").data.demos == "debug"
+  assert other_config(here, "../base.py").data.demos == ""
