@@ -129,7 +129,7 @@ def roll_out(shapes):
       )
       refilled = refill(policy, sft, ref, sharding.place(prompts, mesh), jax.random.key(7))
       make_batch = functools.partial(reinforce_batch, variance_baseline="position_mean")
-      batch, _ = jax.jit(lambda r: make_batch(r, beta=0.5))(rollout)
+      batch, _ = jax.jit(functools.partial(make_batch, beta=0.5))(rollout)
       step = make_train_step(make_reinforce_loss(model), optimizer, accumulation=2)
       state = TrainState.create(policy, optimizer, jax.random.key(1))
       losses = []
