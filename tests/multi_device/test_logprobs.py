@@ -8,10 +8,10 @@ def largest_shards(cases, budget):
   """(columns, bytes of the largest shard of their logits, the same of one column more) of each."""
   import jax
   import jax.numpy as jnp
-  from dpr_jax.models.embedding import logits_axes
 
   from dpr_jax import sharding
   from dpr_jax.models import ModelConfig
+  from dpr_jax.models.embedding import logits_axes
   from dpr_jax.models.logprobs import chunk_columns
 
   def largest(*shape):
