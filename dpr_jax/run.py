@@ -29,6 +29,7 @@ from dpr_jax.loading import (
 )
 from dpr_jax.models import Transformer
 from dpr_jax.models.attention import resolve_backend
+from dpr_jax.models.config import COMPUTATION
 from dpr_jax.models.layer_pruning import pruned_config
 from dpr_jax.references.base import Reference
 from dpr_jax.training.metrics import read_metrics
@@ -116,7 +117,7 @@ class Run:
       raise UserError(f"{spec} has another vocabulary than the run")
     ours, theirs = self.model.cfg, other.model.cfg
     for field in dataclasses.fields(ours):
-      if field.name in ("remat", "attention", "dtype", "lora", "logits_budget", "scan_layers"):
+      if field.name == "lora" or field.name in COMPUTATION:
         continue
       x, y = getattr(ours, field.name), getattr(theirs, field.name)
       if x != y:

@@ -18,6 +18,7 @@ from dpr_jax.config.sections import (
 )
 from dpr_jax.config.values import Config, build, get_path, to_config, to_json
 from dpr_jax.errors import UserError, naming
+from dpr_jax.models.config import COMPUTATION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ def default_config() -> Config:
   """All fields at their defaults, unlocked; a file of configs/ starts from it."""
   config = to_config(RunConfig())
   # Declared once, in the section above the shape; or decided where it is used.
-  for name in ("dtype", "remat", "attention", "lora", "scan_layers", "logits_budget"):
+  for name in (*COMPUTATION, "lora"):
     del config.model.shape[name]
   return config
 

@@ -10,6 +10,8 @@ from dpr_jax.models.lora import LoRA
 
 GLOBAL, LOCAL = "global", "local"
 ATTENTION = ("auto", "xla", "cudnn", "splash")
+# Fields of ModelConfig that say how it is computed, not what: a checkpoint and its reader may differ.
+COMPUTATION = ("dtype", "scan_layers", "remat", "attention", "logits_budget")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ class ModelConfig:
 
   lora: LoRA = LoRA()  # adapters beside the weights; rank 0 has none.
 
-  # How it is computed, not what: free to differ between a checkpoint and its reader.
+  # How it is computed, not what: see COMPUTATION.
   dtype: str = "float32"  # activations and matmuls; parameters keep their own dtype.
   scan_layers: bool = True  # False: every pattern is a group of its own; see models/unrolled.py.
   remat: str = "full"  # none | dots | full: what the backward pass recomputes in a layer.
