@@ -10,7 +10,7 @@ from dpr_jax.models.lora import LoRA
 
 GLOBAL, LOCAL = "global", "local"
 ATTENTION = ("auto", "xla", "cudnn", "splash")
-# Fields of ModelConfig that say how it is computed, not what: a checkpoint and its reader may differ.
+# Fields of ModelConfig that say how it is computed, not what; a checkpoint's reader may differ.
 COMPUTATION = ("dtype", "scan_layers", "remat", "attention", "logits_budget")
 
 
