@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -95,11 +96,16 @@ class Run:
 
   def sft(self) -> Any:
     """The last SFT parameters in the compute dtype; held until `release`."""
-    return self._hold("sft", lambda: self.checkpoint("sft", self.config.sft.steps, self.dtype))
+    return self.hold("sft", lambda: self.checkpoint("sft", self.config.sft.steps, self.dtype))
 
   def reference(self) -> Reference:
     """pi_ref in the compute dtype; held until `release`."""
-    return self._hold("ref", lambda: self.config.reference(self, self.dtype))
+
+    def load():
+      with naming("config.reference"):
+        return self.config.reference(self, self.dtype)
+
+    return self.hold("ref", load)
 
   def result(self, name: str) -> Any:
     """What the stage of a method has trained, in the compute dtype."""
@@ -130,7 +136,8 @@ class Run:
 
     fine_tune(self, name, rows, steps)
 
-  def _hold(self, name, load):
+  def hold(self, name: str, load: Callable[[], Any]) -> Any:
+    """What `load` gives, held under a name until `release`."""
     if name not in self._held:
       self._held[name] = load()
     return self._held[name]

@@ -1,6 +1,7 @@
 """The sections of a run's config: every field with its meaning, unit and bounds."""
 
 import dataclasses
+import re
 
 from dpr_jax.config.fields import setting, slot, slots
 from dpr_jax.models.config import ATTENTION, ModelConfig
@@ -216,6 +217,24 @@ class CheckpointSection:
   keep: int = setting(1, "number of latest checkpoints kept, beside the milestones", low=1)
 
 
+def parse_steps(text: str) -> tuple[int, int] | None:
+  """'3:5' -> (3, 5), both traced, counted from 1; '' -> None.
+
+  Raises:
+    ValueError: something else.
+  """
+  if not text:
+    return None
+  match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
+  if match is None:
+    raise ValueError(f"{text!r} must be FIRST:LAST, steps counted from 1; for example 3:5")
+  first, last = int(match[1]), int(match[2])
+  if not 1 <= first <= last:
+    raise ValueError(f"{text!r}: steps count from 1 and FIRST must not exceed LAST; for example "
+                     "3:5")
+  return first, last
+
+
 @dataclasses.dataclass(frozen=True)
 class LogSection:
   """What a run logs."""
@@ -226,6 +245,4 @@ class LogSection:
   profile_steps: str = setting("", "FIRST:LAST, the steps of each stage to profile; '': none")
 
   def __post_init__(self):
-    from dpr_jax.training.profiling import parse_steps
-
     parse_steps(self.profile_steps)

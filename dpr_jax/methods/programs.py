@@ -68,6 +68,9 @@ class Shapes:
   mesh: jax.sharding.Mesh
   stop_ids: tuple[int, ...] = (0,)  # Any stop id does: it is a constant of the program.
 
+  def __post_init__(self):
+    _ = self.key  # Made now: under a mesh of devices that do not exist it could not be.
+
   @functools.cached_property
   def key(self) -> jax.Array:
     return jax.random.key(self.config.seed)

@@ -13,8 +13,6 @@ KNOWN = {
     # The section config.model holds the shape of a model.
     ("dpr_jax.config.sections", "dpr_jax.models.config"),
     ("dpr_jax.config.sections", "dpr_jax.models.lora"),
-    # config.log checks profile_steps with the parser that the loop uses; it could own the parser.
-    ("dpr_jax.config.sections", "dpr_jax.training.profiling"),
 }
 _FILES_AND_PROCESSES = {"io", "json", "os", "pathlib", "pickle", "shutil", "subprocess", "tempfile"}
 

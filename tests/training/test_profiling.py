@@ -8,7 +8,8 @@ import pytest
 
 from dpr_jax import main as entry_point
 from dpr_jax.errors import UserError
-from dpr_jax.training.profiling import parse_steps, trace_steps
+from dpr_jax.config.sections import parse_steps
+from dpr_jax.training.profiling import trace_steps
 
 
 @pytest.mark.parametrize("text, steps", [("", None), ("3:5", (3, 5)), ("7:7", (7, 7))])
