@@ -23,7 +23,7 @@ def get_config(arg: str = ""):
   config.data.corrupt = 0.2
   config.data.prompt_length = 24  # The longest prompt of these tasks has 22 tokens,
   config.budget.max_new_tokens = config.eval.max_new_tokens = 12  # and the longest answer 7.
-  config.sft.steps, config.sft.milestones = 400, (0.1, 0.5)
+  config.sft.steps = 400
   config.sft.optimizer.learning_rate = 3e-3
   config.reference = Midrun(fraction=0.1)
   config.budget.steps = 60

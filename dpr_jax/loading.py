@@ -12,14 +12,13 @@ from typing import Any
 
 import jax
 
-from dpr_jax.config.sections import ModelSection
+from dpr_jax.config.sections import ModelSection, SFTSection
 from dpr_jax.config.values import build
 from dpr_jax.errors import UserError, naming
 from dpr_jax.models import ModelConfig, Transformer
 from dpr_jax.models.layer_pruning import pruned_params
 from dpr_jax.models.lora import LoRA, split_trainable
 from dpr_jax.models.variables import abstract_variables, cast, random_adapter, random_variables
-from dpr_jax.references.base import Milestones
 from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.workdir import Workdir
 
@@ -114,7 +113,6 @@ def stage_step(path: pathlib.Path, fraction: str, record: Mapping[str, Any]) -> 
     raise UserError(f"{path}: no finished checkpoint yet")
   if fraction in ("", "ema"):
     return steps[-1]
-  section = record["config"]["sft"]
   try:
     value = float(fraction)
   except ValueError:
@@ -122,12 +120,11 @@ def stage_step(path: pathlib.Path, fraction: str, record: Mapping[str, Any]) -> 
                     "ema") from None
   if path.name != "sft":
     raise UserError(f"{path}@{fraction}: only the sft stage keeps milestones")
-  milestones = Milestones(section["milestones"], section["steps"])
+  section = build(SFTSection, record["config"]["sft"], "sft.")
   with naming(f"{path}@{fraction}"):
-    step = milestones.step(value)
+    step = section.milestone_step(value)
   if step not in steps:
-    kept = milestones.by_fraction()
-    there = [f for f, s in kept.items() if s in steps]
+    there = [f for f, s in section.milestone_steps().items() if s in steps]
     raise UserError(f"{path}@{fraction}: no checkpoint there yet; finished fractions: {there}")
   return step
 

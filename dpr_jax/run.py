@@ -1,11 +1,12 @@
 """One seed of a run: what everything in it shares, its set-up, and the checks of its input."""
 
+import collections
 import dataclasses
 import functools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import tqdm
 
 from dpr_jax import config as config_lib
 from dpr_jax import sharding, weights
-from dpr_jax.config.fields import kind_class
+from dpr_jax.config.fields import kind_class, title_of
 from dpr_jax.data.dataset import Dataset, build_dataset
 from dpr_jax.data.templates import stop_ids
 from dpr_jax.errors import UserError, naming
@@ -28,6 +29,7 @@ from dpr_jax.loading import (
     root_key,
     stage_variables,
 )
+from dpr_jax.methods.base import Method
 from dpr_jax.models import Transformer
 from dpr_jax.models.attention import resolve_backend
 from dpr_jax.models.config import COMPUTATION
@@ -279,6 +281,13 @@ def absolute(path: str) -> str:
   return os.path.abspath(path) if path else ""
 
 
+def labels_of(methods: Mapping[str, Method]) -> dict[str, str]:
+  """How tables call the methods: by label, else by title, with the name where titles are equal."""
+  titles = {name: method.label or title_of(method) for name, method in methods.items()}
+  shared = {title for title, n in collections.Counter(titles.values()).items() if n > 1}
+  return {n: f"{title} ({n})" if title in shared else title for n, title in titles.items()}
+
+
 def describe(config: config_lib.RunConfig) -> dict[str, Any]:
   """What results and report say of the config's values, so that they need no code of a user."""
   compared = config.compared()
@@ -287,7 +296,7 @@ def describe(config: config_lib.RunConfig) -> dict[str, Any]:
   return {
       "reference": config.reference.describe(),
       "always": {"base": "Base model", "ref": "Reference", "sft": "SFT"},
-      "labels": {name: m.label_of(name) for name, m in compared.items()},
+      "labels": labels_of(compared),
       "subjects": [name for name in config.compare if name in subjects],
       "own_budget": {name: text for name, text in own.items() if text},
   }

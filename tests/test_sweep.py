@@ -229,7 +229,7 @@ class Noted(TrainedMethod):
     MADE.append((folder, name, self.level))
 
   def system(self, run, name):
-    return System(name, name, load=lambda: (run.sft(),), modes=("sampled",))
+    return System(name, load=lambda: (run.sft(),), modes=("sampled",))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from dpr_jax.config.sections import (
     SweepSection,
 )
 from dpr_jax.config.values import Config, build, get_path, to_config, to_json
-from dpr_jax.errors import UserError, naming
+from dpr_jax.errors import UserError
 from dpr_jax.models.config import COMPUTATION
 
 
@@ -99,10 +99,6 @@ def resolve(config: Config | Mapping[str, Any]) -> RunConfig:
 
 def _check_sections(run: RunConfig) -> None:
   """Fields of different sections that contradict each other."""
-  from dpr_jax.references.base import sft_milestones
-
-  with naming("config.sft"):
-    sft_milestones(run).by_fraction()
   if run.model.keep_layers and not run.model.pretrained:
     raise UserError(f"config.model.keep_layers={run.model.keep_layers} chooses among layers of "
                     "config.model.pretrained; set config.model.shape.num_layers of a random model")

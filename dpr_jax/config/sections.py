@@ -125,6 +125,29 @@ class SFTSection:
 
   def __post_init__(self):
     check_accumulation(self.batch_size, self.accumulation)
+    for fraction, step in self.milestone_steps().items():
+      if not 0 < fraction <= 1 or step < 1:
+        raise ValueError(
+            f"milestones: {fraction} of {self.steps} steps is step {step}; fractions lie in (0, 1] "
+            "and reach step 1 at least"
+        )
+
+  def milestone_steps(self) -> dict[float, int]:
+    """Fraction -> step at which its checkpoint is kept, ascending. The end is always kept."""
+    return {f: round(f * self.steps) for f in sorted({*self.milestones, 1.0})}
+
+  def milestone_step(self, fraction: float, name: str = "fraction") -> int:
+    """The step of one of the milestones.
+
+    Raises:
+      ValueError: none is kept there.
+    """
+    kept = self.milestone_steps()
+    for known, step in kept.items():
+      if abs(known - fraction) < 1e-9:
+        return step
+    raise ValueError(f"{name}={fraction} is not among the kept milestones {list(kept)}; add it to "
+                     "sft.milestones")
 
 
 @dataclasses.dataclass(frozen=True)

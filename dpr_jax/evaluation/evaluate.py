@@ -34,10 +34,10 @@ def systems_of(run: Any) -> list[System]:
   """base, ref, sft and what the run compares, in the order of tables."""
   refs = run.config.reference.num_members
   return [
-      System("base", "Base model", load=lambda: (run.initial_variables(run.dtype),)),
+      System("base", load=lambda: (run.initial_variables(run.dtype),)),
       # Of several models, the geometric mean answers.
-      System("ref", "Reference", lambda: run.reference().members, weights=(1.0 / refs,) * refs),
-      System("sft", "SFT", load=lambda: (run.sft(),)),
+      System("ref", load=lambda: run.reference().members, weights=(1.0 / refs,) * refs),
+      System("sft", load=lambda: (run.sft(),)),
       *(method.system(run, name) for name, method in run.config.compared().items()),
   ]
 

@@ -18,7 +18,6 @@ class System:
   """How a system answers: logits = sum_i weights[i] * logits of the i-th of `load()`."""
 
   name: str
-  label: str
   load: Callable[[], tuple[Any, ...]]  # variables of its models, in the compute dtype.
   weights: tuple[float, ...] = (1.0,)
   temperature: float = 1.0  # of the sampled mode.

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import jax
 
 from dpr_jax import sharding
-from dpr_jax.config.fields import Value, overlay, setting, title_of
+from dpr_jax.config.fields import Value, overlay, setting
 from dpr_jax.config.sections import Budget, OptimizerChanges
 from dpr_jax.evaluation.systems import System
 from dpr_jax.methods.programs import Program, Shapes
@@ -22,19 +22,11 @@ from dpr_jax.training.loop import Stage, Training, run_stage
 class Method(Value):
   """A way to answer; one that needs no training derives from this class directly."""
 
-  label: str = setting("", "label in tables and plots; '' is made of the kind and the name")
+  label: str = setting("", "label in tables and plots; '' is made of its kind")
 
   trained: ClassVar[bool] = False
   subject: ClassVar[bool] = False  # learns from the reward: compared with every other system.
   reads_reference: ClassVar[bool] = False
-
-  def label_of(self, name: str) -> str:
-    """How tables call the system `name`."""
-    if self.label:
-      return self.label
-    title, cls = title_of(self), type(self)
-    own = vars(cls).get("kind") or cls.__name__.lower()  # Focal is called focal.
-    return title if name == own else f"{title} ({name})"
 
   def refers(self) -> tuple[str, ...]:
     """Names of other methods of the config whose settings this one reads."""
@@ -109,7 +101,7 @@ class TrainedMethod(Method):
     train_stage(run, name, self.budget(run.config).steps, lambda: self.build(run, name))
 
   def system(self, run, name):
-    return System(name, self.label_of(name), load=lambda: (run.result(name),))
+    return System(name, load=lambda: (run.result(name),))
 
 
 def train_stage(

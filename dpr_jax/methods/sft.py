@@ -10,7 +10,6 @@ from dpr_jax.losses import make_sft_loss
 from dpr_jax.methods.base import make_training, row_batch, train_stage
 from dpr_jax.methods.programs import Program, Shapes, TrainWork
 from dpr_jax.models import Transformer
-from dpr_jax.references.base import sft_milestones
 from dpr_jax.training import make_train_step
 from dpr_jax.training.optimizer import make_optimizer
 from dpr_jax.training.steps import TrainStep
@@ -49,7 +48,7 @@ def fine_tune(
 def sft_stage(run: Any) -> None:
   """The stage `sft` of a run."""
   config = run.config
-  kept = tuple(sft_milestones(config).by_fraction().values())
+  kept = tuple(config.sft.milestone_steps().values())
   fine_tune(run, "sft", run.data.rows, config.sft.steps, kept, config.reference.ema_decay)
 
 

@@ -17,8 +17,9 @@ class LowTemperature(Method):
 
   def system(self, run, name):
     # Its greedy mode would be that of sft.
-    return System(name, self.label_of(name), load=lambda: (run.sft(),),
-                  temperature=self.temperature, modes=("sampled",))
+    return System(
+        name, load=lambda: (run.sft(),), temperature=self.temperature, modes=("sampled",)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class Contrastive(Extrapolation):
   def system(self, run, name):
     alpha, refs = self.alpha(run), run.config.reference.num_members
     return System(
-        name, self.label_of(name), load=lambda: (run.sft(), *run.reference().members),
+        name, load=lambda: (run.sft(), *run.reference().members),
         weights=(1.0 + alpha, *[-alpha / refs] * refs),
     )
 
@@ -85,7 +86,7 @@ class WeightExtrapolation(Extrapolation):
       ref = mean(run.config.reference(run, "float32").members)
       return (cast(extrapolate(run.sft_float32(), ref, self.alpha(run)), run.dtype),)
 
-    return System(name, self.label_of(name), load=load)
+    return System(name, load=load)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ class Resampled(Extrapolation):
     from dpr_jax.evaluation.resampling import ResampledSystem
 
     return ResampledSystem(
-        name, self.label_of(name), load=lambda: (run.sft(),), modes=("sampled",),
+        name, load=lambda: (run.sft(),), modes=("sampled",),
         reference=run.reference, candidates=self.candidates, alpha=self.alpha(run),
     )
 

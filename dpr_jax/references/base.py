@@ -1,8 +1,7 @@
 """A reference policy as one pytree, and what a kind of reference is."""
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -83,46 +82,3 @@ class ReferenceKind(Value):
   def describe(self) -> str:
     """For the report, as in "ref at 50% of SFT"."""
     raise NotImplementedError
-
-
-@dataclasses.dataclass(frozen=True)
-class Milestones:
-  """Checkpoints of the SFT run by the fraction of its steps."""
-
-  fractions: Sequence[float]
-  steps: int  # of the whole run.
-
-  def by_fraction(self) -> dict[float, int]:
-    """Fraction -> step at which its checkpoint is kept. The end is always kept.
-
-    Raises:
-      ValueError: a fraction outside of (0, 1], or so small that it falls on step 0.
-    """
-    out = {}
-    for fraction in sorted({*self.fractions, 1.0}):
-      step = round(fraction * self.steps)
-      if not 0 < fraction <= 1 or step < 1:
-        raise ValueError(
-            f"milestones: {fraction} of {self.steps} steps is step {step}; fractions lie in (0, 1] "
-            "and reach step 1 at least"
-        )
-      out[fraction] = step
-    return out
-
-  def step(self, fraction: float, name: str = "fraction") -> int:
-    """The step of one of the milestones.
-
-    Raises:
-      ValueError: none was kept there.
-    """
-    kept = self.by_fraction()
-    for known, step in kept.items():
-      if abs(known - fraction) < 1e-9:
-        return step
-    raise ValueError(f"{name}={fraction} is not among the kept milestones {sorted(kept)}; add it "
-                     "to milestones of SFT")
-
-
-def sft_milestones(config: Any) -> Milestones:
-  """Those of a `RunConfig`."""
-  return Milestones(config.sft.milestones, config.sft.steps)

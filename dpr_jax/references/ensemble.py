@@ -3,7 +3,7 @@
 import dataclasses
 
 from dpr_jax.config.fields import setting
-from dpr_jax.references.base import COMBINE, Reference, ReferenceKind, sft_milestones
+from dpr_jax.references.base import COMBINE, Reference, ReferenceKind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,8 +21,8 @@ class Ensemble(ReferenceKind):
       raise ValueError(f"fractions={self.fractions}: an ensemble needs at least two")
 
   def _steps(self, config):
-    milestones = sft_milestones(config)
-    return [milestones.step(f, f"fractions[{i}]") for i, f in enumerate(self.fractions)]
+    step = config.sft.milestone_step
+    return [step(f, f"fractions[{i}]") for i, f in enumerate(self.fractions)]
 
   def check(self, config):
     self._steps(config)

@@ -3,7 +3,7 @@
 import dataclasses
 
 from dpr_jax.config.fields import setting
-from dpr_jax.references.base import Reference, ReferenceKind, sft_milestones
+from dpr_jax.references.base import Reference, ReferenceKind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,10 +14,10 @@ class Midrun(ReferenceKind):
   fraction: float = setting(0.5, "fraction of the SFT steps, among sft.milestones")
 
   def check(self, config):
-    sft_milestones(config).step(self.fraction)
+    config.sft.milestone_step(self.fraction)
 
   def __call__(self, run, dtype):
-    step = sft_milestones(run.config).step(self.fraction)
+    step = run.config.sft.milestone_step(self.fraction)
     return Reference((run.checkpoint("sft", step, dtype),))
 
   def describe(self):

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 from dpr_jax.config.fields import setting
-from dpr_jax.references.base import ReferenceKind, sft_milestones
+from dpr_jax.references.base import ReferenceKind
 from dpr_jax.references.midrun import Midrun
 
 CRITERIA = {"validation": "auc", "snr": "snr"}
@@ -32,7 +32,7 @@ class Selected(ReferenceKind):
       raise ValueError("is measured on eval.reference_prompts, which must be at least 1")
 
   def _fractions(self, config):
-    kept = sft_milestones(config).by_fraction()
+    kept = config.sft.milestone_steps()
     return [f for f, step in kept.items() if step != config.sft.steps]
 
   def candidates(self, run):

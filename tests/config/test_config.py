@@ -12,6 +12,7 @@ from dpr_jax.config.fields import kind_of, kinds
 from dpr_jax.config.values import hints, optional
 from dpr_jax.errors import UserError
 from dpr_jax.main import parse
+from dpr_jax.run import labels_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted(
@@ -302,8 +303,7 @@ def test_two_methods_of_a_kind_have_budgets_of_their_own():
       shared, batch_size=32, optimizer=dataclasses.replace(shared.optimizer, b1=0.5)
   )
   assert run.methods["slow"].own_budget() == "steps 7, learning_rate 1e-05, schedule constant"
-  assert run.methods["slow"].label_of("slow") == "DPR (slow)"
-  assert run.methods["fast"].label_of("fast") == "Fast"
+  assert labels_of(run.compared()) == {"slow": "DPR", "fast": "Fast"}
 
 
 # --- To JSON and back ----------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def test_a_users_values_round_trip_and_are_described(user):
   assert config_lib.resolve(record) == run and run.methods["halved"].factor == 0.25
   found = describe(run)
   assert found["reference"] == "ref where it began"
-  assert found["labels"] == {"halved": "Halved SFT (halved)", "dpr": "DPR"}
+  assert found["labels"] == {"halved": "Halved SFT", "dpr": "DPR"}
   assert found["subjects"] == ["dpr"] and found["own_budget"] == {"halved": "steps 3"}
 
 

@@ -13,6 +13,7 @@ KNOWN = {
     # The section config.model holds the shape of a model.
     ("dpr_jax.config.sections", "dpr_jax.models.config"),
     ("dpr_jax.config.sections", "dpr_jax.models.lora"),
+    ("dpr_jax.config.run_config", "dpr_jax.models.config"),
 }
 _FILES_AND_PROCESSES = {"io", "json", "os", "pathlib", "pickle", "shutil", "subprocess", "tempfile"}
 

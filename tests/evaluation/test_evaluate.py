@@ -160,7 +160,7 @@ def test_the_members_of_the_last_system_are_held():
   loads = []
 
   def system(name):
-    return System(name, name, load=lambda: loads.append(name) or (object(),))
+    return System(name, load=lambda: loads.append(name) or (object(),))
 
   a, b = system("a"), system("b")
   evaluation = Evaluation(run=None)

@@ -60,7 +60,7 @@ def _naive(logits_of, expert_of, prompt, response):
 
 
 def _system(weights=(1.0,), temperature=1.0):
-  return System("s", "S", load=None, weights=weights, temperature=temperature)
+  return System("s", load=None, weights=weights, temperature=temperature)
 
 
 def _loaded(model, variables):

@@ -62,7 +62,7 @@ def test_the_system_answers_with_one_of_its_candidates(mesh, make_model, rng):
 
   def answers(alpha, candidates):
     system = ResampledSystem(
-        "r", "R", load=lambda: (sft,), modes=("sampled",), reference=lambda: Reference.of(ref),
+        "r", load=lambda: (sft,), modes=("sampled",), reference=lambda: Reference.of(ref),
         candidates=candidates, alpha=alpha,
     )
     assert not system.single and not system.is_distribution and not system.on_frontier
@@ -79,7 +79,7 @@ def test_the_system_answers_with_one_of_its_candidates(mesh, make_model, rng):
     log_ratio = [a.sum() - b.sum() for a, b in zip(log_p, log_q)]
     assert log_ratio[0] >= log_ratio[1] - 1e-5
   with pytest.raises(ValueError, match="one response per prompt"):
-    ResampledSystem("r", "R", load=None).respond(
+    ResampledSystem("r", load=None).respond(
         (sft,), responder, prompts, jax.random.key(3), temperature=1.0, seed=5,
         samples_per_prompt=2,
     )

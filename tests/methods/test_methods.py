@@ -14,6 +14,7 @@ from dpr_jax.losses import make_sft_loss
 from dpr_jax.methods import DPR, DemoMethod
 from dpr_jax.methods.programs import RolloutWork, Shapes, TrainWork
 from dpr_jax.methods.sft import sft_programs
+from dpr_jax.run import labels_of
 from dpr_jax.training.steps import TrainStep
 
 pytestmark = pytest.mark.usefixtures("light_compilation")
@@ -138,6 +139,7 @@ def test_a_budget_of_its_own_is_told_and_the_rest_is_shared():
 
 
 def test_names_and_labels_are_told_apart():
-  labels = [method.label_of(name) for name, method in METHODS.items()]
-  assert len(set(labels)) == len(labels) and all(labels)
-  assert Mine().label_of("a") == "Mine (a)" and Mine(label="B").label_of("a") == "B"
+  labels = labels_of(METHODS).values()
+  assert len(set(labels)) == len(METHODS) and all(labels)
+  found = labels_of({"a": Mine(), "b": Mine(), "c": Mine(label="C"), "dpr": DPR()})
+  assert found == {"a": "Mine (a)", "b": "Mine (b)", "c": "C", "dpr": "DPR"}

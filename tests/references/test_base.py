@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax.core import freeze
 
-from dpr_jax.references import Milestones, Reference, combine_logps
+from dpr_jax.config import SFTSection
+from dpr_jax.references import Reference, combine_logps
 from dpr_jax.references.base import COMBINE
 
 
@@ -60,18 +61,19 @@ def test_variables_are_a_reference_of_one_member():
 
 
 def test_milestones_are_steps_of_the_run_and_the_end_is_kept():
-  assert Milestones((0.5, 0.25), 10).by_fraction() == {0.25: 2, 0.5: 5, 1.0: 10}
-  assert Milestones((), 7).by_fraction() == {1.0: 7}
-  assert Milestones((0.25, 0.5), 10).step(0.5) == 5
-  assert Milestones((), 7).step(1.0) == 7
+  sft = lambda milestones, steps: SFTSection(milestones=milestones, steps=steps)
+  assert sft((0.5, 0.25), 10).milestone_steps() == {0.25: 2, 0.5: 5, 1.0: 10}
+  assert sft((), 7).milestone_steps() == {1.0: 7}
+  assert sft((0.25, 0.5), 10).milestone_step(0.5) == 5
+  assert sft((), 7).milestone_step(1.0) == 7
 
 
 @pytest.mark.parametrize("fraction,steps", [(0.0, 10), (-0.5, 10), (1.5, 10), (0.01, 10)])
 def test_fractions_outside_of_the_run_are_refused(fraction, steps):
   with pytest.raises(ValueError, match=f"^milestones: {fraction} of {steps} steps"):
-    Milestones((fraction,), steps).by_fraction()
+    SFTSection(milestones=(fraction,), steps=steps)
 
 
 def test_a_milestone_that_was_not_kept_is_refused():
-  with pytest.raises(ValueError, match=r"^fraction=0.4 .*0.25.*milestones of SFT"):
-    Milestones((0.25,), 100).step(0.4)
+  with pytest.raises(ValueError, match=r"^fraction=0.4 .*0.25.*sft.milestones"):
+    SFTSection(milestones=(0.25,), steps=100).milestone_step(0.4)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from dpr_jax import main as entry_point
-from dpr_jax.errors import UserError
 from dpr_jax.config.sections import parse_steps
+from dpr_jax.errors import UserError
 from dpr_jax.training.profiling import trace_steps
 
 
