@@ -182,7 +182,7 @@ class BenchmarkRun:
         raise UserError(f"{demo.source}: a prompt of {len(prompt)} tokens and {what} exceed the "
                         f"{limit} that the model was made for")
     if self.stop_strings:
-      self._responder.stops  # Made here, where nothing is written yet.
+      _ = self._responder.stops  # Made here, where nothing is written yet.
 
   def fingerprint(self) -> str:
     """Of all that is asked and of the answers that are expected, as the model sees them."""
