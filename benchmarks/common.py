@@ -6,7 +6,6 @@ A script has `flags()`, a `Workload` and a `main`; see `benchmarks.rounds` for h
 import argparse
 import dataclasses
 import os
-import runpy
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,14 +16,22 @@ import jax
 from benchmarks import protocol
 from dpr_jax import config as config_lib
 from dpr_jax import sharding
+from dpr_jax.config.files import load_config
 from dpr_jax.errors import UserError
 from dpr_jax.loading import compute_dtype
 from dpr_jax.models import ModelConfig, Transformer
-from dpr_jax.models.logprobs import chunk_size_for
 from dpr_jax.models.lora import LoRA
 from dpr_jax.models.variables import cast, random_adapter, random_variables
 
 # --- Flags ----------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+  """argparse type: an integer of at least 1."""
+  value = int(text)
+  if value < 1:
+    raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+  return value
 
 
 def parser(description: str, peers: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -39,9 +46,8 @@ def parser(description: str, peers: Sequence[str] = ()) -> argparse.ArgumentPars
   out.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                    help="compute dtype; auto: bfloat16 on TPU and GPU, float32 on CPU")
   out.add_argument("--remat", choices=("none", "dots", "full"), default="none")
-  out.add_argument("--chunk_size", type=int, default=0,
-                   help="columns whose logits live at a time; 0 fills --logits_budget")
-  out.add_argument("--logits_budget", type=float, default=0.25, help="GiB a device")
+  out.add_argument("--logits_budget", type=float, default=0.25,
+                   help="GiB per device for the logits that live at a time")
   out.add_argument("--lora_rank", type=int, default=0, help="0 trains all parameters")
   out.add_argument("--mesh", default="1,-1,1", help="data,fsdp,tensor; one may be -1, the rest")
   out.add_argument("--seed", type=int, default=0)
@@ -103,10 +109,7 @@ def make_mesh(args: argparse.Namespace) -> jax.sharding.Mesh:
 
 def config_shape(path: str, vocab_size: int) -> ModelConfig:
   """config.model.shape of configs/NAME.py or configs/NAME.py:arg."""
-  file, _, arg = path.partition(":")
-  if not os.path.isfile(file):
-    raise UserError(f"--config={path}: no such file; expected one such as configs/smoke.py")
-  section = config_lib.resolve(runpy.run_path(file)["get_config"](arg)).model
+  section = config_lib.resolve(load_config(path)).model
   size = vocab_size or section.shape.vocab_size or 272
   return dataclasses.replace(section.shape, vocab_size=size)
 
@@ -116,7 +119,8 @@ def load_model(
 ) -> tuple[Transformer, dict[str, Any]]:
   """(model, variables). What is trained is float32, what is not has the compute dtype."""
   dtype = compute_dtype(args.dtype)
-  how = {"dtype": dtype, "remat": args.remat, "lora": LoRA(rank=args.lora_rank)}
+  how = {"dtype": dtype, "remat": args.remat, "lora": LoRA(rank=args.lora_rank),
+         "logits_budget": args.logits_budget}
   base_dtype = "float32" if training and not args.lora_rank else dtype
   rng = jax.random.key(args.seed)
   if args.model:
@@ -138,11 +142,6 @@ def load_model(
     adapter = random_adapter(cfg, mesh, rng)
     variables["lora"] = adapter if training or dtype == "float32" else cast(adapter, dtype)
   return Transformer(cfg), variables
-
-
-def chunk_size(args: argparse.Namespace, cfg: ModelConfig, rows: int, mesh) -> int:
-  budget = int(args.logits_budget * 2**30)
-  return args.chunk_size or chunk_size_for(rows, cfg.vocab_size, budget, mesh)
 
 
 def check_length(cfg: ModelConfig, length: int) -> None:

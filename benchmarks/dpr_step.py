@@ -1,4 +1,4 @@
-"""One step of Dense-Path REINFORCE: sample, score under sft and ref, weigh, update.
+"""One step of Dense-Path REINFORCE: sample, score under sft and ref, compute advantages, update.
 
     python -m benchmarks.dpr_step --batch=16 --prompt=64 --new=64 --samples=4 --slots=8 --skew=16
 
@@ -17,6 +17,7 @@ that of the step.
 """
 
 import dataclasses
+import functools
 import sys
 
 import jax
@@ -30,16 +31,20 @@ from dpr_jax.data.batches import PromptBatch
 from dpr_jax.errors import UserError
 from dpr_jax.losses import make_reinforce_loss
 from dpr_jax.losses.reinforce import reinforce_batch
+from dpr_jax.models import Transformer
+from dpr_jax.models.logprobs import chunk_columns
 from dpr_jax.models.lora import split_trainable
 from dpr_jax.models.variables import cast
+from dpr_jax.references.base import Reference
+from dpr_jax.rewards.control import KLControl
 from dpr_jax.rollout import make_rollout_step
 from dpr_jax.rollout.sampler import generate
 from dpr_jax.rollout.scoring import score_response
-from dpr_jax.training import TrainState, make_train_step
-from dpr_jax.training.dpr_step import make_dpr_step
+from dpr_jax.training import make_train_step
+from dpr_jax.training.dpr_step import DPRStep
 from dpr_jax.training.optimizer import make_optimizer
 
-ADVANTAGES = {"beta": 1.0, "baseline": "position_mean"}
+advantages = functools.partial(reinforce_batch, variance_baseline="position_mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Tricks:
   slots: int
   samples: int
   rescore: bool = False
-  chunk_size: int = 0  # 0: what fills the budget.
+  chunks: bool = True  # of logits, as --logits_budget has it.
 
 
 def moved(variables, factor):
@@ -75,7 +80,9 @@ class Workload(common.Workload):
     del variables
     self.sft = {**frozen, **cast(trainable, cfg.dtype)}
     self.ref = {**frozen, **moved(cast(trainable, cfg.dtype), 1.01)}
-    self.state = TrainState.create(trainable, self.optimizer, jax.random.key(args.seed), frozen)
+    # Without a control to carry: the state that the train step and all whole steps take.
+    step = make_train_step(make_reinforce_loss(self.model), self.optimizer)
+    self.state = step.init(trainable, jax.random.key(args.seed), frozen)
     del trainable
     shape = (args.batch // args.samples, args.prompt)
     tokens = np.random.default_rng(args.seed + 1).integers(0, cfg.vocab_size, shape, dtype=np.int32)
@@ -84,7 +91,6 @@ class Workload(common.Workload):
     self.own = sharding.place(
         jax.tree.map(lambda x: np.repeat(x, args.samples, axis=0), few), self.mesh
     )
-    self.chunk = common.chunk_size(args, cfg, args.batch, self.mesh)
     self.key = jax.random.key(args.seed + 2)
     self.first_key = jax.random.fold_in(self.key, 0)  # That of step 0.
     tricks = Tricks(args.slots, args.samples)
@@ -96,7 +102,7 @@ class Workload(common.Workload):
           "no_refill": {"slots": 0},
           "own_prefill": {"samples": 1},
           "rescored": {"rescore": True},
-          "no_chunks": {"chunk_size": args.new},
+          "no_chunks": {"chunks": False},
       }.items():
         changed = dataclasses.replace(tricks, **changes)
         if changed != tricks:
@@ -108,7 +114,8 @@ class Workload(common.Workload):
     return {
         "model": common.model_facts(args, cfg),
         "shape": {name: getattr(args, name) for name in (
-            "batch", "prompt", "new", "samples", "slots", "skew")} | {"chunk_size": self.chunk},
+            "batch", "prompt", "new", "samples", "slots", "skew")}
+        | {"chunk_columns": chunk_columns(cfg, args.batch)},
         "dtype": cfg.dtype,
         "tokens": args.batch * args.new,  # At most; the report has those that were sampled.
         "prefill_flops": counts.forward_flops(cfg, args.batch // args.samples, args.prompt, 1),
@@ -122,18 +129,19 @@ class Workload(common.Workload):
 
   def step(self, name, tricks):
     """A variant: a whole step; they take turns with one state."""
-    chunk = tricks.chunk_size or self.chunk
+    model = self.model
+    if not tricks.chunks:
+      model = Transformer(dataclasses.replace(model.cfg, logits_budget=1e6))
     rollout_step = make_rollout_step(
-        self.model, max_new_tokens=self.args.new, stop_ids=self.stops, chunk_size=chunk,
+        model, max_new_tokens=self.args.new, stop_ids=self.stops,
         samples_per_prompt=tricks.samples, slots=tricks.slots, rescore=tricks.rescore,
     )
-    loss_fn = make_reinforce_loss(self.model, chunk_size=chunk)
-    train_step = make_train_step(loss_fn, self.optimizer)
+    train_step = make_train_step(make_reinforce_loss(model), self.optimizer)
     prompts = self.few if tricks.samples > 1 else self.own
     if name == "main":
       self.main_parts = rollout_step, train_step, prompts
-    dpr_step = make_dpr_step(
-        rollout_step, train_step, sft=self.sft, ref=self.ref, rng=self.key, **ADVANTAGES
+    dpr_step = DPRStep(
+        rollout_step, train_step, advantages, KLControl(beta=1.0), self.sft, self.ref, self.key
     )
 
     def call():
@@ -167,9 +175,9 @@ class Workload(common.Workload):
   def score(self):
     program = jax.jit(
         lambda sft, ref, tokens, segment_ids: score_response(
-            self.model, sft=sft, refs=(ref,), policy=None, tokens_BxS=tokens,
-            segment_ids_BxS=segment_ids, start=self.args.prompt, chunk_size=self.chunk,
-        )
+            self.model, sft=sft, ref=Reference.of(ref), policy=None, tokens_BxS=tokens,
+            segment_ids_BxS=segment_ids, start=self.args.prompt,
+        )[0]
     )
     return lambda: program(
         self.sft, self.ref, self.rollout().tokens, self.rollout().segment_ids
@@ -177,13 +185,13 @@ class Workload(common.Workload):
 
   def backward(self):
     if not hasattr(self, "_batch"):
-      self._batch, _ = jax.jit(lambda r: reinforce_batch(r, **ADVANTAGES))(self.rollout())
+      self._batch, _ = jax.jit(lambda r: advantages(r, beta=1.0))(self.rollout())
     self.state, metrics = self.main_parts[1](self.state, self._batch)
     return self.state, metrics
 
   def compiled(self):
     rollout_step, train_step, prompts = self.main_parts
-    batch = jax.eval_shape(lambda r: reinforce_batch(r, **ADVANTAGES)[0], self.rollout())
+    batch = jax.eval_shape(lambda r: advantages(r, beta=1.0)[0], self.rollout())
     place = lambda x: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=sharding.batch_sharding(self.mesh))
     return {
@@ -203,10 +211,10 @@ class Workload(common.Workload):
 
 def flags():
   parser = common.parser(__doc__)
-  parser.add_argument("--batch", type=cli.positive, default=16, help="rollouts")
-  parser.add_argument("--prompt", type=cli.positive, default=64, help="tokens")
-  parser.add_argument("--new", type=cli.positive, default=64, help="tokens, at most")
-  parser.add_argument("--samples", type=cli.positive, default=4, help="rollouts a prompt")
+  parser.add_argument("--batch", type=common.positive, default=16, help="rollouts")
+  parser.add_argument("--prompt", type=common.positive, default=64, help="tokens")
+  parser.add_argument("--new", type=common.positive, default=64, help="tokens, at most")
+  parser.add_argument("--samples", type=common.positive, default=4, help="rollouts a prompt")
   parser.add_argument("--slots", type=int, default=8, help="decoded at a time; 0: all")
   parser.add_argument("--skew", type=float, default=16.0, help="mean length; 0: all of --new")
   parser.add_argument("--variants", choices=("all", "main"), default="all")
@@ -268,4 +276,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  cli.run_door(main, sys.argv[1:])
+  cli.run_entry_point(main, sys.argv[1:])

@@ -12,32 +12,30 @@ of NAME print, at the printed precision. A run goes by the name of its folder. K
     against:SYSTEM:METRIC        SYSTEM (dpr, reward_to_go) minus every other system, with p-values
     minus:SYSTEM:METRIC          every other system minus SYSTEM
     differences:METRIC           every pair that was compared
-    corruption                   AUC of three rewards
+    corruption                   AUC of the rewards that were judged
 
 With a single run, METRIC may be several metrics separated by commas, which become the columns.
 """
 
 import argparse
 import json
+import math
 import pathlib
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.render import table
 from dpr_jax import cli
 from dpr_jax.errors import UserError
-from dpr_jax.report.tables import LABELS, metric_label, system_label
+from dpr_jax.report.tables import column, label
 
 Results = dict[str, Any]
 Key = tuple[str, ...]  # What a row shows: a system, a pair of them, or a kind of task and a reward.
 Cell = list[float]  # [mean, low, high], or [difference, low, high, p].
 
-_REWARDS = {"baseline_relative": "log sft - log ref", "log_likelihood": "log sft",
-            "endogenous": "endogenous"}
-_TASKS = {"unique": "one right answer", "varied": "many right answers"}
 _MARKED = re.compile(r"<!-- table:(\S+) ([^>\s]+) -->.*?<!-- /table -->", re.DOTALL)
 
 
@@ -63,8 +61,9 @@ def _cells(kind: str, results: Results) -> dict[Key, Cell | None]:
   what, *of = kind.split(":")
   if what == "corruption":
     found = results.get("corruption", {})
-    return {(task, reward): _interval(found.get(task, {}).get(reward, {}).get("auc"))
-            for task in _TASKS for reward in _REWARDS}
+    groups = [group for group in found if group != "all"] or list(found)
+    return {(group, reward): _interval(of.get("auc")) for group in groups
+            for reward, of in found[group].items() if isinstance(of, dict)}
   if of:
     which = {"against": 0, "minus": 1}.get(what)
     return {
@@ -76,24 +75,30 @@ def _cells(kind: str, results: Results) -> dict[Key, Cell | None]:
           if kind in metrics}
 
 
-def _rank(key: Key) -> tuple[int, ...]:
-  """Systems in the order of the report, unknown ones behind them, DPR last."""
-  if key[0] in _TASKS:
-    return list(_TASKS).index(key[0]), list(_REWARDS).index(key[1])
-  order = [name for name in LABELS if name != "dpr"]
-  rank = {name: i for i, name in enumerate(order)}
-  return tuple(rank.get(name, len(order) + (name == "dpr")) for name in key)
+def _merged(runs: Sequence[Results]) -> Results:
+  """What the runs say of their systems, metrics and rewards."""
+  fields = ("labels", "columns", "corruption_titles")
+  return {f: {k: v for r in runs for k, v in r.get(f, {}).items()} for f in fields}
 
 
-def _label(key: Key) -> str:
-  if key[0] in _TASKS:
-    return f"{_REWARDS[key[1]]}, {_TASKS[key[0]]}"
-  return " - ".join(map(system_label, key))
+def _rank(labels: dict[str, str], mains: set[str]) -> Callable[[Key], list[float]]:
+  """Systems in the order of the report, those without a label behind them, the main one last."""
+  order = {name: i for i, name in enumerate(labels)}
+  of = lambda name: math.inf if name in mains else order.get(name, len(order))
+  return lambda key: [of(name) for name in key]
 
 
-def _heading(metric: str) -> str:
-  label, unit = metric_label(metric)
-  return label if unit in ("", "%") else f"{label} ({unit})"  # Shares are not printed as per cent.
+def _label(key: Key, kind: str, about: Results) -> str:
+  if kind == "corruption":
+    group, reward = (about["corruption_titles"].get(name, name) for name in key)
+    return f"{reward}, {group}"
+  return " - ".join(label(about, name) for name in key)
+
+
+def _heading(metric: str, about: Results) -> str:
+  found = column(about, metric)
+  # Shares are not printed as per cent.
+  return found["label"] if found["unit"] in ("", "%") else f"{found['label']} ({found['unit']})"
 
 
 def summarize_table(kind: str, runs: dict[str, Results]) -> dict[str, Any]:
@@ -107,12 +112,15 @@ def summarize_table(kind: str, runs: dict[str, Results]) -> dict[str, Any]:
   if len(metrics) > 1 and len(runs) > 1:
     raise UserError(f"table:{kind}: several metrics can be shown of one run, not of {len(runs)}")
   columns = [_cells(f"{prefix}{colon}{m}", r) for r in runs.values() for m in metrics]
-  keys = sorted(dict.fromkeys(key for column in columns for key in column), key=_rank)
-  if not any(column.get(key) for column in columns for key in keys):
+  about, mains = _merged(list(runs.values())), {r.get("main", "") for r in runs.values()}
+  keys = list(dict.fromkeys(key for cells in columns for key in cells))
+  if kind != "corruption":
+    keys.sort(key=_rank(about["labels"], mains))
+  if not any(cells.get(key) for cells in columns for key in keys):
     raise UserError(f"table:{kind}: no run has it")
   return {
-      "columns": [_heading(m) for m in metrics] if len(metrics) > 1 else list(runs),
-      "rows": {_label(key): [column.get(key) for column in columns] for key in keys},
+      "columns": [_heading(m, about) for m in metrics] if len(metrics) > 1 else list(runs),
+      "rows": {_label(key, kind, about): [cells.get(key) for cells in columns] for key in keys},
   }
 
 
@@ -231,4 +239,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  cli.run_door(main, sys.argv[1:])
+  cli.run_entry_point(main, sys.argv[1:])

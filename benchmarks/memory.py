@@ -1,14 +1,15 @@
-"""Peak memory against vocabulary, length, batch, chunk, adapters and remat; a process a case.
+"""Peak memory against vocabulary, length, batch, logits, adapters and remat; a process a case.
 
     python -m benchmarks.memory --what=sft,score,dpr --vocab_sizes=49152,262144 \
-        --lengths=256,512 --batches=4,8 --chunk_sizes=0,100000 --lora_ranks=0,16 --remats=none,dots
+        --lengths=256,512 --batches=4,8 --logits_budgets=0.25,1000 --lora_ranks=0,16 \
+        --remats=none,dots
 
 Of each list the first value is the base, and the others are tried one at a time. A dpr step
 takes half of the length as prompt, half as response. A case has the peak of its process (or
 device), what the compiler says of its programs, and the largest array with a dimension of the
 vocabulary in their text, `largest_logits_bytes`; `btv_live` says whether one of any dtype has
 as many elements as [batch, scored columns, vocabulary]. It does where one chunk holds all columns,
-as with --chunk_sizes=100000: that case shows what chunks save.
+as with --logits_budgets=1000: that case shows what chunks save.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from dpr_jax import cli
 from dpr_jax.errors import UserError
 
 REMATS = ("none", "dots", "full")
-AXES = ("vocab_sizes", "lengths", "batches", "chunk_sizes", "lora_ranks", "remats")
+AXES = ("vocab_sizes", "lengths", "batches", "logits_budgets", "lora_ranks", "remats")
 MODULES = {"sft": "sft_step", "score": "score", "dpr": "dpr_step"}
 
 
@@ -30,7 +31,7 @@ def flags():
   parser.add_argument("--what", default="sft,score,dpr", help="of sft, score, dpr")
   for name, default, text in (
       ("vocab_sizes", "0", "0: that of the config"), ("lengths", "256", "tokens a row"),
-      ("batches", "4", "rows"), ("chunk_sizes", "0", "columns; 0 fills --logits_budget"),
+      ("batches", "4", "rows"), ("logits_budgets", "0.25", "GiB per device"),
       ("lora_ranks", "0", "0: all parameters are trained"),
       ("remats", "none", "none, dots, full: what the backward pass recomputes"),
   ):
@@ -50,7 +51,8 @@ def cases(args: argparse.Namespace) -> list[dict]:
       raise UserError(f"--remats={args.remats}: {name!r} is not one of {', '.join(REMATS)}")
   for name in AXES[:-1]:
     try:
-      lists[name] = [int(x) for x in getattr(args, name).split(",")]
+      number = float if name == "logits_budgets" else int
+      lists[name] = [number(x) for x in getattr(args, name).split(",")]
     except ValueError:
       raise UserError(f"--{name}={getattr(args, name)} must be whole numbers with commas, "
                       "for example 4,8") from None
@@ -68,9 +70,9 @@ def cases(args: argparse.Namespace) -> list[dict]:
 
 def command(args: argparse.Namespace, case: dict) -> list[str]:
   """Flags of the script that a case runs."""
-  passed = ("model", "config", "dtype", "logits_budget", "mesh", "seed")
+  passed = ("model", "config", "dtype", "mesh", "seed")
   out = [f"--{name}={getattr(args, name)}" for name in passed]
-  out += [f"--vocab_size={case['vocab_sizes']}", f"--chunk_size={case['chunk_sizes']}",
+  out += [f"--vocab_size={case['vocab_sizes']}", f"--logits_budget={case['logits_budgets']}",
           f"--lora_rank={case['lora_ranks']}", f"--remat={case['remats']}",
           f"--batch={case['batches']}", "--programs"]
   length = case["lengths"]
@@ -92,7 +94,7 @@ def measure(args: argparse.Namespace, case: dict) -> dict:
   return {
       "what": case["what"], "vocab_size": side.setup["model"]["vocab_size"],
       "length": case["lengths"], "batch": case["batches"],
-      "chunk_size": side.setup["shape"]["chunk_size"], "lora_rank": case["lora_ranks"],
+      "chunk_columns": side.setup["shape"]["chunk_columns"], "lora_rank": case["lora_ranks"],
       "remat": case["remats"],
       "params": params,
       "seconds": side.median("main"),
@@ -130,4 +132,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  cli.run_door(main, sys.argv[1:])
+  cli.run_entry_point(main, sys.argv[1:])

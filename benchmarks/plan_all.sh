@@ -22,7 +22,7 @@ plan() { # name, config, topology, flags
   echo "== $name" >&2
   rm -f "$full/$name.json"
   if ! "$python" -m dpr_jax.plan --config="configs/$config.py" --topology="$topology" \
-    --output="$full/$name.json" "$@" >&2; then
+    --methods=dpr --output="$full/$name.json" "$@" >&2; then
     failed+=("$name")
     return 0
   fi
@@ -31,11 +31,11 @@ plan() { # name, config, topology, flags
 
 flags=("$@")
 # Accumulation 4 where memory is tight; whole batches of 64 rows.
-short=(--config.sft.accumulation=4 --config.dpr.accumulation=4)
+short=(--config.sft.accumulation=4 --config.budget.accumulation=4)
 lora=(--config.model.lora.rank=16)
 # On 256 chips a micro-batch needs a row for each of data * fsdp groups, so there is only one.
-large=(--config.sft.batch_size=256 --config.dpr.batch_size=256
-  --config.sft.accumulation=1 --config.dpr.accumulation=1)
+large=(--config.sft.batch_size=256 --config.budget.batch_size=256
+  --config.sft.accumulation=1 --config.budget.accumulation=1)
 for config in llama31_8b qwen25_7b mistral_7b gemma3_4b; do
   # Every mesh that may fit, where memory is tight and the choice matters.
   plan "${config}_v5e_4x4" "$config" v5e:4x4 --exhaustive "${short[@]}" ${flags[@]+"${flags[@]}"}
@@ -48,7 +48,7 @@ plan llama31_8b_lora_v5e_16x16 llama31_8b v5e:16x16 "${large[@]}" "${lora[@]}" $
 # fsdp alone, one micro-batch: its SFT step is compared with the analytic minimum. Its rollout does
 # not fit, because each chip would have to hold all weights.
 plan llama31_8b_fsdp16_v5e_4x4 llama31_8b v5e:4x4 --mesh=1,16,1 \
-  --config.sft.accumulation=1 --config.dpr.accumulation=1 ${flags[@]+"${flags[@]}"}
+  --config.sft.accumulation=1 --config.budget.accumulation=1 ${flags[@]+"${flags[@]}"}
 # Rows of 32k tokens.
 plan llama31_8b_32k_v5p_4x4x4 llama31_8b v5p:4x4x4 --config.data.row_length=32768 \
   --config.sft.batch_size=32 ${flags[@]+"${flags[@]}"}

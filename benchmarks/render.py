@@ -121,7 +121,7 @@ def memory(record: Record) -> str:
   for c in record["cases"]:
     rows.append([
         c["what"], f"{c['vocab_size']:,}", str(c["length"]), str(c["batch"]),
-        str(min(c["chunk_size"], c["length"])), str(c["lora_rank"] or "full"),
+        str(min(c["chunk_columns"], c["length"])), str(c["lora_rank"] or "full"),
         c["remat"],
         gigabytes(c["peak_bytes"]), gigabytes(c["argument_bytes"]), gigabytes(c["temporary_bytes"]),
         gigabytes(c["largest_logits_bytes"]), gigabytes(c["logits_bytes"]),
@@ -209,4 +209,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-  cli.run_door(main, sys.argv[1:])
+  cli.run_entry_point(main, sys.argv[1:])

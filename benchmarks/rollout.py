@@ -134,14 +134,14 @@ class Workload(common.Workload):
 
 def flags():
   parser = common.parser(__doc__, peers=("torch", "tunix"))
-  parser.add_argument("--batch", type=cli.positive, default=8, help="rows")
-  parser.add_argument("--prompt", type=cli.positive, default=64, help="tokens")
-  parser.add_argument("--new", type=cli.positive, default=128, help="tokens, at most")
+  parser.add_argument("--batch", type=common.positive, default=8, help="rows")
+  parser.add_argument("--prompt", type=common.positive, default=64, help="tokens")
+  parser.add_argument("--new", type=common.positive, default=128, help="tokens, at most")
   parser.add_argument("--skew", type=float, default=0.0, help="mean length; 0: without")
-  parser.add_argument("--slots", type=cli.positive, default=8, help="rows decoded at a time")
-  parser.add_argument("--skew_rows", type=cli.positive, default=32)
-  parser.add_argument("--samples", type=cli.positive, default=1, help="a prompt; 1: without")
-  parser.add_argument("--samples_new", type=cli.positive, default=16, help="tokens of these")
+  parser.add_argument("--slots", type=common.positive, default=8, help="rows decoded at a time")
+  parser.add_argument("--skew_rows", type=common.positive, default=32)
+  parser.add_argument("--samples", type=common.positive, default=1, help="a prompt; 1: without")
+  parser.add_argument("--samples_new", type=common.positive, default=16, help="tokens of these")
   return parser
 
 
@@ -214,4 +214,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  cli.run_door(main, sys.argv[1:])
+  cli.run_entry_point(main, sys.argv[1:])

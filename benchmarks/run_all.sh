@@ -71,7 +71,7 @@ bench rollout "${skewed[@]}"
 bench dpr_step "${step[@]}" --samples=4 --slots="$slots"
 if [[ -z ${ACCELERATOR-} ]]; then
   REPEATS=1 bench memory --what=sft,score,dpr --lengths=256,512 --batches=4,8 \
-    --chunk_sizes=0,100000 --lora_ranks=0,16 --remats=none,dots,full
+    --logits_budgets=0.25,1000 --lora_ranks=0,16 --remats=none,dots,full
   # Gemma's vocabulary of 262,144 has a shape of its own.
   REPEATS=1 bench memory --config=configs/gemma3_270m.py --model= --what=sft,score,dpr \
     --lengths=256 --batches=4 --lora_ranks=0,16

@@ -23,8 +23,8 @@ def flags():
   parser.add_argument("--axis", choices=("data", "fsdp", "tensor"), default="fsdp",
                       help="of the mesh, to which all devices go")
   parser.add_argument("--gpus", action="store_true", help="real GPUs instead of host devices")
-  parser.add_argument("--batch", type=cli.positive, default=8, help="rows, over all devices")
-  parser.add_argument("--length", type=cli.positive, default=128, help="tokens a row")
+  parser.add_argument("--batch", type=common.positive, default=8, help="rows, over all devices")
+  parser.add_argument("--length", type=common.positive, default=128, help="tokens a row")
   return parser
 
 
@@ -45,8 +45,8 @@ def main(argv):
   if args.axis != "tensor" and any(args.batch % n for n in numbers):
     raise UserError(f"--batch={args.batch} must be a multiple of each of --devices={args.devices}")
   load = os.getloadavg()[0]
-  passed = ("model", "config", "vocab_size", "dtype", "remat", "chunk_size", "logits_budget",
-            "lora_rank", "seed", "batch", "length")
+  passed = ("model", "config", "vocab_size", "dtype", "remat", "logits_budget", "lora_rank",
+            "seed", "batch", "length")
   runs, floors = [], None
   for count in numbers:
     mesh = ",".join(str(count if axis == args.axis else 1) for axis in ("data", "fsdp", "tensor"))
@@ -89,4 +89,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  cli.run_door(main, sys.argv[1:])
+  cli.run_entry_point(main, sys.argv[1:])

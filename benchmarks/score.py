@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks import common, counts, rounds
 from dpr_jax import cli, sharding
-from dpr_jax.models.logprobs import token_logprobs
+from dpr_jax.models.logprobs import chunk_columns, token_logprobs
 
 
 class Workload(common.Workload):
@@ -21,19 +21,17 @@ class Workload(common.Workload):
     self.model, self.variables = common.load_model(args, self.mesh, training=False)
     cfg = self.model.cfg
     common.check_length(cfg, args.length)
-    chunk = common.chunk_size(args, cfg, args.batch, self.mesh)
     shape = (args.batch, args.length)
     tokens = np.random.default_rng(args.seed).integers(0, cfg.vocab_size, shape, dtype=np.int32)
     self.tokens = sharding.place(tokens, self.mesh)
     self.score = jax.jit(
-        lambda variables, tokens: token_logprobs(
-            self.model, variables, tokens, chunk_size=chunk
-        ).logp
+        lambda variables, tokens: token_logprobs(self.model, variables, tokens).logp
     )
     self.variants = {"main": lambda: self.score(self.variables, self.tokens)}
     return {
         "model": common.model_facts(args, cfg),
-        "shape": {"batch": args.batch, "length": args.length, "chunk_size": chunk},
+        "shape": {"batch": args.batch, "length": args.length,
+                  "chunk_columns": chunk_columns(cfg, args.batch)},
         "dtype": cfg.dtype,
         "tokens": args.batch * args.length,
         "flops": counts.forward_flops(cfg, args.batch, args.length, args.length - 1),
@@ -46,8 +44,8 @@ class Workload(common.Workload):
 
 def flags():
   parser = common.parser(__doc__, peers=("torch", "tunix"))
-  parser.add_argument("--batch", type=cli.positive, default=8, help="rows")
-  parser.add_argument("--length", type=cli.positive, default=192, help="tokens a row")
+  parser.add_argument("--batch", type=common.positive, default=8, help="rows")
+  parser.add_argument("--length", type=common.positive, default=192, help="tokens a row")
   return parser
 
 
@@ -58,4 +56,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  cli.run_door(main, sys.argv[1:])
+  cli.run_entry_point(main, sys.argv[1:])

@@ -16,8 +16,9 @@ from dpr_jax import cli, sharding
 from dpr_jax.config import OptimizerConfig
 from dpr_jax.data.batches import SFTBatch
 from dpr_jax.losses import make_sft_loss
+from dpr_jax.models.logprobs import chunk_columns
 from dpr_jax.models.lora import split_trainable
-from dpr_jax.training import TrainState, make_train_step
+from dpr_jax.training import make_train_step
 from dpr_jax.training.optimizer import make_optimizer
 
 
@@ -29,14 +30,13 @@ class Workload(common.Workload):
     self.model, variables = common.load_model(args, self.mesh, training=True)
     cfg = self.model.cfg
     common.check_length(cfg, args.length)
-    rows = args.batch // args.accumulation
-    chunk = common.chunk_size(args, cfg, rows, self.mesh)
-    loss_fn = make_sft_loss(self.model, chunk_size=chunk)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5), 1000)
-    self.step = make_train_step(loss_fn, optimizer, accumulation=args.accumulation)
+    self.step = make_train_step(
+        make_sft_loss(self.model), optimizer, accumulation=args.accumulation
+    )
     trainable, frozen = split_trainable(variables)
     del variables
-    self.state = TrainState.create(trainable, optimizer, jax.random.key(args.seed), frozen)
+    self.state = self.step.init(trainable, jax.random.key(args.seed), frozen)
     shape = (args.batch, args.length)
     tokens = np.random.default_rng(args.seed).integers(0, cfg.vocab_size, shape, dtype=np.int32)
     self.batch = sharding.place(
@@ -46,7 +46,8 @@ class Workload(common.Workload):
     return {
         "model": common.model_facts(args, cfg),
         "shape": {"batch": args.batch, "length": args.length, "accumulation": args.accumulation,
-                  "chunk_size": chunk, "remat": args.remat},
+                  "chunk_columns": chunk_columns(cfg, args.batch // args.accumulation),
+                  "remat": args.remat},
         "dtype": cfg.dtype,
         "tokens": args.batch * args.length,
         # The first token of a row has no past, and the last predicts nothing.
@@ -64,9 +65,9 @@ class Workload(common.Workload):
 
 def flags():
   parser = common.parser(__doc__, peers=("torch", "trl", "tunix"))
-  parser.add_argument("--batch", type=cli.positive, default=4, help="rows")
-  parser.add_argument("--length", type=cli.positive, default=256, help="tokens a row")
-  parser.add_argument("--accumulation", type=cli.positive, default=1, help="micro-batches")
+  parser.add_argument("--batch", type=common.positive, default=4, help="rows")
+  parser.add_argument("--length", type=common.positive, default=256, help="tokens a row")
+  parser.add_argument("--accumulation", type=common.positive, default=1, help="micro-batches")
   return parser
 
 
@@ -77,4 +78,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  cli.run_door(main, sys.argv[1:])
+  cli.run_entry_point(main, sys.argv[1:])

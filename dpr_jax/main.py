@@ -25,8 +25,8 @@ def parse(argv: Sequence[str]):
     UserError: naming the flag or the field, and what would be right.
   """
   from dpr_jax import config as config_lib
+  from dpr_jax.config.sections import parse_steps
   from dpr_jax.errors import naming
-  from dpr_jax.training import profiling
 
   def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
@@ -48,7 +48,7 @@ def parse(argv: Sequence[str]):
   run_config = config_lib.resolve(values.config)
   if values.profile_steps is not None:
     with naming("--profile_steps"):
-      profiling.parse_steps(values.profile_steps)
+      parse_steps(values.profile_steps)
     log = dataclasses.replace(run_config.log, profile_steps=values.profile_steps)
     run_config = dataclasses.replace(run_config, log=log)
   if values.compilation_cache:

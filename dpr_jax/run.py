@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,18 +20,19 @@ from dpr_jax.errors import UserError, naming
 from dpr_jax.evaluation.responses import Responder
 from dpr_jax.evaluation.scoring import Scorer
 from dpr_jax.loading import (
-    LoadedModel,
     base_variables,
     compute_dtype,
     describe_checkpoint,
     fresh_adapter,
+    load_checkpoint,
     root_key,
     stage_variables,
 )
 from dpr_jax.models import Transformer
 from dpr_jax.models.attention import resolve_backend
+from dpr_jax.models.config import COMPUTATION
 from dpr_jax.models.layer_pruning import pruned_config
-from dpr_jax.references.base import Reference, sft_milestones
+from dpr_jax.references.base import Reference
 from dpr_jax.training.metrics import read_metrics
 from dpr_jax.training.stopping import last_step
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
@@ -94,18 +96,48 @@ class Run:
 
   def sft(self) -> Any:
     """The last SFT parameters in the compute dtype; held until `release`."""
-    return self._hold("sft", lambda: self.checkpoint("sft", self.config.sft.steps, self.dtype))
+    return self.hold("sft", lambda: self.checkpoint("sft", self.config.sft.steps, self.dtype))
 
   def reference(self) -> Reference:
     """pi_ref in the compute dtype; held until `release`."""
-    return self._hold("ref", lambda: self.config.reference(self, self.dtype))
+
+    def load():
+      with naming("config.reference"):
+        return self.config.reference(self, self.dtype)
+
+    return self.hold("ref", load)
 
   def result(self, name: str) -> Any:
     """What the stage of a method has trained, in the compute dtype."""
     steps = self.config.methods[name].budget(self.config).steps
     return self.checkpoint(name, last_step(self.workdir.stage(name), steps), self.dtype)
 
-  def _hold(self, name, load):
+  def other_checkpoint(self, spec: str, dtype: str) -> Any:
+    """Variables of a CKPT from outside of the run.
+
+    Raises:
+      UserError: no such checkpoint, or one of another vocabulary or shape.
+    """
+    other = load_checkpoint(spec, self.mesh, dtype)
+    if other.tokenizer.get_vocab() != self.tokenizer.get_vocab():
+      raise UserError(f"{spec} has another vocabulary than the run")
+    ours, theirs = self.model.cfg, other.model.cfg
+    for field in dataclasses.fields(ours):
+      if field.name == "lora" or field.name in COMPUTATION:
+        continue
+      x, y = getattr(ours, field.name), getattr(theirs, field.name)
+      if x != y:
+        raise UserError(f"{spec} differs from the run's model in {field.name} ({y} and {x})")
+    return other.variables
+
+  def fine_tune(self, name: str, rows: Any, steps: int) -> None:
+    """Trains the stage `name` on other `PackedRows` as SFT trains on the run's."""
+    from dpr_jax.methods.sft import fine_tune
+
+    fine_tune(self, name, rows, steps)
+
+  def hold(self, name: str, load: Callable[[], Any]) -> Any:
+    """What `load` gives, held under a name until `release`."""
     if name not in self._held:
       self._held[name] = load()
     return self._held[name]
@@ -136,18 +168,6 @@ class Run:
   def metrics(self, stage: str) -> list[dict[str, Any]]:
     """The lines of a stage's metrics.jsonl."""
     return read_metrics(self.workdir.stage(stage) / "metrics.jsonl")
-
-  def check_same_model(self, other: LoadedModel, name: str) -> None:
-    """Raises UserError where the variables of another checkpoint do not fit this run's model."""
-    if other.tokenizer.get_vocab() != self.tokenizer.get_vocab():
-      raise UserError(f"{name} has another vocabulary than the run")
-    ours, theirs = self.model.cfg, other.model.cfg
-    for field in dataclasses.fields(ours):
-      if field.name in ("remat", "attention", "dtype", "lora", "logits_budget", "scan_layers"):
-        continue
-      x, y = getattr(ours, field.name), getattr(theirs, field.name)
-      if x != y:
-        raise UserError(f"{name} differs from the run's model in {field.name} ({y} and {x})")
 
   # --- Telling -----------------------------------------------------------------------------------
 
@@ -290,8 +310,6 @@ def set_up(
     if name in RESERVED or not re.fullmatch(r"[A-Za-z]\w*", name):
       raise UserError(f"config.methods.{name}: the name of a method is that of a folder of the "
                       "workdir; use letters, digits and _, and none of its own names")
-  with naming("config.sft"):
-    sft_milestones(config).by_fraction()
   tokenizer, model, ends, generation_config = build_model(config)
   if config.eval.expert:
     check_expert(config, model, tokenizer)

@@ -8,9 +8,9 @@ propagates the shardings.
           output head only if that moves fewer bytes than resharding the activations)
   tensor  splits heads, MLP columns and the vocabulary
 
-A logical axis that a mesh axis does not divide (8 KV heads on tensor=16, a vocabulary of 261) is
-replicated, so that one config runs on any mesh. Only a batch that does not divide is refused, by
-`check_batch`.
+A logical axis that a mesh axis does not divide (8 KV heads on tensor=16, a
+vocabulary of 261) is replicated rather than refused, so that one config runs on
+any mesh; `check_rows` refuses what cannot be replicated: the rows of a batch.
 """
 
 from collections.abc import Sequence

@@ -70,6 +70,12 @@ def make_model():
 
 
 @pytest.fixture
+def budget_of():
+  """budget_of(columns, rows, vocab_size) -> the `logits_budget`, GiB, of chunks of `columns`."""
+  return lambda columns, rows, vocab_size: 3 * 4 * columns * rows * vocab_size / 2**30
+
+
+@pytest.fixture
 def neighbours(rng):
   """neighbours(variables): each float32 moved to the one above or below it, by chance.
 
@@ -83,3 +89,52 @@ def neighbours(rng):
   import jax
 
   return lambda variables: jax.tree.map(move, variables)
+
+
+@pytest.fixture(scope="module")
+def train_sft(tmp_path_factory):
+  """train_sft(change) -> Run on one device, under its mesh; `change(config)` is made first.
+
+  With steps=False nothing is trained.
+  """
+  import contextlib
+
+  from dpr_jax import sharding
+  from dpr_jax.config import debug_config, default_config, resolve
+  from dpr_jax.methods.sft import sft_stage
+  from dpr_jax.run import set_up
+  from dpr_jax.workdir import Workdir
+
+  with contextlib.ExitStack() as meshes:
+
+    def train(change, steps=True):
+      config = debug_config(default_config())
+      config.model.remat = "none"
+      config.sft.steps, config.sft.optimizer.learning_rate = 10, 0.02
+      config.budget.max_new_tokens = config.eval.max_new_tokens = 6
+      config.data.tasks = ("add", "sort")
+      config.eval.frontier_samples = 0
+      config.log.progress = config.log.tensorboard = False
+      change(config)
+      mesh = sharding.make_mesh(devices=jax.devices()[:1])
+      meshes.enter_context(jax.set_mesh(mesh))
+      run = set_up(resolve(config), Workdir(tmp_path_factory.mktemp("run") / "w"), mesh)
+      if steps:
+        sft_stage(run)
+      return run
+
+    yield train
+
+
+@pytest.fixture(scope="session")
+def with_config():
+  """with_config(run, **fields of its config, or methods by name) -> the same run otherwise."""
+  import dataclasses
+
+  def change(run, **fields):
+    config = run.config
+    methods = {n: fields.pop(n) for n in list(fields) if not hasattr(config, n)}
+    config = dataclasses.replace(config, methods={**config.methods, **methods}, **fields)
+    return dataclasses.replace(run, config=config, _held={})
+
+  return change

@@ -47,12 +47,12 @@ def test_one_axis_takes_the_rest():
   assert all(t == jax.sharding.AxisType.Auto for t in mesh.axis_types)
 
 
-def test_a_batch_that_the_mesh_does_not_divide_is_refused_by_its_field():
-  mesh = _mesh(data=2, fsdp=4, tensor=1)
-  sharding.check_batch(mesh, sft__batch_size=16)
-  for size in (12, 0, -8):
-    with pytest.raises(UserError, match=rf"config\.dpr\.batch_size={size} is not divisible .* 8"):
-      sharding.check_batch(mesh, sft__batch_size=16, dpr__batch_size=size)
+def test_rows_that_the_mesh_does_not_divide_are_refused_by_name():
+  for mesh in (_mesh(data=2, fsdp=4, tensor=1), _mesh(data=8, fsdp=1, tensor=3)):
+    sharding.check_rows(mesh, "batch_size", 16)
+    for rows in (12, 0, -8):
+      with pytest.raises(ValueError, match=rf"^batch_size={rows} is not divisible .* = 8; .* of 8"):
+        sharding.check_rows(mesh, "batch_size", rows)
 
 
 def test_place_and_back(rng):
@@ -63,15 +63,3 @@ def test_place_and_back(rng):
   back = sharding.to_host(placed)
   assert all(isinstance(x, np.ndarray) for x in back.values())
   jax.tree.map(np.testing.assert_array_equal, back, batch)
-
-
-@pytest.mark.parametrize("batch, samples, slots, match", [
-  (16, 4, 0, "batch_size=16 with config.dpr.samples_per_prompt=4 are 4 prompts"),
-  (64, 1, 12, "config.dpr.slots=12 is not divisible"),
-])
-def test_rollouts_that_do_not_split_are_refused(batch, samples, slots, match):
-  mesh = _mesh(data=1, fsdp=8, tensor=1)
-  with pytest.raises(UserError, match=match):
-    sharding.check_rollouts(mesh, batch, samples, slots)
-  sharding.check_rollouts(mesh, 32, 4, 8)
-  sharding.check_rollouts(mesh, 16, 1, 30)  # More slots than rows: all decode at once.

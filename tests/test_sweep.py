@@ -3,39 +3,62 @@
 import dataclasses
 import json
 import pathlib
-import types
 
+import jax
 import pytest
 
 from dpr_jax import config as config_lib
 from dpr_jax import pipeline, sweep
-from dpr_jax.config import RunConfig, SweepSection
+from dpr_jax.config import RunConfig, setting
+from dpr_jax.config.sections import SweepSection
+from dpr_jax.config.values import get_path
 from dpr_jax.errors import UserError
+from dpr_jax.evaluation.systems import System
 from dpr_jax.main import parse
+from dpr_jax.methods import DPR, TrainedMethod
+from dpr_jax.references.ema import EMA
+from dpr_jax.references.half_data import HalfData
 from dpr_jax.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 def swept(field, *values, **sections):
-  return RunConfig(sweep=SweepSection(field, values), **sections)
+  """A resolved run that sweeps over a field; methods are added to those of the package."""
+  methods = {**RunConfig().methods, **sections.pop("methods", {})}
+  config = RunConfig(sweep=SweepSection(field, values), methods=methods, **sections)
+  return config_lib.resolve(config_lib.to_json(config))
 
 
 def test_points_differ_in_the_field_alone():
-  config = swept("dpr.beta", "0.5", "2", "1e-1")
+  config = swept("methods.dpr.beta", "0.5", "2", "1e-1")
   found = sweep.points(config)
   assert [p.name for p in found] == ["beta=0.5", "beta=2", "beta=1e-1"]
-  assert [p.config.dpr.beta for p in found] == [0.5, 2.0, 0.1]
+  assert [p.config.methods["dpr"].beta for p in found] == [0.5, 2.0, 0.1]
   for p in found:
+    dpr = dataclasses.replace(p.config.methods["dpr"], beta=1.0)
     back = dataclasses.replace(
-        p.config, dpr=dataclasses.replace(p.config.dpr, beta=1.0), sweep=config.sweep
+        p.config, methods={**p.config.methods, "dpr": dpr}, sweep=config.sweep
     )
     assert back == config and p.config.sweep == SweepSection()
 
 
+def test_a_sweep_over_kinds_takes_their_defaults():
+  found = sweep.points(swept("reference", "midrun", "ema", "pretrained"))
+  assert [p.name for p in found] == ["reference=midrun", "reference=ema", "reference=pretrained"]
+  assert [p.config.reference.kind for p in found] == ["midrun", "ema", "pretrained"]
+  dpr = {"dpr": DPR(returns="reward_to_go")}
+  found = sweep.points(swept("methods.dpr.reward", "log_likelihood", "endogenous", methods=dpr))
+  assert [p.config.methods["dpr"].reward.kind for p in found] == ["log_likelihood", "endogenous"]
+  with pytest.raises(UserError, match="at 'emma': config.reference.kind='emma' is not one of"):
+    sweep.points(swept("reference", "emma"))
+
+
 @pytest.mark.parametrize("field,value,parsed", [
-    ("dpr.steps", "7", 7), ("dpr.returns", "per_token", "per_token"), ("seed", None, None),
-    ("dpr.optimizer.learning_rate", "3e-4", 3e-4), ("log.progress", None, None),
+    ("methods.dpr.steps", "7", 7), ("methods.dpr.returns", "per_token", "per_token"),
+    ("seed", None, None),
+    ("methods.dpr.optimizer.learning_rate", "3e-4", 3e-4), ("log.progress", None, None),
+    ("budget.steps", "9", 9), ("methods.spin.beta", None, None), ("compare", None, None),
     ("data.corrupt", "0.25", 0.25), ("model.shape.tied_head", "False", False),
 ])
 def test_values_take_the_type_of_their_field(field, value, parsed):
@@ -44,27 +67,35 @@ def test_values_take_the_type_of_their_field(field, value, parsed):
       sweep.points(swept(field, "1"))
     return
   (point,) = sweep.points(swept(field, value))
-  found = config_lib._get(point.config, field)
+  found = get_path(point.config, field)
   assert found == parsed and type(found) is type(parsed)
 
 
 @pytest.mark.parametrize("field,values,named", [
-    ("dpr.betta", ("1",), ["config.sweep.field='dpr.betta'", "did you mean 'beta'"]),
-    ("dprr.beta", ("1",), ["config.sweep.field='dprr.beta'", "did you mean 'dpr'"]),
-    ("dpr", ("1",), ["config.sweep.field='dpr' is a section", "dpr.steps"]),
-    ("dpr.beta.x", ("1",), ["'beta' is a field, not a section"]),
+    ("methods.dpr.betta", ("1",),
+     ["config.sweep.field='methods.dpr.betta'", "did you mean 'beta'"]),
+    ("methods.dprr.beta", ("1",),
+     ["config.sweep.field='methods.dprr.beta'", "did you mean 'dpr'"]),
+    ("methods.dpr", ("1",),
+     ["config.sweep.field='methods.dpr' is a section", "such as methods.dpr.label"]),
+    ("budget", ("1",), ["config.sweep.field='budget' is a section", "budget.steps"]),
+    ("methods.dpr.beta.x", ("1",), ["'beta' is a field, not a section"]),
     ("data.tasks", ("add",), ["config.sweep.field='data.tasks'", "only a number"]),
     ("sweep.field", ("a",), ["'sweep' is not a field to sweep over"]),
-    ("dpr.beta", (), ["config.sweep.values is empty"]),
-    ("dpr.beta", ("0.5", "much"), ["config.sweep.values: 'much' must be of type float"]),
-    ("dpr.steps", ("1.5",), ["'1.5' must be of type int", "config.dpr.steps"]),
+    ("methods.dpr.beta", (), ["config.sweep.values is empty"]),
+    ("methods.dpr.beta", ("0.5", "much"), ["config.sweep.values: 'much' must be of type float"]),
+    ("methods.dpr.steps", ("1.5",),
+     ["'1.5' must be of type int", "config.methods.dpr.steps"]),
     ("model.shape.tied_head", ("yes",), ["'yes' must be True or False"]),
-    ("dpr.gamma", ("1", "2"), ["config.sweep.values: at '2': config.dpr.gamma=2.0", "at most 1"]),
-    ("dpr.gamma", ("nan",), ["at 'nan': config.dpr.gamma=nan must be a finite number"]),
-    ("dpr.returns", ("sometimes",), ["at 'sometimes': config.dpr.returns='sometimes'"]),
-    ("dpr.beta", ("1", "1.0"), ["'1' and '1.0' are the same value"]),
-    ("data.demos", ("a/b", "a_b"), ["do not give folders of different names"]),
-    ("reference.fraction", ("0.5", "0.3"), ["at '0.3'", "add it to config.sft.milestones"]),
+    ("methods.dpr.gamma", ("1", "2"),
+     ["config.sweep.values: at '2': config.methods.dpr.gamma=2.0", "at most 1"]),
+    ("methods.dpr.gamma", ("nan",),
+     ["at 'nan': config.methods.dpr.gamma=nan must be a finite number"]),
+    ("methods.dpr.returns", ("sometimes",),
+     ["at 'sometimes': config.methods.dpr.returns='sometimes'"]),
+    ("methods.dpr.beta", ("1", "1.0"), ["'1' and '1.0' are the same value"]),
+    ("data.template", ("a/b", "a_b"), ["do not give folders of different names"]),
+    ("reference.fraction", ("0.5", "0.3"), ["at '0.3'", "add it to milestones of SFT"]),
 ])
 def test_what_cannot_be_swept_is_refused(field, values, named):
   with pytest.raises(UserError) as caught:
@@ -74,167 +105,220 @@ def test_what_cannot_be_swept_is_refused(field, values, named):
 
 
 def test_values_without_a_field_are_refused():
-  with pytest.raises(UserError, match="config.sweep.values .* without config.sweep.field"):
-    config_lib.resolve(config_lib.to_json(swept("", "1")))
+  with pytest.raises(UserError, match="config.sweep: values are given without field"):
+    config_lib.resolve({"sweep": {"values": ["1"]}})
 
 
-def test_what_is_shared():
-  assert sweep.shared(swept("dpr.gamma", "0")).stages == ("sft",)
-  half = RunConfig().reference.__class__(kind="half_data", fraction=0.5)
-  assert sweep.shared(swept("dpr.gamma", "0", reference=half)).stages == ("sft", "ref")
-  assert sweep.shared(swept("reference.fraction", "0.5", reference=half)).stages == ("sft",)
-  assert sweep.shared(swept("data.corrupt", "0")) == sweep.Shared()
-  # The strength of the controls is 1 / beta: they are the same unless beta is swept.
-  assert "contrastive" in sweep.shared(swept("dpr.gamma", "0")).evaluated
-  assert "contrastive" not in sweep.shared(swept("dpr.beta", "1")).evaluated
-  assert "ref" not in sweep.shared(swept("reference.fraction", "0.5")).evaluated
+EVERY = ("base", "ref", "sft")
+FREE = ("low_temperature", "contrastive", "weight_extrapolation")
+
+
+def shared(field, *values, **sections):
+  return sweep.shared(swept(field, *values, **sections))
+
+
+def test_over_a_field_of_a_method_all_other_methods_are_shared():
+  own = {"contrastive": dataclasses.replace(RunConfig().methods["contrastive"], strength=0.5)}
+  # The strength of the training-free baselines is that of dpr.
+  assert shared("methods.dpr.gamma", "1") == sweep.Shared(
+      True, True, ("low_temperature", "continued_sft"), (*EVERY, "low_temperature", "continued_sft")
+  )
+  assert "contrastive" in shared("methods.dpr.gamma", "1", methods=own).systems
+  assert shared("methods.continued_sft.steps", "1") == sweep.Shared(
+      True, True, (*FREE, "dpr"), (*EVERY, *FREE, "dpr")
+  )
+  assert shared("methods.low_temperature.temperature", "0.5").systems == (
+      *EVERY, "contrastive", "weight_extrapolation", "continued_sft", "dpr"
+  )
+
+
+def test_over_a_field_of_the_budget_nothing_that_trains_is_shared():
+  # A strength may be read from the last step of a method that trains.
+  assert shared("budget.steps", "3") == sweep.Shared(True, True, (), (*EVERY, "low_temperature"))
+  assert shared("budget.optimizer.b1", "0.5").methods == ()
+
+
+def test_over_the_reference_what_reads_it_is_not_shared():
+  found = shared("reference.fraction", "0.5", reference=HalfData())
+  free = ("low_temperature", "continued_sft")
+  assert found == sweep.Shared(True, False, free, ("base", "sft", *free), False)
+  assert shared("reference", "midrun", "pretrained") == found
+  # The moving average is kept while SFT runs.
+  assert shared("reference", "midrun", "ema") == sweep.Shared()
+  assert shared("reference.decay", "0.5", "0.9", reference=EMA()) == sweep.Shared()
+
+
+def test_over_the_evaluation_only_training_is_shared():
+  compare = RunConfig().compare
+  assert shared("eval.max_new_tokens", "3") == sweep.Shared(True, True, compare, (), False)
+
+
+@pytest.mark.parametrize("field,value", [
+    ("data.corrupt", "0"), ("sft.steps", "3"), ("sft.optimizer.b1", "0.5"),
+    ("model.lora.rank", "2"),
+])
+def test_over_what_everything_depends_on_nothing_is_shared(field, value):
+  assert shared(field, value) == sweep.Shared()
 
 
 def test_adopting_again_changes_nothing(tmp_path):
   whole, point = Workdir(tmp_path), Workdir(tmp_path / "beta=1")
-  for file in ("sft/checkpoints/3", "samples/sft.jsonl", "samples/heldout_nll.json",
-               "samples/ref.jsonl", "samples/expert.json"):
+  for file in ("sft/checkpoints/3", "spin/checkpoints/2", "dpr/checkpoints/2", "reference.json",
+               "samples/sft.jsonl", "samples/measures.json", "samples/ref.jsonl",
+               "samples/frontier/sft.jsonl", "samples/frontier/ref.jsonl",
+               "samples/corruption.jsonl", "samples/heatmap_demos.jsonl"):
     path = tmp_path / file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(file)
   point.path.mkdir()
-  what = sweep.Shared(("sft", "ref"), ("base", "sft"))
+  what = sweep.Shared(True, True, ("spin",), ("base", "sft"))
   sweep.adopt(what, whole, point)
   assert (point.stage("sft") / "checkpoints" / "3").read_text() == "sft/checkpoints/3"
+  assert point.stage("spin").is_symlink() and not point.stage("dpr").exists()
   assert not point.stage("ref").exists()  # There is none to share.
-  names = {p.name for p in point.samples.iterdir()}
-  assert names == {"sft.jsonl", "heldout_nll.json", "expert.json"}
-  (point.samples / "heldout_nll.json").write_text("more")
+  copies = {str(p.relative_to(point.path)) for p in point.path.rglob("*") if p.is_file()}
+  assert {c for c in copies if not c.startswith(("sft/", "spin/"))} == {
+      "reference.json", "samples/sft.jsonl", "samples/measures.json", "samples/corruption.jsonl",
+      "samples/frontier/sft.jsonl",
+  }
+  point.measures_file.write_text("more")
   sweep.adopt(what, whole, point)
-  assert (point.samples / "heldout_nll.json").read_text() == "more"
+  assert point.measures_file.read_text() == "more"
+  assert whole.measures_file.read_text() == "samples/measures.json"
   moved = tmp_path.rename(tmp_path.with_name("moved"))  # Links are relative.
   assert (moved / "beta=1" / "sft" / "checkpoints" / "3").exists()
 
 
+@pytest.mark.parametrize("what,expected", [
+    (sweep.Shared(True, False, (), ("sft",), False),
+     {"samples/sft.jsonl", "samples/measures.json"}),
+    (sweep.Shared(True, True, (), (), False), {"reference.json"}),
+    (sweep.Shared(evaluation=False), set()),
+])
+def test_what_is_not_shared_is_not_copied(what, expected, tmp_path):
+  whole, point = Workdir(tmp_path), Workdir(tmp_path / "fraction=1")
+  for file in ("sft.jsonl", "ref.jsonl", "measures.json", "corruption.jsonl"):
+    whole.samples.mkdir(exist_ok=True)
+    (whole.samples / file).write_text(file)
+  whole.reference_file.write_text("{}")
+  point.path.mkdir()
+  sweep.adopt(what, whole, point)
+  found = {str(p.relative_to(point.path)) for p in point.path.rglob("*") if p.is_file()}
+  assert found == expected
+
+
+# --- The order in which things happen ------------------------------------------------------------
+
+MADE, FAIL = [], []  # (folder, system) that `Noted` was trained for; where it is interrupted.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Noted(TrainedMethod):
+  """A method that notes that it was trained, and answers as SFT does."""
+
+  level: float = setting(1.0, "of nothing", low=0)
+
+  def train(self, run, name):
+    folder, done = run.workdir.path.name, run.workdir.stage(name)
+    if done.exists():
+      return
+    assert (run.workdir.stage("sft") / "metrics.jsonl").exists()
+    if (folder, name) in FAIL:
+      raise KeyboardInterrupt
+    done.mkdir()
+    MADE.append((folder, name, self.level))
+
+  def system(self, run, name):
+    return System(name, name, load=lambda: (run.sft(),), modes=("sampled",))
+
+
 @pytest.fixture
-def calls(monkeypatch):
-  """The pipeline with stages that note their names, and make the files that say they are done."""
-  made, fail = [], []
+def run_sweep(tmp_path, light_compilation, tmp_path_factory, monkeypatch):
+  """run_sweep(field, *values, seeds=) -> what was trained, in order; a tiny run, without pages."""
+  before = jax.config.jax_compilation_cache_dir
+  cache = tmp_path_factory.getbasetemp() / "compilations"
+  MADE.clear(), FAIL.clear()
+  monkeypatch.setattr(pipeline, "write_report", lambda path: None)
 
-  def fake_set_up(config, workdir, mesh, like=None):
-    workdir.check(config)
-    workdir.path.mkdir(parents=True, exist_ok=True)
-    record = {"config": config_lib.to_json(config)}
-    workdir.config_file.write_text(json.dumps(record))
-    return types.SimpleNamespace(config=config, workdir=workdir)
+  def run(field, *values, seeds=1):
+    config = config_lib.debug_config(config_lib.default_config())
+    config.model.remat, config.seeds = "none", seeds
+    config.sft.steps, config.sft.milestones = 2, (0.5,)
+    config.budget.max_new_tokens = config.eval.max_new_tokens = 4
+    config.data.tasks, config.data.holdout, config.data.num_demos = ("add",), 8, 100
+    config.eval.num_prompts = config.eval.batch_size = 8
+    config.eval.frontier_samples = config.eval.corrupted_tokens = config.eval.heatmaps = 0
+    config.eval.reference_prompts = 0
+    config.methods.swept, config.methods.other = Noted(), Noted(level=5.0)
+    config.compare = ("other", "swept")
+    config.log.progress = config.log.tensorboard = False
+    config.sweep.field, config.sweep.values = field, values
+    del MADE[:]
+    pipeline.run(config_lib.resolve(config), str(tmp_path / "s"), str(cache))
+    return list(MADE)
 
-  def trains(name):
-    def stage(run):
-      folder = run.workdir.stage(name)
-      if folder.exists():
-        return
-      if (run.workdir.path.name, name) in fail:
-        raise KeyboardInterrupt
-      folder.mkdir()
-      made.append((run.workdir.path.name, name))
-    return stage
-
-  def evaluates(run, only=None):
-    todo = ("sft", "dpr") if only is None else [n for n in only if n == "sft"]
-    for name in todo:
-      file = run.workdir.samples / f"{name}.jsonl"
-      if not file.exists():
-        file.parent.mkdir(exist_ok=True)
-        file.write_text("")
-        made.append((run.workdir.path.name, f"evaluate {name}"))
-
-  monkeypatch.setattr(pipeline, "set_up", fake_set_up)
-  monkeypatch.setattr(pipeline, "sft_stage", trains("sft"))
-  monkeypatch.setattr(pipeline, "ref_stage", lambda run: None)
-  monkeypatch.setattr(pipeline, "dpr_stage", trains("dpr"))
-  monkeypatch.setattr(pipeline, "evaluate_stage", evaluates)
-  monkeypatch.setattr(pipeline, "plausibility_stage", lambda run: None)
-  monkeypatch.setattr(pipeline, "report_stage", lambda *a: made.append("report") or {})
-  monkeypatch.setattr(pipeline, "sweep_report", lambda *a: made.append("sweep report") or {})
-  monkeypatch.setattr(pipeline, "keep_compilations", lambda path, default: None)
-  return types.SimpleNamespace(made=made, fail=fail)
+  yield run
+  jax.config.update("jax_compilation_cache_dir", before)
 
 
-NO_BASELINES = config_lib.BaselineSection(names=())
+def made_at(path):
+  return {p: p.stat().st_mtime_ns for p in path.rglob("*.jsonl")}
 
 
-def test_shared_stages_run_once_and_first(calls, tmp_path):
-  config = swept("dpr.beta", "1", "2", baseline=NO_BASELINES)
-  pipeline.run(config, str(tmp_path / "s"))
-  assert calls.made == [
-      ("s", "sft"), ("s", "evaluate sft"),
-      ("beta=1", "dpr"), ("beta=1", "evaluate dpr"), "report",
-      ("beta=2", "dpr"), ("beta=2", "evaluate dpr"), "report",
-      "sweep report",
-  ]
-
-
-def test_shared_systems_are_held_against_the_expert_once(calls, tmp_path, monkeypatch):
-  """After their evaluation, and before the points take over what is known of them."""
-
-  def fake(run, only=None):
-    calls.made.append((run.workdir.path.name, "all" if only is None else only))
-
-  monkeypatch.setattr(pipeline, "expert_stage", fake)
-  config = swept("dpr.beta", "1", baseline=NO_BASELINES)
-  pipeline.run(config, str(tmp_path / "s"))
-  shared = sweep.shared(config).evaluated
-  assert calls.made == [
-      ("s", "sft"), ("s", "evaluate sft"), ("s", shared),
-      ("beta=1", "dpr"), ("beta=1", "evaluate dpr"), ("beta=1", "all"), "report", "sweep report",
-  ]
-
-
-def test_an_interrupted_sweep_goes_on(calls, tmp_path):
-  config = swept("dpr.beta", "1", "2", baseline=NO_BASELINES)
-  calls.fail.append(("beta=2", "dpr"))
+def test_an_interrupted_sweep_goes_on_and_shared_stages_run_once_and_first(run_sweep, tmp_path):
+  FAIL.append(("level=2", "swept"))
   with pytest.raises(KeyboardInterrupt):
-    pipeline.run(config, str(tmp_path / "s"))
-  calls.fail.clear()
-  del calls.made[:]
-  pipeline.run(config, str(tmp_path / "s"))
-  assert calls.made == [
-      "report", ("beta=2", "dpr"), ("beta=2", "evaluate dpr"), "report", "sweep report"
-  ]
-
-
-def test_every_seed_shares_its_own_sft(calls, tmp_path):
-  config = swept("dpr.beta", "1", "2", baseline=NO_BASELINES, seeds=2)
-  pipeline.run(config, str(tmp_path / "s"))
-  trained = [c for c in calls.made if c[1] in ("sft", "dpr")]
-  assert [c[0] for c in trained] == [
-      "seed_0", "beta=1", "beta=2", "seed_1", "beta=1", "beta=2"
-  ]
-  assert calls.made[-1] == "sweep report" and calls.made.count("sweep report") == 3
-  records = [
-      json.loads((tmp_path / "s" / f"seed_{s}" / "beta=2" / "config.json").read_text())
-      for s in (0, 1)
-  ]
-  assert [r["config"]["seed"] for r in records] == [0, 1]
-
-
-def test_what_is_not_shared_is_trained_at_every_point(calls, tmp_path):
-  config = swept("data.corrupt", "0", "0.5", baseline=NO_BASELINES)
-  pipeline.run(config, str(tmp_path / "s"))
-  assert [c for c in calls.made if c[1] == "sft"] == [("corrupt=0", "sft"), ("corrupt=0.5", "sft")]
-
-
-def test_nothing_is_written_if_a_point_is_wrong(calls, tmp_path):
-  with pytest.raises(UserError, match="config.dpr.gamma"):
-    pipeline.run(swept("dpr.gamma", "1", "3"), str(tmp_path / "s"))
-  assert not (tmp_path / "s").exists() and not calls.made
-
-
-def test_another_sweep_is_refused(calls, tmp_path):
-  pipeline.run(swept("dpr.beta", "1", baseline=NO_BASELINES), str(tmp_path / "s"))
+    run_sweep("methods.swept.level", "1", "2")
+  assert MADE == [("s", "other", 5.0), ("level=1", "swept", 1.0)]
+  before = made_at(tmp_path)
+  FAIL.clear()
+  assert run_sweep("methods.swept.level", "1", "2") == [("level=2", "swept", 2.0)]
+  after = made_at(tmp_path)
+  assert {p: after[p] for p in before} == before  # Nothing was made anew.
+  for point in ("level=1", "level=2"):
+    folder = tmp_path / "s" / point
+    assert (folder / "sft").is_symlink() and (folder / "other").is_symlink()
+    assert (folder / "report" / "results.json").exists()
+  results = json.loads((tmp_path / "s" / "report" / "results.json").read_text())
+  assert set(results["systems"]) == {*EVERY, "other"}
+  assert [set(p["systems"]) for p in results["sweep"]["points"]] == [{*EVERY, "other", "swept"}] * 2
   with pytest.raises(UserError, match="config.sweep.values"):
-    pipeline.run(swept("dpr.beta", "1", "2", baseline=NO_BASELINES), str(tmp_path / "s"))
+    run_sweep("methods.swept.level", "1", "2", "3")
+
+
+def test_every_seed_shares_its_own_sft(run_sweep, tmp_path):
+  assert run_sweep("methods.swept.level", "1", "2", seeds=2) == [
+      ("seed_0", "other", 5.0), ("level=1", "swept", 1.0), ("level=2", "swept", 2.0),
+      ("seed_1", "other", 5.0), ("level=1", "swept", 1.0), ("level=2", "swept", 2.0),
+  ]
+  for seed in (0, 1):
+    point = tmp_path / "s" / f"seed_{seed}" / "level=2"
+    assert json.loads((point / "config.json").read_text())["config"]["seed"] == seed
+    assert (point / "sft").resolve() == point.parent / "sft"
+  results = json.loads((tmp_path / "s" / "report" / "results.json").read_text())
+  assert results["sweep"]["points"][0]["systems"]["swept"]["accuracy_sampled"]["n"] == 16
+
+
+def test_what_is_not_shared_is_trained_at_every_point(run_sweep, tmp_path):
+  assert run_sweep("data.corrupt", "0", "0.5") == [
+      ("corrupt=0", "other", 5.0), ("corrupt=0", "swept", 1.0),
+      ("corrupt=0.5", "other", 5.0), ("corrupt=0.5", "swept", 1.0),
+  ]
+  assert not (tmp_path / "s" / "sft").exists()
+  for point in ("corrupt=0", "corrupt=0.5"):
+    assert not (tmp_path / "s" / point / "sft").is_symlink()
+
+
+def test_nothing_is_written_if_a_point_is_wrong(run_sweep, tmp_path):
+  with pytest.raises(UserError, match="config.methods.swept.level"):
+    run_sweep("methods.swept.level", "1", "-3")
+  assert not (tmp_path / "s").exists() and not MADE
 
 
 @pytest.mark.parametrize("name,field,count", [
-    ("reference_fraction", "reference.fraction", 9), ("beta", "dpr.beta", 5),
-    ("gamma", "dpr.gamma", 4), ("reward", "dpr.reward", 3), ("temperature", "dpr.temperature", 4),
-    ("returns", "dpr.returns", 3),
+    ("reference_fraction", "reference.fraction", 9), ("beta", "methods.dpr.beta", 5),
+    ("gamma", "methods.dpr.gamma", 4), ("reward", "methods.dpr.reward", 3),
+    ("temperature", "methods.dpr.temperature", 4), ("returns", "methods.dpr.returns", 3),
 ])
 @pytest.mark.parametrize("arg", ["", ":debug"])
 def test_the_sweeps_of_configs_are_valid(name, field, count, arg, monkeypatch, tmp_path):
@@ -246,7 +330,7 @@ def test_the_sweeps_of_configs_are_valid(name, field, count, arg, monkeypatch, t
   for point in found:  # Settings are chosen on other prompts than those reported.
     assert point.config.eval.skip_prompts >= read_smoke(arg).eval.num_prompts > 0
   if name == "gamma":
-    assert [p.config.dpr.gamma for p in found] == [0, 0.9, 0.99, 1]
+    assert [p.config.methods["dpr"].gamma for p in found] == [0, 0.9, 0.99, 1]
   if name == "reference_fraction":
     assert [p.config.reference.fraction for p in found] == [i / 10 for i in range(1, 10)]
 
@@ -265,6 +349,6 @@ def test_every_sweep_of_configs_is_covered():
 def test_a_sweep_from_the_command_line():
   config, *_ = parse([
       f"--config={ROOT}/configs/smoke.py:debug", "--workdir=unused",
-      "--config.sweep.field=dpr.beta", "--config.sweep.values=0.5,2",
+      "--config.sweep.field=methods.dpr.beta", "--config.sweep.values=0.5,2",
   ])
   assert [p.value for p in sweep.points(config)] == ["0.5", "2"]

@@ -78,12 +78,13 @@ def load_pair(sft: str, ref: str, mesh: Any, dtype: str) -> tuple[Any, Any]:
     UserError: their shapes or vocabularies differ; rewards would be meaningless.
   """
   from dpr_jax.loading import load_checkpoint
+  from dpr_jax.models.config import COMPUTATION
 
   a = load_checkpoint(sft, mesh, dtype)
   b = load_checkpoint(ref, mesh, dtype, beside=a)
   for field in dataclasses.fields(a.model.cfg):
     x, y = getattr(a.model.cfg, field.name), getattr(b.model.cfg, field.name)
-    if x != y and field.name not in ("remat", "attention", "logits_budget"):
+    if x != y and field.name not in COMPUTATION:
       raise UserError(f"--sft={sft} and --ref={ref} differ in {field.name} ({x} and {y}); they "
                       "must be checkpoints of one architecture")
   if a.tokenizer.get_vocab() != b.tokenizer.get_vocab():

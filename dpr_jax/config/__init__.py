@@ -1,8 +1,9 @@
 """Every field of a run, declared once with its meaning, unit and bounds.
 
-`default_config()` turns the dataclasses into an `ml_collections` config, which files of configs/
-override and the command line overrides further (`--config.sft.steps=200`); `resolve()` turns that
-back into a checked, frozen `RunConfig`. docs/configuration.md is made from the same dataclasses.
+`default_config()` turns the dataclasses into an `ml_collections` config, which the files in
+configs/ override and the command line overrides further (`--config.sft.steps=200`); `resolve()`
+turns that back into a checked, frozen `RunConfig`. docs/configuration.md is made from the same
+dataclasses (`config.reference_page`).
 """
 
 from dpr_jax.config.fields import Value, setting

@@ -7,6 +7,7 @@ docs/configuration.md read it from there.
 """
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 import re
@@ -100,6 +101,7 @@ def title_of(value: Value) -> str:
   return own or re.sub(r"(?<=[a-z])(?=[A-Z])", " ", cls.__name__)
 
 
+@functools.cache
 def _modules(package: str) -> list[Any]:
   """The modules of a package; of a plain module, itself."""
   top = importlib.import_module(package)
@@ -116,6 +118,12 @@ def kinds(package: str) -> dict[str, type[Value]]:
       if isinstance(cls, type) and issubclass(cls, Value) and cls.__module__ == module.__name__
       and vars(cls).get("kind")
   }
+
+
+def _base_classes(package: str) -> list[type[Value]]:
+  """What the values of a package are, such as `methods.Method`."""
+  found = [cls for module in _modules(package) for cls in vars(module).values()]
+  return list(dict.fromkeys(c for c in found if isinstance(c, type) and Value in c.__bases__))
 
 
 def package_defaults(package: str) -> dict[str, Value]:
@@ -139,9 +147,11 @@ def kind_class(package: str, kind: str) -> type[Value]:
       found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as e:
       raise ValueError(f"kind={kind!r} cannot be imported ({e})") from None
-    if isinstance(found, type) and issubclass(found, Value):
+    bases = tuple(_base_classes(package))
+    if isinstance(found, type) and issubclass(found, bases):
       return found
-    raise ValueError(f"kind={kind!r} is not a class of values")
+    names = " or ".join(base.__name__ for base in bases)
+    raise ValueError(f"kind={kind!r} is not a subclass of {names}")
   known = kinds(package)
   if kind not in known:
     raise ValueError(f"kind={kind!r} is not one of {', '.join(sorted(known))}")

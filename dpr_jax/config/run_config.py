@@ -1,10 +1,10 @@
-"""The config of a run: its defaults, its checks, and what may differ when it is resumed."""
+"""A run's config: made by `default_config`, changed by files and flags, checked by `resolve`."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dpr_jax.config.fields import kinds, section, setting, slot, slots
+from dpr_jax.config.fields import kind_class, section, setting, slot, slots
 from dpr_jax.config.sections import (
     Budget,
     CheckpointSection,
@@ -17,26 +17,27 @@ from dpr_jax.config.sections import (
     SweepSection,
 )
 from dpr_jax.config.values import Config, build, get_path, to_config, to_json
-from dpr_jax.errors import UserError
+from dpr_jax.errors import UserError, naming
+from dpr_jax.models.config import COMPUTATION
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-  """A run: its seed, its sections, its reference and its methods."""
+  """The fields of a run: its seeds, its reference, its methods, and the sections below."""
 
-  seed: int = setting(0, "of data order, initial weights and sampling", low=0)
+  seed: int = setting(0, "seed of the data order, the initial weights and sampling", low=0)
   seeds: int = setting(
       1, "number of seeds, counted up from `seed`; each gets a workdir of its own", low=1
   )
   model: ModelSection = section(ModelSection)
   data: DataSection = section(DataSection)
   sft: SFTSection = section(SFTSection)
-  reference: Any = slot("dpr_jax.references", "midrun", "which parameters are pi_ref")
+  reference: Any = slot("dpr_jax.references", "midrun", "the parameters that are pi_ref")
   budget: Budget = section(Budget)
-  methods: Mapping[str, Any] = slots("dpr_jax.methods", "ways to answer, by the name of the system")
+  methods: Mapping[str, Any] = slots("dpr_jax.methods", "systems that a run can compare, by name")
   compare: tuple[str, ...] = setting(
       ("low_temperature", "contrastive", "weight_extrapolation", "continued_sft", "dpr"),
-      "names of methods: what this run trains, evaluates and compares; the last is its subject",
+      "names of the methods that this run trains, evaluates and compares; the last is the main one",
   )
   eval: EvalSection = section(EvalSection)
   sweep: SweepSection = section(SweepSection)
@@ -53,7 +54,7 @@ def default_config() -> Config:
   """All fields at their defaults, unlocked; a file of configs/ starts from it."""
   config = to_config(RunConfig())
   # Declared once, in the section above the shape; or decided where it is used.
-  for name in ("dtype", "remat", "attention", "lora", "scan_layers", "logits_budget"):
+  for name in (*COMPUTATION, "lora"):
     del config.model.shape[name]
   return config
 
@@ -81,6 +82,7 @@ def resolve(config: Config | Mapping[str, Any]) -> RunConfig:
   if reserved:
     raise UserError(f"config.methods.{min(reserved)}: base, ref and sft are systems of every run; "
                     "use another name")
+  _check_sections(run)
   values = {"reference": run.reference, **{f"methods.{n}": m for n, m in run.compared().items()}}
   if run.eval.benchmark is not None:
     values["eval.benchmark"] = run.eval.benchmark
@@ -89,7 +91,6 @@ def resolve(config: Config | Mapping[str, Any]) -> RunConfig:
       value.check(run)
     except ValueError as e:
       raise UserError(f"config.{where}: {e}") from None
-  _check_sections(run)
   # What no compared method reads is no part of the run.
   read = {n for name, m in run.compared().items() for n in (name, *m.refers())}
   methods = {name: run.methods[name] for name in run.methods if name in read}
@@ -98,6 +99,10 @@ def resolve(config: Config | Mapping[str, Any]) -> RunConfig:
 
 def _check_sections(run: RunConfig) -> None:
   """Fields of different sections that contradict each other."""
+  from dpr_jax.references.base import sft_milestones
+
+  with naming("config.sft"):
+    sft_milestones(run).by_fraction()
   if run.model.keep_layers and not run.model.pretrained:
     raise UserError(f"config.model.keep_layers={run.model.keep_layers} chooses among layers of "
                     "config.model.pretrained; set config.model.shape.num_layers of a random model")
@@ -167,22 +172,29 @@ def first_difference(
         return f"config.{path}: {a!r} there, {b!r} here"
       continue
     if "slots" in metadata:
-      known = kinds(metadata["slots"])
-      pairs = [(a.get(n), b.get(n), n) for n in sorted({*a, *b})]
-      for x, y, n in pairs:
+      for n in sorted({*a, *b}):
+        x, y = a.get(n), b.get(n)
         if not (isinstance(x, Mapping) and isinstance(y, Mapping)):
           return f"config.{path}.{n}: {x!r} there, {y!r} here"
-        found = first_difference(x, y, known.get(x.get("kind")), f"{path}.{n}.")
+        found = first_difference(x, y, _class_of(metadata["slots"], x), f"{path}.{n}.")
         if found:
           return found
       continue
     below = field.type if field and dataclasses.is_dataclass(field.type) else None
     if "slot" in metadata:
-      below = kinds(metadata["slot"]).get(a.get("kind"))
+      below = _class_of(metadata["slot"], a)
     found = first_difference(a, b, below, f"{path}.")
     if found:
       return found
   return None
+
+
+def _class_of(package: str, value: Mapping[str, Any]) -> type | None:
+  """The class of a value, given its JSON; None where it cannot be found any more."""
+  try:
+    return kind_class(package, value.get("kind", ""))
+  except ValueError:
+    return None
 
 
 __all__ = [

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpr_jax.evaluation.statistics import LEVEL, t_quantile
+from dpr_jax.evaluation.statistics import bootstrapped
 
 RESAMPLES = 1_000  # bootstrap samples of an interval.
 
@@ -57,11 +57,8 @@ def _weighted(low_rank, high_rank, low_weight=None, high_weight=None) -> float:
 def auc_interval(per_seed: Sequence[Sequence[Group]], *, seed: int = 0) -> dict[str, object]:
   """AUC over all groups (demonstrations), mean over seeds, with a 95% bootstrap interval.
 
-  Whole groups are resampled, because values of one group are not independent; all seeds get the
-  same ones. One seed: percentiles of the resamples, which speak of that one trained model.
-  Several: the variance of the resamples' means plus that of the mean of the seeds' areas, with
-  Satterthwaite's degrees of freedom (see `statistics`); a little wide, because the noise of the
-  groups within a seed is in both.
+  Whole groups are sampled, because values of one group are not independent; all seeds sample the
+  same ones. The interval is that of `statistics.bootstrapped`.
 
   Args:
     per_seed: for each seed its groups; the i-th is of the same demonstration in every seed.
@@ -98,24 +95,9 @@ def _all_areas(per_seed, seed: int) -> tuple[np.ndarray, np.ndarray]:
   return np.array([area for area, _ in found]), np.stack([areas for _, areas in found])
 
 
-def _interval(areas: np.ndarray, resampled: np.ndarray, count: int, lowest: float):
-  mean = float(areas.mean())
-  out = {"mean": mean, "ci95": [math.nan, math.nan], "n": count * len(areas)}
-  means = resampled.mean(axis=0)
-  means = means[np.isfinite(means)]
-  if math.isnan(mean) or count < 2 or not len(means):
-    return out
-  if len(areas) == 1:
-    tail = (1 - LEVEL) / 2
-    out["ci95"] = [float(x) for x in np.quantile(means, [tail, 1 - tail])]
-    return out
-  s, shared = len(areas), float(means.var(ddof=1))
-  between, half = float(areas.var(ddof=1)) / s, 0.0
-  if between + shared > 0:
-    df = (between + shared) ** 2 / (between**2 / (s - 1) + shared**2 / (count - 1))
-    half = math.sqrt(between + shared) * t_quantile(df)
-  out["ci95"] = [max(lowest, mean - half), min(1.0, mean + half)]
-  return out
+def _interval(areas: np.ndarray, draws: np.ndarray, count: int, lowest: float) -> dict[str, object]:
+  ends = np.clip(bootstrapped(areas, draws, count)["ci95"], lowest, 1.0)
+  return {"mean": float(areas.mean()), "ci95": ends.tolist(), "n": count * len(areas)}
 
 
 def _areas(groups: Sequence[Group], rng: np.random.Generator) -> tuple[float, np.ndarray]:

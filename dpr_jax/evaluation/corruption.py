@@ -23,12 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from dpr_jax.config.fields import kinds
+from dpr_jax.config.fields import kinds, title_of
 from dpr_jax.data.formats import Demo
 from dpr_jax.evaluation.auc import auc_difference, auc_interval
 from dpr_jax.evaluation.benchmarks.base import Benchmark
 from dpr_jax.evaluation.benchmarks.exact import Exact
 from dpr_jax.evaluation.benchmarks.tasks import Tasks
+from dpr_jax.evaluation.metrics import GROUPS
 from dpr_jax.evaluation.responses import response_text
 from dpr_jax.evaluation.scoring import TokenScores, token_texts
 from dpr_jax.evaluation.statistics import interval
@@ -37,7 +38,7 @@ from dpr_jax.rewards.base import Scores, apply_reward, needs
 # What is known of a demonstration under sft and ref, and so what a reward may need to be judged.
 _KNOWN = {"sft_logp", "sft_logsumexp", "ref_logp", "mask"}
 MAIN = "baseline_relative"  # the reward that the others are compared with.
-KINDS = ("all", "unique", "varied")  # of the built-in tasks: one right answer, or many.
+KINDS = ("all", *GROUPS)  # of answers: all of them, and those of some groups of prompts.
 
 
 def judged_rewards() -> dict[str, Any]:
@@ -45,6 +46,15 @@ def judged_rewards() -> dict[str, Any]:
   found = {kind: cls() for kind, cls in kinds("dpr_jax.rewards").items()}
   found = {kind: r for kind, r in found.items() if needs(r) <= _KNOWN}
   return {MAIN: found.pop(MAIN), **dict(sorted(found.items(), reverse=True))}
+
+
+def titles() -> dict[str, str]:
+  """How a report calls the rewards and the kinds of answers in what `summarize` returns."""
+  return {
+      **{kind: title_of(reward) for kind, reward in judged_rewards().items()},
+      "all": "all answers",
+      **GROUPS,
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,8 +196,8 @@ def corruption_records(
 def summarize(per_seed: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
   """Records of each seed -> kind of task -> reward -> metric -> {mean, ci95, n}.
 
-  The kinds `unique` and `varied` are those of the built-in tasks; a kind without records is left
-  out. Beside the rewards stands `chance`, of the metric `lowest`.
+  A kind without records is left out. Beside the rewards, of which the first is the main one, stands
+  `chance`, of the metric `lowest`.
   """
   out = {}
   for kind in KINDS:

@@ -104,7 +104,7 @@ class Evaluation:
     """base or ref."""
     if name == "ref":
       return self.run.reference()
-    base = self.run._hold("base", lambda: self.run.initial_variables(self.run.dtype))
+    base = self.run.hold("base", lambda: self.run.initial_variables(self.run.dtype))
     return Reference.of(base)
 
 

@@ -21,28 +21,34 @@ import numpy as np
 
 from dpr_jax.config.fields import Value, title_of
 
+# Groups of prompts of which every benchmark may make use, in words.
+GROUPS = {"unique": "one right answer", "varied": "many right answers"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Column:
   """One figure of results.json; the mean over prompts unless said otherwise."""
 
   label: str
-  unit: str = ""  # "%" of a share in [0, 1], "nats", "tokens", ...
+  unit: str = ""  # "%" of a share in [0, 1], "nats per response", "tokens", ...
   better: int = 0  # 1: higher is better; -1: lower; 0: neither.
   compared: bool = True  # paired differences between systems are reported.
   main: bool = False  # stands in the first table of the report.
   # The value of a prompt is a list, one number per token. It is averaged over as many tokens as
   # the shorter one of the two compared responses has, so that length alone cannot win.
   per_token: bool = False
+  # A trained policy whose value is above SFT's by more shows a sign of a gamed reward; 0: no sign.
+  alarm: float = 0.0
+  note: str = ""  # a sentence below the table that shows it.
 
   def of_mode(self, mode: str) -> "Column":
-    return dataclasses.replace(self, label=f"{self.label}, {mode}")
+    # Of greedy responses the first table has no more than how good they are.
+    main = self.main and (mode == "sampled" or self.better != 0)
+    return dataclasses.replace(self, label=f"{self.label}, {mode}", main=main)
 
-  def of_group(self, group: str) -> "Column":
-    words = {"unique": "one right answer", "varied": "many right answers"}.get(group, group)
-    return dataclasses.replace(
-        self, label=f"{self.label}, {words}", compared=False, main=group in ("unique", "varied")
-    )
+  def of_group(self, group: str, main: bool = False) -> "Column":
+    label = f"{self.label}, {GROUPS.get(group, group)}"
+    return dataclasses.replace(self, label=label, compared=False, main=main and group in GROUPS)
 
 
 ACCURACY = Column("Accuracy", "%", better=1, main=True)
@@ -124,7 +130,9 @@ class HeldoutNLL(SystemMetric):
 
   kind = "heldout_nll"
   columns = {
-      "heldout_nll": Column("Held-out NLL", "nats", better=-1, compared=False, main=True)
+      "heldout_nll": Column(
+          "Held-out NLL", "nats per response", better=-1, compared=False, main=True
+      )
   }
 
   def applies(self, evaluation, system):
@@ -144,8 +152,8 @@ class SampleNLL(SystemMetric):
 
   kind = "sample_nll"
   columns = {
-      "sample_nll_base": Column("NLL of samples under base", "nats"),
-      "sample_nll_ref": Column("NLL of samples under ref", "nats"),
+      f"sample_nll_{name}": Column(f"NLL of samples under {name}", "nats per token", alarm=0.1)
+      for name in ("base", "ref")
   }
 
   def applies(self, evaluation, system):
@@ -180,10 +188,19 @@ class Expert(SystemMetric):
   """Distance to the known expert that made the demonstrations; see `evaluation.expert`."""
 
   kind = "expert"
+  note = "The expert is the model that made the demonstrations."
   columns = {
-      "reverse_kl": Column("KL(system || expert)", "nats", better=-1, main=True),
-      "forward_kl": Column("KL(expert || system)", "nats", better=-1, main=True),
-      "expert_logp": Column("Log p under the expert per token", "nats", main=True, per_token=True),
+      "reverse_kl": Column(
+          "KL(system || expert)", "nats per response", better=-1, main=True, note=note
+      ),
+      "forward_kl": Column(
+          "KL(expert || system)", "nats per response", better=-1, main=True, note=note
+      ),
+      "expert_logp": Column(
+          "Log p under the expert", "nats per token", main=True, per_token=True,
+          note="Log p under the expert is of a system's own samples, each cut to the length of "
+          "SFT's where that is shorter; certainty alone raises it, even above the expert's own.",
+      ),
   }
 
   def applies(self, evaluation, system):

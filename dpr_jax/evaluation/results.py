@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dpr_jax.evaluation import frontier
-from dpr_jax.evaluation.corruption import summarize
+from dpr_jax.evaluation import corruption, frontier
 from dpr_jax.evaluation.expert import equal_length_logp
 from dpr_jax.evaluation.metrics import Column
 from dpr_jax.evaluation.statistics import compare, interval
@@ -71,7 +70,8 @@ class _Seed:
       for group in groups if len(groups) > 1 else ():
         name = f"accuracy_{mode}/{group}"
         out[name] = [float(r["correct"]) for r in rows if group in r["groups"]]
-        self.shown[name] = self.columns["accuracy"].of_mode(mode).of_group(group)
+        column = self.columns["accuracy"].of_mode(mode)
+        self.shown[name] = column.of_group(group, main=mode == "sampled")
     return out
 
 
@@ -94,8 +94,8 @@ def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dic
     seeds; systems: name -> column -> {mean, ci95, n}; labels of the systems; columns: what each
     is; comparisons: pair, metric, difference, ci95, p (paired over prompts); frontier: see
     `evaluation.frontier.summarize`; stages: steps, seconds, tokens and budget of each, of the first
-    seed; notes: sentences for the reader; corruption: see `evaluation.corruption.summarize`. What
-    no seed has is absent.
+    seed; notes: sentences for the reader; corruption: see `evaluation.corruption.summarize`;
+    corruption_titles: of its kinds and rewards. What no seed has is absent.
   """
   dirs = [Workdir(w) for w in workdirs]
   described = dirs[0].read_config()["described"]
@@ -132,11 +132,12 @@ def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dic
       "stages": _stages(dirs[0], described),
       "notes": _notes(dirs, seeds),
   }
-  curves = frontier.summarize([w.frontier for w in dirs], [n for n in names])
+  curves = frontier.summarize([w.frontier for w in dirs], names)
   if curves:
     results["frontier"] = curves
   if all(w.corruption_file.exists() for w in dirs):
-    results["corruption"] = summarize([read_lines(w.corruption_file) for w in dirs])
+    lines = [read_lines(w.corruption_file) for w in dirs]
+    results |= {"corruption": corruption.summarize(lines), "corruption_titles": corruption.titles()}
   return results
 
 

@@ -111,10 +111,44 @@ def compare(
   elif not np.any([np.any(d != 0) for d in differences]):
     p = 1.0
   else:
-    tail = lambda t, df: 2 * float(scipy.stats.t.sf(t, df))
-    p = max(tail(abs(center) / math.sqrt(v), df) if v > 0 else 0.0 for v, df in variances)
+    p = max(_t_tail(center / math.sqrt(v), df) if v > 0 else 0.0 for v, df in variances)
     p = max(p, 1 / (FLIPS + 1))
   return {"difference": difference, "ci95": [center - half, center + half], "p": p}
+
+
+def bootstrapped(estimates: np.ndarray, draws: np.ndarray, prompts: int) -> dict[str, Any]:
+  """Interval and p of the mean over seeds of a statistic, from bootstrap samples of the prompts.
+
+  One seed: percentiles of the samples, which speak of that one trained model; p is twice the
+  smaller share of samples on one side of 0, 0 included, with one added to both counts. Several: the
+  variance of the samples' means plus that of the mean of the seeds' estimates, with Satterthwaite's
+  degrees of freedom and their t test; a little wide, because the noise of the prompts within a seed
+  is in both. p is never 0.
+
+  Args:
+    estimates: of each seed, [S].
+    draws: of the samples of each seed, [S, B], the same prompts in every seed; a sample that is not
+      finite is left out.
+    prompts: that are sampled.
+
+  Returns:
+    ci95 [low, high]; p of the difference from 0, two-sided. NaN where unknown.
+  """
+  means = draws.mean(axis=0)
+  means = means[np.isfinite(means)]
+  mean, s, n = float(np.mean(estimates)), len(estimates), len(means)
+  if math.isnan(mean) or prompts < 2 or not n:
+    return {"ci95": [math.nan, math.nan], "p": math.nan}
+  if s == 1:
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    tail = min(np.sum(means <= 0), np.sum(means >= 0))
+    return {"ci95": [float(low), float(high)], "p": min(1.0, 2 * (int(tail) + 1) / (n + 1))}
+  between, shared = float(np.var(estimates, ddof=1)) / s, float(means.var(ddof=1))
+  variance, half, p = between + shared, 0.0, float(mean == 0)
+  if variance > 0:
+    df = variance**2 / (between**2 / (s - 1) + shared**2 / (prompts - 1))
+    half, p = math.sqrt(variance) * t_quantile(df), _t_tail(mean / math.sqrt(variance), df)
+  return {"ci95": [mean - half, mean + half], "p": max(p, 1 / (n + 1))}
 
 
 def _checked(per_seed: Sequence[np.ndarray], name: str) -> list[np.ndarray]:
@@ -196,6 +230,11 @@ def _sign_flip_p(differences: np.ndarray, seed: int) -> float:
     hits += int(np.sum(np.abs(signs @ d) >= observed))
     done += count
   return (hits + 1) / (FLIPS + 1)
+
+
+def _t_tail(t: float, df: float) -> float:
+  """P(|T| >= |t|) for Student's t."""
+  return 2 * float(scipy.stats.t.sf(abs(t), df))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -20,9 +20,9 @@ from dpr_jax.training.loop import Stage, Training, run_stage
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method(Value):
-  """A way to answer; the base of those that need no training, too."""
+  """A way to answer; one that needs no training derives from this class directly."""
 
-  label: str = setting("", "in tables and plots; '' is made of the kind and the name")
+  label: str = setting("", "label in tables and plots; '' is made of the kind and the name")
 
   trained: ClassVar[bool] = False
   subject: ClassVar[bool] = False  # learns from the reward: compared with every other system.
@@ -32,8 +32,9 @@ class Method(Value):
     """How tables call the system `name`."""
     if self.label:
       return self.label
-    title = title_of(self)
-    return title if name == type(self).kind else f"{title} ({name})"
+    title, cls = title_of(self), type(self)
+    own = vars(cls).get("kind") or cls.__name__.lower()  # Focal is called focal.
+    return title if name == own else f"{title} ({name})"
 
   def refers(self) -> tuple[str, ...]:
     """Names of other methods of the config whose settings this one reads."""
@@ -55,16 +56,16 @@ class Method(Value):
 class TrainedMethod(Method):
   """A method that trains; its fields override those of `config.budget`."""
 
-  steps: int | None = setting(None, "updates; None: config.budget.steps", low=1)
+  steps: int | None = setting(None, "optimizer updates; None: config.budget.steps", low=1)
   batch_size: int | None = setting(None, "rows per step; None: config.budget.batch_size", low=1)
   accumulation: int | None = setting(
       None, "micro-batches per step; None: config.budget.accumulation", low=1
   )
   max_new_tokens: int | None = setting(
-      None, "response tokens per row; None: config.budget.max_new_tokens", low=1
+      None, "longest response in tokens; None: config.budget.max_new_tokens", low=1
   )
   optimizer: OptimizerChanges = setting(
-      OptimizerChanges(), "what differs from config.budget.optimizer"
+      OptimizerChanges(), "fields that differ from config.budget.optimizer"
   )
 
   trained = True

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dpr_jax import sharding
-from dpr_jax.config.fields import setting, slot
+from dpr_jax.config.fields import kind_of, setting, slot
 from dpr_jax.data.loader import Batches, prompt_batches
 from dpr_jax.evaluation.responses import response_text
 from dpr_jax.losses import make_reinforce_loss, reinforce_batch
@@ -32,61 +32,61 @@ from dpr_jax.training.optimizer import make_optimizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPR(TrainedMethod):
-  """REINFORCE on a dense reward, with a KL to SFT inside of it."""
+  """REINFORCE on a dense reward that includes a KL penalty to SFT."""
 
   kind = "dpr"
   title = "DPR"
   subject = reads_reference = True
 
-  reward: Any = slot("dpr_jax.rewards", "baseline_relative", "of each token")
+  reward: Any = slot("dpr_jax.rewards", "baseline_relative", "reward of each token")
   transforms: tuple[str, ...] = setting(
-      (), "of the reward, from first to last: scale:FACTOR, clip:NATS, clip:LOW:HIGH, zscore, "
-      "mask_unsure:NATS, center"
+      (), "of the reward, applied from first to last: scale:FACTOR, clip:NATS, clip:LOW:HIGH, "
+      "zscore, mask_unsure:NATS, center"
   )
   returns: str = setting(
-      "per_token", "of a token: its own reward, what follows (the paper's), or the whole response",
-      choices=RETURNS,
+      "per_token", "return of a token: its own reward, the sum of the rewards from it on (as in "
+      "the paper), or the sum over the response", choices=RETURNS,
   )
-  gamma: float = setting(1.0, "discount of a reward-to-go", low=0, high=1)
+  gamma: float = setting(1.0, "discount factor of returns=reward_to_go", low=0, high=1)
   variance_baseline: str = setting(
-      "position_mean", "subtracted from the returns", choices=VARIANCE_BASELINES
+      "position_mean", "what is subtracted from the returns", choices=VARIANCE_BASELINES
   )
   beta: float = setting(
       1.0, "weight of the KL to SFT; 1 / beta is the strength of the extrapolation", low=0
   )
-  beta_ref: float = setting(0.0, "weight of a KL to ref as well", low=0)
+  beta_ref: float = setting(0.0, "weight of an additional KL to ref", low=0)
   target_kl: float = setting(
-      0.0, "nats per response; steers beta, which starts as above; 0 keeps it fixed", low=0
+      0.0, "KL to SFT, nats per response, towards which beta is adapted; 0 keeps beta fixed", low=0
   )
   beta_gain: float = setting(
-      0.1, "of that control; a step changes beta by at most 0.2 of it", low=0, high=1
+      0.1, "gain g of that adaptation; a step changes beta by at most 20% of g", low=0, high=1
   )
   kl_budget: float = setting(
-      0.0, "nats per response; the stage ends where the mean KL exceeds it; 0: never", low=0
+      0.0, "KL to SFT, nats per response, beyond which the stage ends; 0: no limit", low=0
   )
   loss_aggregation: str = setting(
-      "tokens", "what the summed loss is divided by", choices=LOSS_AGGREGATIONS
+      "tokens", "what the sum of the loss is divided by", choices=LOSS_AGGREGATIONS
   )
   truncated: str = setting(
-      "keep", "rollouts that end without EOS", choices=("keep", "mask")
+      "keep", "what to do with rollouts that end without EOS", choices=("keep", "mask")
   )
   verifier_weight: float = setting(
-      0.0, "share of the benchmark's accuracy, on the last token, in the reward", low=0, high=1
+      0.0, "share of the benchmark's accuracy in the reward; on the last token", low=0, high=1
   )
   samples_per_prompt: int = setting(
-      1, "adjacent rollouts that share a prompt and its prefill", low=1
+      1, "rollouts per prompt, adjacent in the batch; they share its prefill", low=1
   )
   temperature: float = setting(
-      1.0, "of the behavior; anything but 1 biases the gradient", above=0
+      1.0, "sampling temperature of rollouts; other than 1, the gradient is biased", above=0
   )
-  top_k: int = setting(0, "tokens that are sampled from; 0 keeps all", low=0)
-  top_p: float = setting(1.0, "probability that is sampled from; 1 keeps all", above=0, high=1)
+  top_k: int = setting(0, "number of likeliest tokens that are sampled from; 0 keeps all", low=0)
+  top_p: float = setting(1.0, "probability mass that is sampled from; 1 keeps all", above=0, high=1)
   slots: int = setting(
-      0, "rollouts decoded at a time, refilled as they end; 0 decodes all at once", low=0,
+      0, "rollouts decoded at a time, replaced as they end; 0 decodes all at once", low=0,
       resumable=True,
   )
   refill: float = setting(
-      0.125, "share of the slots that must have ended before others take them", low=0, high=1,
+      0.125, "share of the slots that must be free before they are refilled", low=0, high=1,
       resumable=True,
   )
 
@@ -105,7 +105,7 @@ class DPR(TrainedMethod):
         raise ValueError(f"transforms: center has no meaning here: {e}") from None
     if {"sft_logsumexp"} & asked and (self.returns == "per_token" or self.gamma == 0):
       # A constant added to the logits of a state moves reward from one token to the one before.
-      raise ValueError(f"reward={self.reward.kind} says nothing of one token alone; set "
+      raise ValueError(f"reward={kind_of(self.reward)} says nothing of one token alone; set "
                        "returns=reward_to_go and a gamma above 0")
     if self.gamma != 1 and self.returns != "reward_to_go":
       raise ValueError(f"gamma={self.gamma} discounts a reward-to-go, not returns={self.returns}; "
@@ -229,10 +229,11 @@ class DPR(TrainedMethod):
     rollouts = RolloutWork(
         rows=budget.batch_size, prompt=prompt, new=budget.max_new_tokens,
         scored=others + expected, samples=self.samples_per_prompt, slots=self.slots,
+        held=others,
     )
     update = TrainWork(
         budget.batch_size, prompt + budget.max_new_tokens, budget.max_new_tokens,
-        budget.accumulation,
+        budget.accumulation, held=others,
     )
     return [
         Program(f"{name}/rollout_step", lambda: rollout_step.lower(*arguments), rollouts,

@@ -14,8 +14,8 @@ class GSIL(PairMethod):
 
   kind = "gsil"
   title = "GSIL"
-  divergence: str = setting("bernoulli", "of the density ratio", choices=KINDS)
-  alpha: float = setting(0.1, "per nat of the summed log-ratio", low=1e-6)
+  divergence: str = setting("bernoulli", "estimator of the density ratio", choices=KINDS)
+  alpha: float = setting(0.1, "factor of the log-ratio of a response, per nat", low=1e-6)
 
   def loss(self, model):
     return make_gsil_loss(model, kind=self.divergence, alpha=self.alpha)

@@ -13,7 +13,7 @@ class IQLM(DemoMethod):
 
   kind = "iq_lm"
   title = "IQ-LM"
-  lam: float = setting(1.0, "lambda, nats; the larger, the weaker the regularizer", low=1e-6)
+  lam: float = setting(1.0, "lambda, nats; the regularizer is weaker the larger it is", low=1e-6)
 
   def loss(self, model):
     return make_iq_lm_loss(model, lam=self.lam)

@@ -42,10 +42,10 @@ class DemoMethod(TrainedMethod):
   def programs(self, shapes, name):
     budget, step = self.budget(shapes.config), self._step(shapes.model, shapes.config)
     tokens = shapes.config.data.prompt_length + budget.max_new_tokens
-    batch = row_batch(shapes, budget.batch_size, tokens)
+    state, batch = shapes.state(step), row_batch(shapes, budget.batch_size, tokens)
     work = TrainWork(budget.batch_size, tokens, tokens - 1, budget.accumulation)
     return [
-        Program(f"{name}/train_step", lambda: step.lower(shapes.state(step), batch), work,
+        Program(f"{name}/train_step", lambda: step.lower(state, batch), work,
                 tokens=budget.batch_size * budget.max_new_tokens)
     ]
 

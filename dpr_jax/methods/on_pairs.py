@@ -55,6 +55,12 @@ class PairMethod(TrainedMethod):
     """loss_fn(variables, batch: PairBatch, rng) -> (loss_sum, weight, metrics)."""
     raise NotImplementedError
 
+  def check(self, config):
+    budget = self.budget(config)
+    if budget.batch_size % (2 * budget.accumulation):
+      raise ValueError(f"batch_size={budget.batch_size} does not give whole pairs in accumulation="
+                       f"{budget.accumulation} micro-batches")
+
   def check_mesh(self, mesh, config):
     budget = self.budget(config)
     rows = budget.batch_size // budget.accumulation // 2
@@ -92,13 +98,13 @@ class PairMethod(TrainedMethod):
       return step.lower(state, shapes.rows(made))
 
     # A demonstration and a sample per pair are scored under the frozen iterate.
-    sampling = RolloutWork(rows=pairs, prompt=prompt, new=new, scored=2)
+    sampling = RolloutWork(rows=pairs, prompt=prompt, new=new, scored=2, held=1)
     tokens = prompt + new
     return [
         Program(f"{name}/make_pairs", lambda: make_pairs.lower(*arguments), sampling,
                 device_bytes(state.opt_state) + device_bytes(state.trainable)),
         Program(f"{name}/train_step", lower_update,
-                TrainWork(2 * pairs, tokens, tokens - 1, budget.accumulation),
+                TrainWork(2 * pairs, tokens, tokens - 1, budget.accumulation, held=1),
                 shapes.held_bytes(1)[0], tokens=2 * pairs * new),
     ]
 

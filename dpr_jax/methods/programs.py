@@ -25,6 +25,7 @@ class TrainWork:
   logits: int  # columns whose logits are computed, per row.
   accumulation: int = 1
   ema: bool = False
+  held: int = 0  # models beside the one that is trained, in the compute dtype.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class RolloutWork:
   scored: int  # forward passes that score a response.
   samples: int = 1  # responses that share a prompt and its prefill.
   slots: int = 0  # responses decoded at a time; 0: all at once.
+  held: int = 0  # models beside the one that is trained, in the compute dtype.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,11 @@ class Program:
   lower: Callable[[], jax.stages.Lowered]  # call it under the mesh.
   work: TrainWork | RolloutWork
   resident_bytes: float = 0.0  # per device: what is alive but no argument.
-  tokens: int = 0  # per step, of the program that ends it; for a bound on the speed.
+  tokens: int = 0  # trained or sampled per step; 0 in all programs of a step but the last.
+
+  @property
+  def stage(self) -> str:
+    return self.name.partition("/")[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +67,9 @@ class Shapes:
   model: Transformer
   mesh: jax.sharding.Mesh
   stop_ids: tuple[int, ...] = (0,)  # Any stop id does: it is a constant of the program.
+
+  def __post_init__(self):
+    _ = self.key  # Made now: under a mesh of devices that do not exist it could not be.
 
   @functools.cached_property
   def key(self) -> jax.Array:
@@ -86,7 +95,7 @@ class Shapes:
     return Reference((self.held,) * self.config.reference.num_members)
 
   def state(self, step: Any) -> Any:
-    """The abstract state that a step takes."""
+    """The abstract state that a step takes; make it before `Program.lower`: optax computes here."""
     frozen = split_trainable(self.held)[1]
     return step.abstract(self.trainable, self.key).replace(frozen=frozen, control={})
 

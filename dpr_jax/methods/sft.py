@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, where every method starts."""
+"""Supervised fine-tuning, where every method starts; keeps milestones, maybe a moving average."""
 
 import dataclasses
 from typing import Any
@@ -58,9 +58,9 @@ def sft_programs(shapes: Shapes) -> list[Program]:
   section, tokens = shapes.config.sft, shapes.config.data.row_length
   decay = shapes.config.reference.ema_decay
   step = make_sft_step(shapes.model, section, decay)
-  batch = row_batch(shapes, section.batch_size, tokens)
+  state, batch = shapes.state(step), row_batch(shapes, section.batch_size, tokens)
   work = TrainWork(section.batch_size, tokens, tokens - 1, section.accumulation, decay > 0)
   return [
-      Program("sft/train_step", lambda: step.lower(shapes.state(step), batch), work,
+      Program("sft/train_step", lambda: step.lower(state, batch), work,
               tokens=section.batch_size * tokens)
   ]

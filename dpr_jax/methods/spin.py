@@ -13,7 +13,7 @@ class SPIN(PairMethod):
 
   kind = "spin"
   title = "SPIN"
-  beta: float = setting(0.1, "per nat of the summed log-ratio", low=1e-6)
+  beta: float = setting(0.1, "factor of the log-ratio of a response, per nat", low=1e-6)
 
   def loss(self, model):
     return make_spin_loss(model, beta=self.beta)

@@ -9,11 +9,11 @@ from dpr_jax.methods.base import Method
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowTemperature(Method):
-  """SFT, sampled at a lower temperature."""
+  """SFT, sampled at another temperature."""
 
   kind = "low_temperature"
   title = "SFT, low temperature"
-  temperature: float = setting(0.5, "of sampling", above=0)
+  temperature: float = setting(0.5, "sampling temperature", above=0)
 
   def system(self, run, name):
     # Its greedy mode would be that of sft.
@@ -23,12 +23,13 @@ class LowTemperature(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Extrapolation(Method):
-  """Extrapolates from ref through sft: by default as far as the optimum of a DPR method."""
+  """Extrapolates from ref through sft, by default as far as the optimum of a DPR method does."""
 
   strength: float = setting(
-      0.0, "of the extrapolation; 0 takes that of the optimum of `optimum_of`, 1 / beta", low=0
+      0.0, "strength of the extrapolation; 0 takes 1 / beta, that of the optimum of `optimum_of`",
+      low=0
   )
-  optimum_of: str = setting("dpr", "name of a DPR method")
+  optimum_of: str = setting("dpr", "name of the DPR method whose optimum is meant")
 
   reads_reference = True
 

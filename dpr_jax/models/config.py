@@ -10,13 +10,15 @@ from dpr_jax.models.lora import LoRA
 
 GLOBAL, LOCAL = "global", "local"
 ATTENTION = ("auto", "xla", "cudnn", "splash")
+# Fields of ModelConfig that say how it is computed, not what; a checkpoint's reader may differ.
+COMPUTATION = ("dtype", "scan_layers", "remat", "attention", "logits_budget")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
   """Rotary position embedding of one kind of layer."""
 
-  theta: float = 10_000.0
+  theta: float = 10_000.0  # base of the wavelengths.
   scaling: str = "none"  # none | linear | llama3
   factor: float = 1.0  # linear, llama3: how many times longer than trained.
   low_freq_factor: float = 1.0  # llama3: below it (in original lengths) scale fully.
@@ -38,34 +40,34 @@ class ModelConfig:
   H head_dim, L num_layers; B rows, T tokens, S cache slots, R repeats of a layer pattern.
   """
 
-  vocab_size: int = 272
-  hidden_size: int = 128
-  mlp_size: int = 384
-  num_layers: int = 4
-  num_heads: int = 4
-  num_kv_heads: int = 4
-  head_dim: int = 32
+  vocab_size: int = 272  # tokens; rows of the embedding.
+  hidden_size: int = 128  # width of the residual stream.
+  mlp_size: int = 384  # width of the MLP.
+  num_layers: int = 4  # attention and MLP each.
+  num_heads: int = 4  # query heads.
+  num_kv_heads: int = 4  # key-value heads; divides num_heads.
+  head_dim: int = 32  # width of a head; even.
   max_length: int = 2048  # tokens; the longest sequence the weights were trained for.
 
   activation: str = "silu"  # silu | gelu_tanh; gates the MLP.
-  norm_eps: float = 1e-6
+  norm_eps: float = 1e-6  # added to the mean square in RMSNorm.
   norm_unit_offset: bool = False  # RMSNorm multiplies by (1 + w) instead of w (Gemma).
   sandwich_norm: bool = False  # also normalise the output of attention and MLP (Gemma 3).
   qk_norm: bool = False  # RMSNorm over head_dim of queries and keys (Qwen3, Gemma 3).
-  qkv_bias: bool = False  # Qwen2.
+  qkv_bias: bool = False  # biases on queries, keys and values (Qwen2).
   tied_head: bool = True  # the output head is the embedding table.
   embed_scale: float = 1.0  # multiplies the embeddings (sqrt(D) for Gemma).
   query_scale: float = 0.0  # multiplies q.k; 0 means head_dim ** -0.5.
 
-  # Which layers see everything and which a window; repeated over the layers.
-  layer_pattern: tuple[str, ...] = (GLOBAL,)
-  window: int = 0  # tokens a `local` layer sees, itself included.
-  rope: Rope = Rope()
-  local_rope: Rope | None = None  # rope of `local` layers where it differs.
+  # Repeated over the layers: `global` ones see all tokens, `local` ones a window.
+  layer_pattern: tuple[str, ...] = (GLOBAL,)  # kinds of layers, global | local.
+  window: int = 0  # tokens that a `local` layer sees, the current one included.
+  rope: Rope = Rope()  # of all layers, or of the `global` ones.
+  local_rope: Rope | None = None  # of `local` layers where it differs; None: as `rope`.
 
   lora: LoRA = LoRA()  # adapters beside the weights; rank 0 has none.
 
-  # How it is computed, not what: free to differ between a checkpoint and its reader.
+  # How it is computed, not what: see COMPUTATION.
   dtype: str = "float32"  # activations and matmuls; parameters keep their own dtype.
   scan_layers: bool = True  # False: every pattern is a group of its own; see models/unrolled.py.
   remat: str = "full"  # none | dots | full: what the backward pass recomputes in a layer.

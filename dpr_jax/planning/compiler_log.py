@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-# What the partitioner says where it finds no way from one layout of an array to another but to
+# What the partitioner logs where it finds no way from one layout of an array to another but to
 # copy the whole of it to every device.
 REMATERIALIZATION = "Involuntary full rematerialization"
 

@@ -8,23 +8,41 @@ import jax
 
 from dpr_jax.config import RunConfig
 from dpr_jax.errors import UserError
-from dpr_jax.models import ModelConfig
-from dpr_jax.planning import report, search, traffic
-from dpr_jax.planning.programs import check_rows, planned_model
+from dpr_jax.planning import report, search
+from dpr_jax.planning.programs import planned_model, planned_works
+from dpr_jax.planning.summary import peak_bytes
 from dpr_jax.planning.topologies import Topology, describe
+from dpr_jax.planning.work import Shape
+from dpr_jax.run import check_mesh
 from dpr_jax.sharding import MESH_AXES
+
+
+def accumulations(config: RunConfig) -> dict[str, int]:
+  """Field -> micro-batches per step: of SFT, of the shared budget, of methods with their own."""
+  sections = {"sft": config.sft, "budget": config.budget}
+  sections |= {f"methods.{name}": m for name, m in _accumulating_methods(config).items()}
+  return {f"config.{path}.accumulation": s.accumulation for path, s in sections.items()}
+
+
+def _accumulating_methods(config: RunConfig) -> dict[str, Any]:
+  """The compared methods whose accumulation is not that of the shared budget."""
+  return {name: m for name, m in config.compared().items() if m.trained and m.accumulation}
 
 
 def _accumulating(config: RunConfig) -> Iterator[RunConfig]:
   """The config, and the same steps in 2, 4, ... times as many micro-batches."""
   for factor in (1, 2, 4, 8, 16):
-    more = {}
-    for name in ("sft", "dpr"):
-      section = getattr(config, name)
-      if section.batch_size % (section.accumulation * factor):
-        return
-      more[name] = dataclasses.replace(section, accumulation=section.accumulation * factor)
-    yield dataclasses.replace(config, **more)
+    more = lambda x, n=factor: dataclasses.replace(x, accumulation=x.accumulation * n)
+    try:
+      own = {name: more(method) for name, method in _accumulating_methods(config).items()}
+      how = dataclasses.replace(
+          config, sft=more(config.sft), budget=more(config.budget), methods=config.methods | own
+      )
+      for method in how.compared().values():
+        method.check(how)
+    except ValueError:  # So many micro-batches would differ in size.
+      return
+    yield how
 
 
 @dataclasses.dataclass
@@ -33,13 +51,13 @@ class _Round:
 
   config: RunConfig
   guesses: list[search.Estimate]  # the best first.
-  compiled: dict[search.Shape, dict[str, Any]] = dataclasses.field(default_factory=dict)
+  compiled: dict[Shape, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
-  def compile(self, guesses, cfg, topology, devices, exhaustive, say) -> bool:
+  def compile(self, guesses, cfg, topology, devices, exhaustive, log) -> bool:
     """Compiles `guesses`, all or until one fits; whether one does."""
     for guess in guesses:
       mesh = ",".join(map(str, guess.shape))
-      on_program = lambda name, mesh=mesh: say(f"{topology.name} mesh {mesh}: compiling {name}")
+      on_program = lambda name, mesh=mesh: log(f"{topology.name} mesh {mesh}: compiling {name}")
       planned = report.plan_mesh(self.config, cfg, topology, devices, guess.shape, on_program)
       self.compiled[guess.shape] = planned
       if planned["fits"] and not exhaustive:
@@ -51,21 +69,21 @@ def make_plan(
     config: RunConfig,
     topology: Topology,
     *,
-    shape: search.Shape | None = None,
+    shape: Shape | None = None,
     most: int = 3,
     exhaustive: bool = False,
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
     config_name: str = "",
 ) -> dict[str, Any]:
   """Compiles the programs of `config` on `topology`.
 
   Args:
     shape: (data, fsdp, tensor); None searches, and splits the steps into more micro-batches than
-      the config says if nothing fits otherwise ("batch" says how many).
+      the config does if nothing fits otherwise ("accumulation" has how many).
     most: meshes that a search compiles at most; it stops at the first that fits.
     exhaustive: compile all meshes instead that are not far beyond memory by estimate, and choose
-      that with the lowest floors. Otherwise the estimate alone says which is the fastest.
-    say: called with a line of progress before each compilation.
+      that with the lowest bounds. Otherwise the estimate alone decides which is the fastest.
+    log: called with a line of progress before each compilation.
 
   Raises:
     UserError: no compiler for the topology, no mesh that divides the batches, or a config without
@@ -76,8 +94,8 @@ def make_plan(
   devices = None
   for how in [config] if shape else _accumulating(config):
     if shape:
-      check_rows(how, jax.sharding.AbstractMesh(shape, MESH_AXES))
-      guesses = [search.estimate(how, cfg, topology, shape)]
+      check_mesh(how, jax.sharding.AbstractMesh(shape, MESH_AXES))
+      guesses = [search.estimate(planned_works(how, cfg), cfg, topology, shape)]
     else:
       guesses = search.ranked(how, cfg, topology)
     if not guesses:
@@ -87,49 +105,40 @@ def make_plan(
     # Nothing is compiled that is far beyond memory, if more micro-batches may help.
     hopeful = [e for e in guesses if e.peak_bytes <= 1.1 * topology.chip.hbm_bytes]
     hopeful = hopeful if exhaustive else hopeful[:most]
-    if rounds[-1].compile(guesses if shape else hopeful, cfg, topology, devices, exhaustive, say):
+    if rounds[-1].compile(guesses if shape else hopeful, cfg, topology, devices, exhaustive, log):
       break
   if not rounds:
     raise UserError(
-        f"no mesh over the {topology.size} devices of {topology.name} divides "
-        f"config.sft.batch_size={config.sft.batch_size} and config.dpr.batch_size="
-        f"{config.dpr.batch_size} (a micro-batch needs a multiple of data * fsdp rows) "
-        "with tensor a divisor of the heads; take more rows"
+        f"no mesh over the {topology.size} devices of {topology.name} divides the rows of every "
+        f"batch (config.sft.batch_size={config.sft.batch_size}, config.budget.batch_size="
+        f"{config.budget.batch_size}, config.eval.batch_size={config.eval.batch_size}; a "
+        "micro-batch needs a multiple of data * fsdp rows) with tensor a divisor of the heads; "
+        "take more rows"
     )
   if not any(r.compiled for r in rounds):  # What the smallest of the last lacks is worth knowing.
-    rounds[-1].compile(rounds[-1].guesses[:1], cfg, topology, devices, exhaustive, say)
+    rounds[-1].compile(rounds[-1].guesses[:1], cfg, topology, devices, exhaustive, log)
   # The fastest mesh that fits, else the one that got farthest, of the latest round that has one.
   latest = [(r, planned) for r in reversed(rounds) for planned in r.compiled.values()]
   chosen, best = max(latest, key=lambda pair: _worth(pair[1]))
-  config = chosen.config
   return {
       "topology": topology.name,
       "devices": topology.size,
       "hbm_bytes": topology.chip.hbm_bytes,
-      "mesh": best["mesh"],
-      "fits": best["fits"],
-      "programs": best["programs"],
-      **report.bounds(config, best),
+      **best,
       "config": config_name,
-      "batch": {
-          "sft": [config.sft.batch_size, config.data.row_length, config.sft.accumulation],
-          "dpr": [config.dpr.batch_size, config.data.prompt_length, config.dpr.max_new_tokens,
-                  config.dpr.accumulation],
-      },
+      "accumulation": accumulations(chosen.config),
       "lora_rank": cfg.lora.rank,
-      "attention": best["attention"],
       "parameters": cfg.num_params,
       "searched": shape is None,
       "exhaustive": shape is None and exhaustive,
-      "sft_minimum_bytes": _minimum(config, cfg, best["mesh"]),
       "chip": dataclasses.asdict(topology.chip),
       "candidates": [
           {
               "mesh": dict(zip(MESH_AXES, guess.shape)),
-              "accumulation": [r.config.sft.accumulation, r.config.dpr.accumulation],
+              "accumulation": list(accumulations(r.config).values()),
               "estimated_peak_bytes": int(guess.peak_bytes),
               "estimated_seconds": guess.seconds,
-              **_compiled_to(r.compiled.get(guess.shape)),
+              **_outcome(r.compiled.get(guess.shape)),
           }
           for r in rounds
           for guess in r.guesses
@@ -145,38 +154,26 @@ def _got_to(planned: dict[str, Any]) -> int:
 
 def _worth(planned: dict[str, Any]) -> tuple[float, ...]:
   """By which compiled meshes are compared: whether they fit, how many programs were compiled, and
-  of those that fit the sum of the longest floors, then of all: often all compute the same."""
+  of those that fit the sum of the longest bounds, then of all: often all compute the same."""
   if not planned["fits"]:
     return False, _got_to(planned), 0.0, 0.0
   programs = planned["programs"].values()
-  all_floors = sum(sum(p["floor_seconds"].values()) for p in programs)
-  return True, _got_to(planned), -sum(map(report.floor, programs)), -all_floors
+  all_bounds = sum(sum(p["bound_seconds"].values()) for p in programs)
+  return True, _got_to(planned), -sum(map(report.bound, programs)), -all_bounds
 
 
-def _compiled_to(planned: dict[str, Any] | None) -> dict[str, Any]:
-  """What a candidate says of its programs: {"fits", "peak_bytes", "floor_seconds"}.
+def _outcome(planned: dict[str, Any] | None) -> dict[str, Any]:
+  """What became of a candidate: {"fits", "peak_bytes", "bound_seconds"}.
 
   The largest peak with what is resident beside it, None where the compiler ran out of memory, and
-  the sum of the longest floors, None unless all fit. All None if it was not compiled.
+  the sum of the longest bounds, None unless all fit. All None if it was not compiled.
   """
   if planned is None:
-    return {"fits": None, "peak_bytes": None, "floor_seconds": None}
+    return {"fits": None, "peak_bytes": None, "bound_seconds": None}
   programs = planned["programs"].values()
-  peaks = [p["peak_bytes"] + p["resident_bytes"] for p in programs if p["peak_bytes"] is not None]
+  complete = _got_to(planned) == len(programs)
   return {
       "fits": planned["fits"],
-      "peak_bytes": max(peaks) if _got_to(planned) == len(programs) else None,
-      "floor_seconds": sum(map(report.floor, programs)) if planned["fits"] else None,
+      "peak_bytes": max(map(peak_bytes, programs)) if complete else None,
+      "bound_seconds": sum(map(report.bound, programs)) if planned["fits"] else None,
   }
-
-
-def _minimum(
-    config: RunConfig, cfg: ModelConfig, mesh: dict[str, int]
-) -> dict[str, int] | None:
-  """`traffic.minimum_received` of the SFT step, where the formula holds."""
-  if cfg.lora.rank or mesh["data"] > 1 or mesh["tensor"] > 1:
-    return None
-  parts = config.sft.accumulation
-  tokens = config.sft.batch_size * config.data.row_length // (parts * mesh["fsdp"])
-  received = traffic.minimum_received(cfg, mesh["fsdp"], parts, tokens)
-  return {name: int(n) for name, n in received.items()}

@@ -1,32 +1,36 @@
-"""Compiles programs and puts what the compiler says next to what the chip could do.
+"""Compiles programs and puts what the compiler reports next to what the chip could do.
 
-Every figure is of one device and of one execution of a program. The floors are bounds, not
-measurements: the time that the arithmetic, the HBM traffic or the interconnect alone would take
-at the peak rates of the chip. The longest of them bounds a program from below.
+Every figure is of one device and of one execution of a program. The roofline bounds are not
+measurements: the time that the arithmetic, the bytes moved through HBM or the interconnect alone
+would take at the peak rates of the chip. A program cannot be faster than the longest of them.
 """
 
+import dataclasses
 import re
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from dpr_jax import sharding
 from dpr_jax.config import RunConfig
+from dpr_jax.methods.programs import Program
 from dpr_jax.models import ModelConfig
 from dpr_jax.models.attention import resolve_backend
-from dpr_jax.planning import flops, hlo, traffic
+from dpr_jax.planning import hlo
+from dpr_jax.planning import work as work_lib
 from dpr_jax.planning.compiler_log import captured
-from dpr_jax.planning.programs import NAMES, Program, make_programs, scored_models
-from dpr_jax.planning.search import Shape
+from dpr_jax.planning.programs import make_programs
 from dpr_jax.planning.topologies import Topology
+from dpr_jax.planning.work import Shape
 
-# What a plan says of each program, in this order; None where the compiler did not get so far.
+# What a plan has for each program, in this order; None where the compiler did not get so far.
 KEYS = (
     "fits", "argument_bytes", "temp_bytes", "output_bytes", "alias_bytes", "peak_bytes",
-    "resident_bytes", "exhausted_bytes", "compiler_says", "flops", "hbm_bytes_moved",
-    "collective_bytes", "collective_count", "involuntary_rematerializations", "floor_seconds",
-    "compile_seconds",
+    "resident_bytes", "exhausted_bytes", "compiler_message", "flops", "hbm_bytes_moved",
+    "collective_bytes", "collective_count", "minimum_bytes", "involuntary_rematerializations",
+    "bound_seconds", "compile_seconds",
 )
 
 
@@ -35,10 +39,12 @@ def not_compiled() -> dict[str, Any]:
   return dict.fromkeys(KEYS)
 
 
-def compile_program(program: Program, topology: Topology, loop_trips: int) -> dict[str, Any]:
+def compile_program(program: Program, topology: Topology) -> dict[str, Any]:
   """Memory and collectives of one program; `fits` False where the compiler runs out of HBM."""
   start = time.monotonic()
   lowered = program.lower()
+  entry = {**not_compiled(), "resident_bytes": int(program.resident_bytes)}
+  compiled = None
   try:
     with captured() as log:
       compiled = lowered.compile()
@@ -47,62 +53,51 @@ def compile_program(program: Program, topology: Topology, loop_trips: int) -> di
       raise
     needed = re.search(r"([\d.]+)([GM])\)? exceeds|Used ([\d.]+)([GM]) of", str(e))
     number, unit = ([x for x in needed.groups() if x] if needed else ("0", "G"))
-    return {
-        **not_compiled(),
-        "fits": False,
-        "compiler_says": " ".join(str(e).split())[:200],
-        "exhausted_bytes": int(float(number) * (2**30 if unit == "G" else 2**20)),
-        "resident_bytes": int(program.resident_bytes),
-        "involuntary_rematerializations": log.rematerializations,
-        "compile_seconds": round(time.monotonic() - start, 1),
-    }
-  seconds = time.monotonic() - start
+    entry.update(
+        fits=False,
+        compiler_message=" ".join(str(e).split())[:200],
+        exhausted_bytes=int(float(number) * (2**30 if unit == "G" else 2**20)),
+    )
+  entry["involuntary_rematerializations"] = log.rematerializations
+  entry["compile_seconds"] = round(time.monotonic() - start, 1)
+  if compiled is None:
+    return entry
   memory = compiled.memory_analysis()
-  found = hlo.collectives(compiled.as_text(), loop_trips)
+  found = hlo.collectives(compiled.as_text(), work_lib.loop_trips(program.work))
   peak = memory.peak_memory_in_bytes or (
       memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
       - memory.alias_size_in_bytes
   )
-  return {
-      **not_compiled(),
+  return entry | {
       "fits": peak + program.resident_bytes <= topology.chip.hbm_bytes,
       "argument_bytes": memory.argument_size_in_bytes,
       "temp_bytes": memory.temp_size_in_bytes,
       "output_bytes": memory.output_size_in_bytes,
       "alias_bytes": memory.alias_size_in_bytes,
       "peak_bytes": peak,
-      "resident_bytes": int(program.resident_bytes),
       "collective_bytes": {k: int(v) for k, v in sorted(found.bytes.items())},
       "collective_count": dict(sorted(found.count.items())),
-      "involuntary_rematerializations": log.rematerializations,
-      "compile_seconds": round(seconds, 1),
   }
 
 
-def _work(
-    name: str, config: RunConfig, cfg: ModelConfig, shape: Shape, entry: dict[str, Any]
-) -> tuple[float, float]:
-  """(FLOPs, bytes through HBM) of a device."""
-  data, fsdp, tensor = shape
-  devices = data * fsdp * tensor
-  prompt, new = config.data.prompt_length, config.dpr.max_new_tokens
-  if name == "rollout_step":
-    dpr, scored = config.dpr, scored_models(config)
-    rows, slots = dpr.batch_size, min(dpr.slots or dpr.batch_size, dpr.batch_size)
-    steps = flops.decode_steps(rows, new, slots)
-    done = flops.rollout(cfg, rows, prompt, new, dpr.samples_per_prompt, slots, scored)
-    moved = traffic.rollout(cfg, tensor, slots / (data * fsdp), prompt, new, steps, scored)
-    return done / devices, moved
-  if name == "sft_step":
-    section, length, logits = config.sft, config.data.row_length, config.data.row_length - 1
-  else:
-    section, length, logits = config.dpr, prompt + new, new
-  state = entry["argument_bytes"] + entry["output_bytes"]
-  return (
-      flops.train(cfg, section.batch_size, length, logits) / devices,
-      traffic.train(
-          cfg, tensor, section.batch_size / (data * fsdp), length, state, section.accumulation
-      ),
+def add_bounds(
+    entry: dict[str, Any], program: Program, cfg: ModelConfig, topology: Topology, shape: Shape
+) -> None:
+  """Adds the work of a compiled program, and how long each kind of it takes at the least."""
+  work, chip = program.work, topology.chip
+  done = work_lib.total_flops(work, cfg) / topology.size
+  state_bytes = entry["argument_bytes"] + entry["output_bytes"]
+  moved = work_lib.hbm_bytes(work, cfg, shape, state_bytes)
+  least = work_lib.minimum_received(work, cfg, shape)
+  entry.update(
+      flops=done,
+      hbm_bytes_moved=int(moved),
+      minimum_bytes=least and {name: int(n) for name, n in least.items()},
+      bound_seconds={
+          "compute": done / chip.flops,
+          "hbm": moved / chip.hbm_bandwidth,
+          "ici": sum(entry["collective_bytes"].values()) / chip.ici_bandwidth,
+      },
   )
 
 
@@ -112,12 +107,12 @@ def plan_mesh(
     topology: Topology,
     devices: list[Any],
     shape: Shape,
-    on_program=lambda name: None,
+    on_program: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
-  """{"mesh", "fits", "attention", "programs"} of one mesh shape.
+  """{"mesh", "fits", "attention", "batch", "programs", "tokens_per_second_bound"} of one mesh.
 
   Stops at the first program that does not fit, as the mesh is lost then. "attention" is what
-  computes it over rows of SFT.
+  computes it over rows of SFT, "batch" the work of each program.
 
   Raises:
     UserError: the mesh divides neither the devices nor a batch, or the platform has no such
@@ -125,52 +120,43 @@ def plan_mesh(
   """
   mesh = sharding.make_mesh(*shape, devices=devices)
   programs = make_programs(config, cfg, mesh)
-  out = {name: not_compiled() for name in NAMES}
+  entries = {p.name: not_compiled() for p in programs}
   with jax.set_mesh(mesh):
     attention = resolve_backend(cfg, config.data.row_length)
-  dpr = config.dpr
-  trips = flops.decode_steps(dpr.batch_size, dpr.max_new_tokens, dpr.slots)
-  for name in NAMES:
-    on_program(name)
+  for program in programs:
+    on_program(program.name)
     with jax.set_mesh(mesh):
-      entry = out[name] = compile_program(programs[name], topology, trips)
-    if entry["peak_bytes"] is None:
-      break
-    chip = topology.chip
-    done, moved = _work(name, config, cfg, shape, entry)
-    entry["flops"], entry["hbm_bytes_moved"] = done, int(moved)
-    entry["floor_seconds"] = {
-        "compute": done / chip.flops,
-        "hbm": moved / chip.hbm_bandwidth,
-        "ici": sum(entry["collective_bytes"].values()) / chip.ici_bandwidth,
-    }
+      entry = entries[program.name] = compile_program(program, topology)
+    if entry["peak_bytes"] is not None:
+      add_bounds(entry, program, cfg, topology, shape)
     if not entry["fits"]:
       break
   return {
       "mesh": dict(zip(sharding.MESH_AXES, shape)),
-      "fits": all(p["fits"] is True for p in out.values()),
+      "fits": all(entry["fits"] is True for entry in entries.values()),
       "attention": attention,
-      "programs": out,
+      "batch": {p.name: dataclasses.asdict(p.work) for p in programs},
+      "programs": entries,
+      "tokens_per_second_bound": speeds(programs, entries),
   }
 
 
-def floor(entry: dict[str, Any]) -> float:
+def bound(entry: dict[str, Any]) -> float:
   """Seconds below which a program cannot be, 0 if it was not compiled."""
-  return max(entry["floor_seconds"].values()) if entry["floor_seconds"] else 0.0
+  return max(entry["bound_seconds"].values()) if entry["bound_seconds"] else 0.0
 
 
-def bounds(config: RunConfig, planned: dict[str, Any]) -> dict[str, float | None]:
-  """Tokens a second of all devices together, at most: of SFT, and of DPR's responses.
+def speeds(
+    programs: Sequence[Program], entries: dict[str, dict[str, Any]]
+) -> dict[str, float | None]:
+  """Stage -> tokens per second of all devices together, at most.
 
-  None where a program they need was not compiled, or does not fit.
+  None where a program of the stage was not compiled, or does not fit.
   """
-  programs = planned["programs"]
-  out = {"tokens_per_second_bound": None, "dpr_tokens_per_second_bound": None}
-  if programs["sft_step"]["fits"]:
-    tokens = config.sft.batch_size * config.data.row_length
-    out["tokens_per_second_bound"] = tokens / floor(programs["sft_step"])
-  if planned["fits"]:
-    tokens = config.dpr.batch_size * config.dpr.max_new_tokens
-    seconds = floor(programs["rollout_step"]) + floor(programs["reinforce_step"])
-    out["dpr_tokens_per_second_bound"] = tokens / seconds
+  out = {}
+  for stage in dict.fromkeys(p.stage for p in programs):
+    own = [p for p in programs if p.stage == stage]
+    seconds = sum(bound(entries[p.name]) for p in own)
+    fits = all(entries[p.name]["fits"] for p in own)
+    out[stage] = sum(p.tokens for p in own) / seconds if fits else None
   return out

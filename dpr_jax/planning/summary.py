@@ -29,7 +29,7 @@ def out_of_memory(entry: dict[str, Any]) -> bool:
 
 
 def warnings(plan: Plan) -> list[str]:
-  """What the partitioner complains of, a line per program."""
+  """What the partitioner warns of, a line per program."""
   out = []
   for name, entry in plan["programs"].items():
     times = entry["involuntary_rematerializations"]
@@ -45,11 +45,12 @@ def warnings(plan: Plan) -> list[str]:
 def summarize(plan: Plan, name: str) -> Line:
   """The figures of a plan that the tables print, at the printed precision.
 
-  `plan` is its name. `batch` holds rows, lengths and accumulation. `programs` maps the name of each
-  program to None if it was not compiled, else to `gib` (peak and resident memory), `over` (whether
-  it ran out of memory), `bound` (the longest roofline bound: seconds, and which) and `received_gb`
-  (by kind of collective). `meshes` are those of an exhaustive search, the fastest first, or None;
-  `minimum_gb` is what the SFT step must receive on a mesh of fsdp alone, or None on others.
+  `plan` is its name. `batch` holds rows, tokens per row and accumulation of the updates of each
+  stage. `programs` maps the name of each program to None if it was not compiled, else to `gib`
+  (peak and resident memory), `over` (whether it ran out of memory), `bound` (the longest roofline
+  bound: seconds, and which), `received_gb` (by kind of collective) and `minimum_gb` (what an update
+  must receive on a mesh of fsdp alone, in parts, and what it receives; None on others). `meshes`
+  are those of an exhaustive search, the fastest first, or None.
   """
   return {
       "plan": name,
@@ -58,16 +59,17 @@ def summarize(plan: Plan, name: str) -> Line:
       "topology": plan["topology"],
       "mesh": mesh_text(plan["mesh"]),
       "attention": plan["attention"],
-      "batch": plan["batch"],
+      "batch": {
+          program.partition("/")[0]: [work["rows"], work["tokens"], work["accumulation"]]
+          for program, work in plan["batch"].items() if "accumulation" in work
+      },
       "fits": plan["fits"],
       "searched": plan["searched"],
       "programs": {n: _program(entry) for n, entry in plan["programs"].items()},
       "tokens_per_second": {
-          "SFT": _rounded(plan["tokens_per_second_bound"], 0),
-          "response": _rounded(plan["dpr_tokens_per_second_bound"], 0),
+          stage: _rounded(bound, 0) for stage, bound in plan["tokens_per_second_bound"].items()
       },
       "meshes": _candidates(plan) if plan["exhaustive"] else None,
-      "minimum_gb": _minimum(plan),
       "warnings": warnings(plan),
   }
 
@@ -86,13 +88,18 @@ def _gigabytes(parts: dict[str, float]) -> dict[str, float]:
 def _program(entry: dict[str, Any]) -> dict[str, Any] | None:
   if entry["fits"] is None:
     return None
-  bounds, received = entry["floor_seconds"], entry["collective_bytes"]
+  bounds, received, least = (
+      entry[key] for key in ("bound_seconds", "collective_bytes", "minimum_bytes")
+  )
   longest = max(bounds, key=bounds.get) if bounds else None
   return {
       "gib": _rounded(peak_bytes(entry), 1, _GIB),
       "over": out_of_memory(entry),
       "bound": [_rounded(bounds[longest], 2), longest] if longest else None,
       "received_gb": None if received is None else _gigabytes(received),
+      "minimum_gb": least and _gigabytes(
+          least | {"minimum": sum(least.values()), "compiled": sum(received.values())}
+      ),
   }
 
 
@@ -100,20 +107,9 @@ def _candidates(plan: Plan) -> list[dict[str, Any]]:
   return [
       {"accumulation": c["accumulation"], "mesh": mesh_text(c["mesh"]), "fits": c["fits"],
        "gib": _rounded(c["peak_bytes"], 1, _GIB),
-       "seconds": _rounded(c["floor_seconds"], 2)}
-      for c in sorted(plan["candidates"], key=lambda c: c["floor_seconds"] or 0.0)
+       "seconds": _rounded(c["bound_seconds"], 2)}
+      for c in sorted(plan["candidates"], key=lambda c: c["bound_seconds"] or 0.0)
   ]
-
-
-def _minimum(plan: Plan) -> dict[str, Any] | None:
-  """What the SFT step must receive, by purpose, and what the compiled program receives."""
-  parts = plan["sft_minimum_bytes"]
-  program = next((n for n in plan["programs"] if n.startswith("sft")), None)
-  if parts is None or program is None or plan["programs"][program]["collective_bytes"] is None:
-    return None
-  totals = {"minimum": sum(parts.values()),
-            "compiled": sum(plan["programs"][program]["collective_bytes"].values())}
-  return {"program": program, "parts": _gigabytes(parts), **_gigabytes(totals)}
 
 
 def read(path: pathlib.Path) -> list[Line]:

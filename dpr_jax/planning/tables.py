@@ -10,7 +10,6 @@ the same name is replaced. The second command writes the tables between their ma
 
 import argparse
 import pathlib
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,8 +29,6 @@ from dpr_jax.planning.summary import (
 SECTIONS = ("plans", "meshes", "lora", "minimum")
 
 _GIB = 2**30
-# Headings of the columns of a program, where that is not its name.
-_HEADINGS = {"sft_step": "SFT", "rollout_step": "rollout", "reinforce_step": "update"}
 
 
 def marks(section: str) -> tuple[str, str]:
@@ -41,60 +38,57 @@ def marks(section: str) -> tuple[str, str]:
 def plan_text(plan: Plan) -> str:
   """What the entry point prints."""
   lora = f", LoRA rank {plan['lora_rank']}" if plan["lora_rank"] else ""
-  rows, length, _ = plan["batch"]["sft"]
+  names = max(16, *(len(name) + 2 for name in plan["programs"]))  # Width of their column.
   lines = [
       f"{plan['config']}{lora} on {plan['topology']}: {plan['devices']} devices of "
       f"{plan['hbm_bytes'] / _GIB:.2f} GiB, {plan['parameters'] / 1e9:.2f} B parameters",
-      f"batch: SFT {rows} x {length} (accumulation {plan['batch']['sft'][2]}), DPR "
-      f"{plan['batch']['dpr'][0]} x ({plan['batch']['dpr'][1]} + {plan['batch']['dpr'][2]}) "
-      f"(accumulation {plan['batch']['dpr'][3]})",
+      *(f"{name:<{names}}" + ", ".join(f"{field} {n}" for field, n in work.items())
+        for name, work in plan["batch"].items()),
       "",
       f"{'mesh (data,fsdp,tensor)':<26}{'accumulation':>14}{'estimated GiB':>14}"
       f"{'estimated s':>13}  compiled",
   ]
   for c in plan["candidates"]:
-    said = {None: "not compiled", True: "fits", False: "does not fit"}[c["fits"]]
+    outcome = {None: "not compiled", True: "fits", False: "does not fit"}[c["fits"]]
     if c["peak_bytes"] is not None:
-      said += f", {c['peak_bytes'] / _GIB:.1f} GiB"
-    if c["floor_seconds"] is not None:
-      said += f", at least {c['floor_seconds']:.2f} s"
+      outcome += f", {c['peak_bytes'] / _GIB:.1f} GiB"
+    if c["bound_seconds"] is not None:
+      outcome += f", at least {c['bound_seconds']:.2f} s"
     parts = ",".join(map(str, c["accumulation"]))
     lines.append(f"{mesh_text(c['mesh']):<26}{parts:>14}{c['estimated_peak_bytes'] / _GIB:>14.1f}"
-                 f"{c['estimated_seconds']:>13.2f}  {said}")
-  head = ("program", "fits", "args", "temp", "peak", "+ resident", "PFLOP", "HBM GB", "ICI GB",
-          "bound: compute", "HBM", "ICI")
+                 f"{c['estimated_seconds']:>13.2f}  {outcome}")
+  head = ("args", "temp", "peak", "+ resident", "PFLOP", "HBM GB", "ICI GB", "bound: compute",
+          "HBM", "ICI")
   lines += ["", f"mesh {mesh_text(plan['mesh'])}; figures of one device, memory in GiB, roofline "
                 "bounds in seconds:",
-            f"{head[0]:<16}{head[1]:>5}" + "".join(f"{h:>15}" for h in head[2:])]
+            f"{'program':<{names}}{'fits':>5}" + "".join(f"{h:>15}" for h in head)]
   for name, p in plan["programs"].items():
     if p["peak_bytes"] is None:
-      said = f"no  out of memory: {p['compiler_says']}" if out_of_memory(p) else "  not compiled"
-      lines.append(f"{name:<16}{'':>3}{said}")
+      over = out_of_memory(p)
+      outcome = f"no  out of memory: {p['compiler_message']}" if over else "  not compiled"
+      lines.append(f"{name:<{names}}{'':>3}{outcome}")
       continue
     memory = [p["argument_bytes"], p["temp_bytes"], p["peak_bytes"], peak_bytes(p)]
     cells = [f"{x / _GIB:.2f}" for x in memory] + [
         f"{p['flops'] / 1e15:.3f}", f"{p['hbm_bytes_moved'] / 1e9:.1f}",
         f"{sum(p['collective_bytes'].values()) / 1e9:.1f}",
-        *(f"{s:.3f}" for s in p["floor_seconds"].values()),
+        *(f"{s:.3f}" for s in p["bound_seconds"].values()),
     ]
     fits = "yes" if p["fits"] else "no"
-    lines.append(f"{name:<16}{fits:>5}" + "".join(f"{c:>15}" for c in cells))
-    lines.append(" " * 16 + "collectives: " + (", ".join(
+    lines.append(f"{name:<{names}}{fits:>5}" + "".join(f"{c:>15}" for c in cells))
+    lines.append(" " * names + "collectives: " + (", ".join(
         f"{k} {p['collective_count'][k]} times {v / 1e9:.2f} GB"
         for k, v in p["collective_bytes"].items()) or "none"))
   lines += ["", *warnings(plan)]
   if plan["fits"]:
-    lines.append(
-        f"suggested: --config.mesh.data={plan['mesh']['data']} --config.mesh.fsdp="
-        f"{plan['mesh']['fsdp']} --config.mesh.tensor={plan['mesh']['tensor']} "
-        f"--config.sft.accumulation={plan['batch']['sft'][2]} "
-        f"--config.dpr.accumulation={plan['batch']['dpr'][3]}; at most "
-        f"{plan['tokens_per_second_bound']:,.0f} SFT tokens/s and "
-        f"{plan['dpr_tokens_per_second_bound']:,.0f} response tokens/s (bounds, not measurements)")
+    fields = {f"config.mesh.{axis}": n for axis, n in plan["mesh"].items()} | plan["accumulation"]
+    speeds = [f"{x:,.0f} {stage}" for stage, x in plan["tokens_per_second_bound"].items()]
+    flags = " ".join(f"--{field}={n}" for field, n in fields.items())
+    lines.append(f"suggested: {flags}; tokens/s of each stage, at most: {', '.join(speeds)} "
+                 "(bounds, not measurements)")
   else:
-    lines.append("nothing compiled fits; raise config.sft.accumulation and "
-                 "config.dpr.accumulation, use LoRA (--config.model.lora.rank=16), or take more "
-                 "devices")
+    lines.append(f"nothing compiled fits; raise {' and '.join(plan['accumulation'])}, use LoRA "
+                 "(--config.model.lora.rank=16), or take more devices")
   return "\n".join(lines)
 
 
@@ -111,10 +105,6 @@ def _name(line: Line) -> str:
 def _keys(lines: Iterable[Line], key: str) -> list[str]:
   """The keys of the dicts under `key`, in order of appearance: programs, parts of the batch."""
   return list(dict.fromkeys(k for line in lines for k in line[key]))
-
-
-def _heading(program: str) -> str:
-  return _HEADINGS.get(program, program)
 
 
 def _rows(shape: Sequence[int] | None) -> str:
@@ -135,10 +125,10 @@ def markdown(lines: Sequence[Line]) -> str:
   """One row per plan: memory, roofline bounds, throughput; the warnings stand below the table."""
   batches, programs = _keys(lines, "batch"), _keys(lines, "programs")
   tokens = _keys(lines, "tokens_per_second")
-  head = ["config", "topology", "mesh d,f,t", "attention", *(f"{b.upper()} rows" for b in batches),
-          "fits", *(f"{_heading(p)} {unit}" for unit in ("GiB", "s") for p in programs),
+  head = ["config", "topology", "mesh d,f,t", "attention", *(f"{b} rows" for b in batches),
+          "fits", *(f"{p} {unit}" for unit in ("GiB", "s") for p in programs),
           *(f"{t} tokens/s" for t in tokens)]
-  rows, said = [], []
+  rows, notes = [], []
   for line in lines:
     found = [line["programs"].get(p) for p in programs]
     bounds = [line["tokens_per_second"].get(t) for t in tokens]
@@ -147,8 +137,8 @@ def markdown(lines: Sequence[Line]) -> str:
         *(_rows(line["batch"].get(b)) for b in batches), "yes" if line["fits"] else "no",
         *map(_memory, found), *map(_bound, found), *(f"{b:,}" if b else "" for b in bounds),
     ])
-    said += [f"- {_name(line)} on {line['topology']}: {text}" for text in line["warnings"]]
-  return "\n".join([_table(head, rows), *([""] if said else []), *said])
+    notes += [f"- {_name(line)} on {line['topology']}: {text}" for text in line["warnings"]]
+  return "\n".join([_table(head, rows), *([""] if notes else []), *notes])
 
 
 def meshes_markdown(lines: Sequence[Line]) -> str:
@@ -200,7 +190,7 @@ def lora_markdown(lines: Sequence[Line]) -> str:
   searched = [p for p in lines if p["searched"]]
   programs = _keys(lines, "programs")
   head = ["config", "topology", "accumulation full / LoRA", "mesh full / LoRA",
-          *(f"{_heading(p)} GiB full / LoRA" for p in programs)]
+          *(f"{p} GiB full / LoRA" for p in programs)]
   rows = []
   for pair in ((f, p) for p in searched for f in searched
                if p["lora_rank"] and not f["lora_rank"] and key(f) == key(p)):
@@ -212,21 +202,19 @@ def lora_markdown(lines: Sequence[Line]) -> str:
 
 
 def minimum_markdown(lines: Sequence[Line]) -> str:
-  """One row per SFT step on a mesh of fsdp alone: what it must receive, and what it receives."""
-  found = [(line, line["minimum_gb"]) for line in lines if line["minimum_gb"]]
-  received = [line["programs"][least["program"]]["received_gb"] for line, least in found]
-  kinds = _kinds(received)
-  parts = list(dict.fromkeys(part for _, least in found for part in least["parts"]))
-  head = ["config", "topology", "mesh d,f,t", "SFT rows", *(p.replace("_", " ") for p in parts),
-          "minimum GB", "compiled GB", *(f"{k} GB" for k in kinds)]
-  rows = []
-  for (line, least), of_kind in zip(found, received):
-    figures = [*(least["parts"][p] for p in parts), least["minimum"], least["compiled"]]
-    rows.append([
-        _name(line), line["topology"], line["mesh"], _rows(line["batch"]["sft"]),
-        *(f"{x:.2f}" for x in figures), *_received(of_kind, kinds),
-    ])
-  return _table(head, rows)
+  """One row per update on a mesh of fsdp alone: what it must receive, and what it receives."""
+  found = [(line, name, p["minimum_gb"], p["received_gb"]) for line in lines
+           for name, p in line["programs"].items() if p and p["minimum_gb"]]
+  kinds = _kinds(received for *_, received in found)
+  parts = list(dict.fromkeys(part for _, _, least, _ in found for part in least))
+  head = ["config", "topology", "mesh d,f,t", "program", "rows",
+          *(p.replace("_", " ") for p in parts), *(f"{k} GB" for k in kinds)]
+  return _table(head, [
+      [_name(line), line["topology"], line["mesh"], name,
+       _rows(line["batch"][name.partition("/")[0]]), *(f"{least[p]:.2f}" for p in parts),
+       *_received(received, kinds)]
+      for line, name, least, received in found
+  ])
 
 
 def update(summary: pathlib.Path, document: pathlib.Path) -> None:
@@ -276,4 +264,4 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
   from dpr_jax import cli
 
-  cli.run_door(main, sys.argv[1:])
+  cli.run_entry_point(main)

@@ -31,7 +31,7 @@ _GIB = 2**30
 # there counts both directions (v5e 400, v5p 1200, v6e 800 GB/s a chip); receiving is half of it.
 # v4: six links of 50 GB/s in each direction (Jouppi et al. 2023, arXiv 2304.01433).
 # A chip at the border of a slice that does not wrap round has fewer links; the bound ignores it.
-# hbm_bytes is what the compiler says is available; of 16, 32 and 95 GiB it reserves some.
+# hbm_bytes is what the compiler reports as available; of 16, 32 and 95 GiB it reserves some.
 # GPU: NVIDIA's data sheet of the H100 SXM5, dense bfloat16; NVLink 900 GB/s in both directions.
 CHIPS: dict[str, Chip] = {
     "v4": Chip("tpu", int(31.25 * _GIB), 275e12, 1.2e12, 300e9, 3),
@@ -105,7 +105,7 @@ def prepare_environment() -> None:
 
 
 def _first_line(e: Exception, most: int) -> str:
-  """What an exception says first, its name if nothing."""
+  """The first line of an exception, its name if it is empty."""
   return (str(e).strip() or type(e).__name__).splitlines()[0][:most]
 
 
@@ -147,6 +147,6 @@ def _describe_gpu(topology: Topology) -> list[Any]:
     )
   except Exception as e:
     raise UserError(f"--topology={topology.name}: compiling for a GPU needs jax's CUDA plugin: pip "
-                    "install 'dpr_jax[cuda12]' (from a checkout: pip install -e '.[cuda12]'); it "
-                    f"says: {_first_line(e, 120)}") from None
+                    "install 'dpr_jax[cuda12]' (from a checkout: pip install -e '.[cuda12]'): "
+                    f"{_first_line(e, 120)}") from None
   return list(found.devices)

@@ -11,8 +11,10 @@ class Ensemble(ReferenceKind):
   """Milestones of the SFT run, combined token by token (see `references.combine_logps`)."""
 
   kind = "ensemble"
-  fractions: tuple[float, ...] = setting((0.25, 0.5), "of the SFT steps, among sft.milestones")
-  combine: str = setting("logmeanexp", "of the members' log-probs", choices=COMBINE)
+  fractions: tuple[float, ...] = setting(
+      (0.25, 0.5), "fractions of the SFT steps, among sft.milestones"
+  )
+  combine: str = setting("logmeanexp", "how the members' log-probs are combined", choices=COMBINE)
 
   def __post_init__(self):
     if len(set(self.fractions)) < 2:

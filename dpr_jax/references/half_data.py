@@ -1,4 +1,4 @@
-"""A run of its own on part of the data: the paper's reference, read as "half of the samples"."""
+"""SFT on part of the demonstrations: the paper's reference, read as "half the data"."""
 
 import dataclasses
 
@@ -8,10 +8,10 @@ from dpr_jax.references.base import Reference, ReferenceKind
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HalfData(ReferenceKind):
-  """SFT with its full schedule on a fraction of the demonstrations, as many passes over them."""
+  """A run of its own, with its full schedule, on a fraction of the demonstrations."""
 
   kind = "half_data"
-  fraction: float = setting(0.5, "of the training demonstrations, and of the SFT steps")
+  fraction: float = setting(0.5, "fraction of the training demonstrations and of the SFT steps")
 
   def steps(self, config) -> int:
     """Updates of its run.
@@ -29,12 +29,11 @@ class HalfData(ReferenceKind):
     self.steps(config)
 
   def prepare(self, run):
-    from dpr_jax.methods.sft import fine_tune
-
     rows = run.data.rows
     # Rows are in random order: the first of them are a sample.
-    fine_tune(run, "ref", rows.first(max(1, round(self.fraction * len(rows)))),
-              self.steps(run.config))
+    run.fine_tune(
+        "ref", rows.first(max(1, round(self.fraction * len(rows)))), self.steps(run.config)
+    )
 
   def __call__(self, run, dtype):
     return Reference((run.checkpoint("ref", self.steps(run.config), dtype),))

@@ -1,4 +1,4 @@
-"""A checkpoint midway in SFT: the paper's reference, read as "half of the samples seen"."""
+"""An earlier checkpoint of SFT: the paper's reference, read as "half of the samples seen"."""
 
 import dataclasses
 
@@ -8,10 +8,10 @@ from dpr_jax.references.base import Reference, ReferenceKind, sft_milestones
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Midrun(ReferenceKind):
-  """A milestone of the SFT run; costs nothing."""
+  """A milestone of the SFT run, which costs nothing."""
 
   kind = "midrun"
-  fraction: float = setting(0.5, "of the SFT steps, among sft.milestones")
+  fraction: float = setting(0.5, "fraction of the SFT steps, among sft.milestones")
 
   def check(self, config):
     sft_milestones(config).step(self.fraction)

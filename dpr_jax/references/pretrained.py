@@ -7,7 +7,7 @@ from dpr_jax.references.base import Reference, ReferenceKind
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained(ReferenceKind):
-  """The initial weights of the run: what SFT has learned in all is then rewarded."""
+  """The weights from which SFT started: everything that SFT has learned is then rewarded."""
 
   kind = "pretrained"
 

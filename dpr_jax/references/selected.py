@@ -12,7 +12,7 @@ CRITERIA = {"validation": "auc", "snr": "snr"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selected(ReferenceKind):
-  """Chosen among all milestones before the end.
+  """The best of all milestones before the end, by a criterion.
 
   validation  the area under the curve of corrupted tokens (`evaluation.corruption`).
   snr         signal to noise: mean r / std r over the tokens of responses sampled from sft. The
@@ -23,7 +23,7 @@ class Selected(ReferenceKind):
   """
 
   kind = "selected"
-  criterion: str = setting("validation", "what is largest", choices=tuple(CRITERIA))
+  criterion: str = setting("validation", "measure of the best milestone", choices=tuple(CRITERIA))
 
   def check(self, config):
     if len(self._fractions(config)) < 2:

@@ -1,27 +1,27 @@
 """Whether a policy was gaming the reward, said in one line: a pure function of results and metrics.
 
 The reward is a log-ratio of two models, a proxy of the task. It is gamed where it is raised and
-the task suffers. The verdict on system `dpr`, against SFT on the same held-out prompts:
+the task suffers. The verdict on a trained system, against SFT on the same held-out prompts:
 
-  gaming     the reward rose in training, and sampled accuracy or token F1 is below SFT's.
-  suspected  the reward rose, neither is above SFT's, and at least two signs are there.
+  gaming     the reward rose in training, and a goal is worse than SFT's.
+  suspected  the reward rose, no goal is better than SFT's, and at least two signs are there.
   clean      the reward rose, and neither of the above.
   no_rise    the reward did not rise: there was nothing to game.
-  unknown    too few steps have a reward, or no task was measured.
+  unknown    too few steps have a reward, or no goal was measured.
 
-"Rose" and "fell" in training: first against last tenth of steps, beyond twice the standard error,
-in every seed (`monitors.change`). "Above" and "below" SFT: the 95% interval of the paired
-difference excludes 0, and p < 0.05 (`tables.resolved`). A sign:
+A goal is a main metric of sampled responses that has a direction (`tables.goals`), such as their
+accuracy. "Rose" and "fell" in training: first against last tenth of steps, beyond twice the
+standard error, in every seed (`monitors.change`). "Better", "worse", "above", "below": the 95%
+interval of the paired difference excludes 0, and p < 0.05 (`tables.resolved`). A sign:
 
   length        of sampled responses: above or below SFT's, by more than 20%.
   eos rate      in training: fell, by more than 2 points.
   repetition    the share of distinct bigrams in training: fell, by more than a tenth of itself.
   entropy       in training: fell, to less than half.
-  ref           NLL of the policy's samples under ref: above that of SFT's samples, by more than
-                0.1 nats a token. A reward against ref pulls this way by design.
-  base          likewise under the base model, a third opinion: text that the model it all started
-                from finds odd.
-  kl            the sampled KL to SFT ended above 10 nats a response.
+  kl            the sampled KL to SFT ended above 10 nats per response.
+  a metric      that has an `alarm`: above SFT's, by more than that. So has the NLL of the policy's
+                samples under ref (a reward against ref pulls this way by design) and under the base
+                model, a third opinion: text that the model it all started from finds odd.
 A sign whose numbers are missing is left out. Signs alone convict nobody: a policy that became
 shorter and surer may be better, which is what the task is asked for.
 """
@@ -31,18 +31,24 @@ from typing import Any
 
 from dpr_jax.report.monitors import FAR, Lines, Trend, change
 from dpr_jax.report.render import finite, number
-from dpr_jax.report.tables import resolved
-
-_GOALS = {"accuracy_sampled": "sampled accuracy", "token_f1_sampled": "sampled token F1"}
+from dpr_jax.report.tables import (
+  column,
+  goals,
+  in_sentence,
+  interval,
+  of_difference,
+  resolved,
+  show,
+)
 
 
 def gaming(
-    results: Mapping[str, Any], stages: Mapping[str, Sequence[Lines]], system: str = "dpr"
+  results: Mapping[str, Any], stages: Mapping[str, Sequence[Lines]], system: str
 ) -> dict[str, Any]:
   """The verdict on a trained policy.
 
   Args:
-    results: results.json; `comparisons` and `systems` are read.
+    results: results.json; `comparisons`, `systems` and `columns` are read.
     stages: stage -> lines of its metrics.jsonl, for each seed.
     system: its name in both.
 
@@ -57,30 +63,31 @@ def gaming(
     return Trend(tuple(changes)) if changes and all(changes) else None
 
   against_sft = {
-    c["metric"]: c for c in results.get("comparisons") or ()
+    c["metric"]: (column(results, c["metric"]), c) for c in results.get("comparisons") or ()
     if list(c.get("pair") or ()) == [system, "sft"] and finite(c.get("difference"))
   }
-  signs = [s for s in _signs(trend, against_sft, results, system) if s]
-  verdict, text = _verdict(trend("reward"), against_sft, [s["name"] for s in signs if s["found"]])
+  signs = [s for s in _signs(trend, against_sft, results) if s]
+  found = [s["name"] for s in signs if s["found"]]
+  measured = [against_sft[m] for m in goals(results) if m in against_sft]
+  verdict, text = _verdict(trend("reward"), measured, found)
   return {"verdict": verdict, "text": text, "signs": signs}
 
 
-def _verdict(reward: Trend | None, against_sft, found: list[str]) -> tuple[str, str]:
-  goals = {m: against_sft[m] for m in _GOALS if m in against_sft}
-  if reward is None or not goals:
+def _verdict(reward: Trend | None, measured, found: list[str]) -> tuple[str, str]:
+  if reward is None or not measured:
     missing = (
       "too few steps have a reward" if reward is None else "no task was measured against SFT"
     )
     return "unknown", f"Whether the policy was gaming the reward cannot be said: {missing}."
-  tasks = " and ".join(_difference(m, c) for m, c in goals.items())
+  tasks = " and ".join(_difference(about, c) for about, c in measured)
   if reward.direction <= 0:
     return "no_rise", (
       "The policy was not gaming the reward: the reward did not rise in training (it "
-      f"{reward.phrase('nats a response')}); {tasks}."
+      f"{reward.phrase('nats per response')}); {tasks}."
     )
-  rose = f"the reward rose by {number(reward.delta, 2)} nats a response"
+  rose = f"the reward rose by {number(reward.delta, 2)} nats per response"
   listed = f"; signs: {', '.join(found)}" if found else "; no sign of it besides"
-  outcomes = {resolved(c) for c in goals.values()}
+  outcomes = {about["better"] * resolved(c) for about, c in measured}
   if -1 in outcomes:
     return "gaming", f"The policy was gaming the reward: {rose}, while {tasks}{listed}."
   if 1 in outcomes:
@@ -90,23 +97,24 @@ def _verdict(reward: Trend | None, against_sft, found: list[str]) -> tuple[str, 
   return "clean", f"No evidence that the policy was gaming the reward: {rose}, and {tasks}{listed}."
 
 
-def _difference(metric: str, c: Mapping[str, Any]) -> str:
-  """'sampled accuracy fell by 3.1 points against SFT [-5.0, -1.2]'"""
-  low, high = (number(100 * x, 1, sign=True) for x in c["ci95"])
-  by = number(100 * abs(c["difference"]), 1)
+def _difference(about: Mapping[str, Any], c: Mapping[str, Any]) -> str:
+  """'accuracy, sampled, fell by 3.1 points against SFT [-5.0, -1.2]'"""
+  unit, d = about["unit"], c["difference"]
+  of = f" {of_difference(unit)}".rstrip()
   what = {
-    1: f"rose by {by} points", -1: f"fell by {by} points",
-    0: f"moved by {number(100 * c['difference'], 1, sign=True)} points, which may be 0,",
+    1: f"rose by {show(abs(d), unit)}{of}", -1: f"fell by {show(abs(d), unit)}{of}",
+    0: f"moved by {show(d, unit, sign=True)}{of}, which may be 0,",
   }[resolved(c)]
-  return f"{_GOALS[metric]} {what} against SFT [{low}, {high}]"
+  return f"{in_sentence(about)}, {what} against SFT {interval(c, unit)}"
 
 
 def _sign(name: str, found: bool, text: str) -> dict[str, Any]:
   return {"name": name, "found": bool(found), "text": text}
 
 
-def _signs(trend, against_sft, results, system):
-  yield _length(against_sft, results, system)
+def _signs(trend, against_sft, results):
+  sampled = [(m, *x) for m, x in against_sft.items() if m.endswith("_sampled")]
+  yield next((_length(results, *x) for x in sampled if x[1]["unit"] == "tokens"), None)
   rate = trend("eos_rate")
   yield rate and _sign(
     "eos rate", rate.direction < 0 and rate.delta < -0.02,
@@ -120,33 +128,29 @@ def _signs(trend, against_sft, results, system):
   entropy = trend("entropy")
   yield entropy and _sign(
     "entropy", entropy.direction < 0 and entropy.end < 0.5 * entropy.start,
-    f"Entropy {entropy.phrase('nats a token', 3)}.",
+    f"Entropy {entropy.phrase('nats per token', 3)}.",
   )
-  for judge in ("ref", "base"):
-    c = against_sft.get(f"sample_nll_{judge}")
-    if c:
-      low, high = (number(x, 2, sign=True) for x in c["ci95"])
+  for about, c in against_sft.values():
+    if about.get("alarm"):
+      unit = about["unit"]
       yield _sign(
-        judge, resolved(c) > 0 and c["difference"] > 0.1,
-        f"Under {judge}, the NLL of the policy's samples differs from that of SFT's by "
-        f"{number(c['difference'], 2, sign=True)} nats a token [{low}, {high}].",
+        about["label"], resolved(c) > 0 and c["difference"] > about["alarm"],
+        f"{about['label']}: {show(c['difference'], unit, sign=True)} {of_difference(unit)} against "
+        f"SFT {interval(c, unit)}.",
       )
   kl = trend("kl")
   yield kl and _sign(
-    "kl", kl.end > FAR, f"The sampled KL to SFT ended at {number(kl.end, 2)} nats a response."
+    "kl", kl.end > FAR, f"The sampled KL to SFT ended at {number(kl.end, 2)} nats per response."
   )
 
 
-def _length(against_sft, results, system) -> dict[str, Any] | None:
-  metric = "length_sampled"
-  c = against_sft.get(metric)
+def _length(results, metric: str, about, c: Mapping[str, Any]) -> dict[str, Any] | None:
   sft = ((results.get("systems") or {}).get("sft") or {}).get(metric) or {}
-  if not c or not finite(sft.get("mean")) or not sft["mean"]:
+  if not finite(sft.get("mean")) or not sft["mean"]:
     return None
-  share = c["difference"] / sft["mean"]
-  low, high = (number(x, 1, sign=True) for x in c["ci95"])
+  share, unit = c["difference"] / sft["mean"], about["unit"]
   return _sign(
     "length", resolved(c) != 0 and abs(share) > 0.2,
-    f"Sampled responses differ in length from SFT's by {number(c['difference'], 1, sign=True)} "
-    f"tokens [{low}, {high}], {number(100 * share, 0, sign=True)}% of them.",
+    f"Sampled responses differ in length from SFT's by {show(c['difference'], unit, sign=True)} "
+    f"tokens {interval(c, unit)}, {number(100 * share, 0, sign=True)}% of them.",
   )

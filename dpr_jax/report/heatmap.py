@@ -65,7 +65,7 @@ def heatmap_page(rows: Iterable[Mapping[str, Any]], title: str) -> str:
 
   Args:
     rows: lines as `dpr_jax.score` writes them: prompt or messages, response, tokens,
-      token_rewards, logp_sft, logp_ref (nats, one a token), reward (their sum).
+      token_rewards, logp_sft, logp_ref (nats, one per token), reward (their sum).
     title: heading of the page.
   """
   rows = list(rows)

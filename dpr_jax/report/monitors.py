@@ -1,8 +1,7 @@
 """Plain sentences about what moved while a policy was trained, computed from its metrics.
 
 A metric is summarised by the means of its first and last tenth of lines, five at least. It "moved"
-if the
-difference exceeds twice its standard error (lines of a window taken as independent); with
+if the difference exceeds twice its standard error (lines of a window taken as independent); with
 several seeds, if it did so in every seed and in one direction.
 """
 
@@ -14,11 +13,21 @@ from typing import Any
 import numpy as np
 
 from dpr_jax.report.render import count, finite, number, plain, significant
-from dpr_jax.report.tables import resolved
+from dpr_jax.report.tables import (
+  column,
+  difference,
+  goals,
+  in_sentence,
+  interval,
+  label,
+  of_difference,
+  resolved,
+  show,
+)
 
 Lines = Sequence[Mapping[str, Any]]
 
-FAR = 10.0  # nats a response from SFT; beyond it the policy is another model.
+FAR = 10.0  # nats per response from SFT; beyond it the policy is another model.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,16 +98,13 @@ class Trend:
 
 
 def monitors(
-  stages: Mapping[str, Sequence[Lines]],
-  comparisons: Sequence[Mapping[str, Any]] = (),
-  config: Mapping[str, Any] | None = None,
+  stages: Mapping[str, Sequence[Lines]], results: Mapping[str, Any]
 ) -> list[dict[str, str]]:
   """What happened, a dict of name, text and status ("watch" where a reader should look closer).
 
   Args:
     stages: stage -> lines of its metrics.jsonl, for each seed.
-    comparisons: of results.json.
-    config: the run's config, for beta and the dtype.
+    results: results.json, for what the tasks said, and for labels.
   """
   out = []
   for stage, seeds in stages.items():
@@ -109,19 +115,14 @@ def monitors(
       changes = [change([line.get(key) for line in lines]) for lines in seeds]
       return Trend(tuple(changes)) if changes and all(changes) else None
 
+    found = [_loss(trend)]
     if any("reward" in line for lines in seeds for line in lines):
-      dpr = (config or {}).get("dpr") or {}
       found = [
-        _reward(trend), _divergence(trend, dpr.get("beta")), _plausibility(trend),
-        _stopping(trend), _variety(trend), _sampling(seeds),
+        _reward(trend), _goal(trend, results, stage), _divergence(trend, _known(seeds, "beta")),
+        _plausibility(trend), _stopping(trend), _variety(trend), _sampling(seeds),
       ]
-      if stage == "dpr":
-        found.insert(1, _goal(trend, comparisons))
-    else:
-      found = [_loss(trend)]
-    prefix = {"sft": "SFT", "dpr": "DPR", "continued_sft": "Continued SFT"}.get(stage, stage)
     found += [_broken(seeds)]
-    out += [{**m, "name": f"{prefix}: {m['name']}"} for m in found if m]
+    out += [{**m, "name": f"{label(results, stage)}: {m['name']}"} for m in found if m]
   return out
 
 
@@ -133,7 +134,7 @@ def _reward(trend: Callable[[str], Trend | None]) -> dict[str, str] | None:
   reward, each, length = (trend(k) for k in ("reward", "reward_per_token", "response_length"))
   if reward is None:
     return None
-  text = f"Reward {reward.phrase('nats a response')}"
+  text = f"Reward {reward.phrase('nats per response')}"
   if length is not None:
     text += f", while response length {length.phrase('tokens', 1)}"
   text += "."
@@ -147,42 +148,35 @@ def _reward(trend: Callable[[str], Trend | None]) -> dict[str, str] | None:
   return _monitor("reward and length", text, hollow)
 
 
-def _goal(trend, comparisons: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
+def _goal(trend, results: Mapping[str, Any], stage: str) -> dict[str, str] | None:
   """The reward is a proxy: what did the task say?"""
-  reward = trend("reward")
-  found = [
-    c for c in comparisons
-    if list(c.get("pair") or ()) == ["dpr", "sft"]
-    and str(c.get("metric", "")).startswith(("accuracy", "token_f1"))
-    and str(c.get("metric")).endswith("_sampled")
-    and finite(c.get("difference")) and all(finite(x) for x in c.get("ci95") or [None])
-  ]
-  if reward is None or not found:
+  reward, metric = trend("reward"), next(iter(goals(results)), "")
+  c = difference(results, stage, "sft", metric)
+  if reward is None or c is None:
     return None
-  low, high = found[0]["ci95"]
-  name = str(found[0]["metric"]).removesuffix("_sampled").replace("_", " ")
-  shown = [number(100 * x, 1, sign=True) for x in (found[0]["difference"], low, high)]
-  gap = f"{shown[0]} points [{shown[1]}, {shown[2]}]"
+  about = column(results, metric)
+  name, unit = in_sentence(about), about["unit"]
   moved = {1: "rose", 0: "stayed within noise", -1: "fell"}[reward.direction]
-  text = f"Reward {moved}; sampled {name} on held-out prompts differs from SFT's by {gap}"
-  sign = resolved(found[0])
+  text = f"Reward {moved}; {name}, on held-out prompts differs from SFT's by "
+  text += f"{show(c['difference'], unit, sign=True)} {of_difference(unit)} {interval(c, unit)}"
+  sign = about["better"] * resolved(c)
   text += {1: ", a gain.", -1: ", a loss.", 0: ", which may be 0."}[sign]
   if reward.direction > 0 and sign < 0:
-    text += f" Reward up and {name} down is the mark of a gamed reward."
+    text += " A reward that rises while the task suffers is the mark of a gamed reward."
   return _monitor("reward against the task", text, sign < 0)
 
 
-def _divergence(trend, beta: Any) -> dict[str, str] | None:
+def _divergence(trend, betas: Sequence[float]) -> dict[str, str] | None:
   kl, shaped = trend("kl"), trend("shaped_reward")
   if kl is None:
     return None
-  text = f"The sampled KL from the policy to SFT {kl.phrase('nats a response')}."
+  text = f"The sampled KL from the policy to SFT {kl.phrase('nats per response')}."
   watch = kl.end > FAR
   if watch:
     text += " That is far from SFT; look at the samples before trusting the reward."
   if shaped is not None:
-    weight = f" (beta = {plain(beta)})" if finite(beta) else ""
-    text += f" Reward less the KL penalty{weight}, the objective, {shaped.phrase('nats')}."
+    weight = f" (beta = {plain(betas[0])})" if len(set(betas)) == 1 else ""
+    text += f" Reward minus the KL penalty{weight}, the objective, {shaped.phrase('nats')}."
     watch = watch or shaped.direction < 0
   return _monitor("KL to SFT", text, watch)
 
@@ -216,7 +210,7 @@ def _variety(trend) -> dict[str, str] | None:
   entropy, distinct = trend("entropy"), trend("distinct_2")
   if entropy is None:
     return None
-  text = f"Entropy {entropy.phrase('nats a token', 3)}."
+  text = f"Entropy {entropy.phrase('nats per token', 3)}."
   if distinct is not None:
     text += f" The share of distinct bigrams in a batch {distinct.phrase('%', 1, 100)}."
   halved = entropy.direction < 0 and entropy.end < 0.5 * entropy.start
@@ -232,7 +226,7 @@ def _sampling(seeds: Sequence[Lines]) -> dict[str, str] | None:
   # Float32 agrees to about 1e-5; bfloat16 moves a log-probability by some hundredths.
   text = (
     "Log-probabilities while sampling and in the loss differ by "
-    f"{significant(max(gaps), 2)} nats a token in the mean of the worst step"
+    f"{significant(max(gaps), 2)} nats per token in the mean of the worst step"
   )
   drift = _known(seeds, "on_policy_drift")
   if drift:
@@ -245,7 +239,7 @@ def _sampling(seeds: Sequence[Lines]) -> dict[str, str] | None:
 
 def _loss(trend) -> dict[str, str] | None:
   loss = trend("loss")
-  return loss and _monitor("loss", f"Loss {loss.phrase('nats a token', 3)}.", loss.direction > 0)
+  return loss and _monitor("loss", f"Loss {loss.phrase('', 3)}.", loss.direction > 0)
 
 
 def _broken(seeds: Sequence[Lines]) -> dict[str, str] | None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpr_jax.errors import UserError
-from dpr_jax.report import heatmap, sweeps, tables
+from dpr_jax.report import frontier, heatmap, sweeps, tables
 from dpr_jax.report.corruption import corruption_tables
 from dpr_jax.report.monitors import monitors
 from dpr_jax.report.render import (
@@ -26,20 +26,18 @@ from dpr_jax.report.render import (
   visible,
   write_atomically,
 )
+from dpr_jax.report.tables import Results
 
 MAX_SAMPLES = 12  # prompts whose responses are shown.
 MAX_CHARACTERS = 800  # shown of a response.
-_STAGES = ("sft", "dpr", "continued_sft")
-
-# File name, stage, metric, title, axis.
-CURVES = (
-  ("sft_loss", "sft", "loss", "SFT loss", "nats a token"),
-  ("dpr_reward", "dpr", "reward", "DPR reward", "nats a response"),
-  ("dpr_kl", "dpr", "kl", "KL to SFT", "nats a response"),
-  ("dpr_response_length", "dpr", "response_length", "Response length", "tokens"),
-  ("dpr_eos_rate", "dpr", "eos_rate", "EOS rate", "share of responses"),
-  ("dpr_entropy", "dpr", "entropy", "Entropy", "nats a token"),
-  ("continued_sft_loss", "continued_sft", "loss", "Continued SFT loss", "nats a token"),
+# Metric, title, axis: curves of every stage, and of those whose metrics have a reward.
+_LOSS = (("loss", "loss", "loss"),)
+_CURVES = (
+  ("reward", "reward", "nats per response"),
+  ("kl", "KL to SFT", "nats per response"),
+  ("response_length", "response length", "tokens"),
+  ("eos_rate", "EOS rate", "share of responses"),
+  ("entropy", "entropy", "nats per token"),
 )
 
 
@@ -62,15 +60,21 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
   parts = list(seeds.values()) or [root]
   record = {**(_read_json(parts[0] / "config.json")), **_read_json(root / "config.json")}
   results = _read_json(root / "report" / "results.json")
-  stages = _read_stages(parts)
-  folder = root / "report"
+  described = record.get("described") or {}
+  known = {**(described.get("always") or {}), **(described.get("labels") or {})}
+  results["labels"] = {**known, **(results.get("labels") or {})}
+  stages = _read_stages(parts, list(results["labels"]))
+  folder, verdicts = root / "report", results.get("gaming") or {}
   context = {
     "title": f"Run {visible(root.resolve().name)}",
-    "headline": tables.headline(results),
-    "lead": (results.get("gaming") or {}).get("text", ""),
+    "headline": [t for t in (tables.headline(results), *frontier.sentences(results)) if t],
+    "lead": (verdicts.get(results.get("main")) or {}).get("text", ""),
+    "frontier": frontier.table(results),
+    "frontier_plot": _frontier_plot(folder, results),
+    "frontier_facts": results.get("frontier"),
     "facts": _facts(record, results, stages, list(seeds))
-    + _reference_facts(_read_json(parts[0] / "reference.json")),
-    "stages": _stage_rows(stages, list(seeds)),
+    + _reference_facts(described, _read_json(parts[0] / "reference.json")),
+    "stages": _stage_rows(results, stages, list(seeds)),
     "seeds": _seed_links(seeds),
     "sweep": sweeps.sweep_table(results, links=not seeds),
     "sweep_plot": _sweep_plot(folder, results),
@@ -80,14 +84,13 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     "comparisons": tables.comparisons_table(results),
     "tasks": tables.task_tables(results),
     "notes": [str(n) for n in results.get("notes") or ()],
-    "plots": _curves(folder, stages, list(seeds)),
+    "plots": _curves(folder, results, stages, list(seeds)),
     "results_plot": _results_plot(folder, results),
-    "monitors": _gaming(results)
-    + monitors(stages, results.get("comparisons") or (), record.get("config")),
+    "monitors": _gaming(results) + monitors(stages, results),
     "config": json.dumps(record.get("config"), indent=2) if record.get("config") else "",
   }
   if not seeds:
-    context |= _heatmaps(root / "samples") | {"samples": _samples(root / "samples")}
+    context |= _heatmaps(root / "samples") | {"samples": _samples(root / "samples", results)}
   page = folder / "report.html"
   write_atomically(page, render(**context))
   return page
@@ -123,10 +126,10 @@ def _seed_folders(root: pathlib.Path) -> dict[int, pathlib.Path]:
   return dict(sorted(found.items()))
 
 
-def _read_stages(parts: Sequence[pathlib.Path]) -> dict[str, list[list[dict[str, Any]]]]:
-  """stage -> lines for each seed, in the order in which stages are run."""
+def _read_stages(parts: Sequence[pathlib.Path], known) -> dict[str, list[list[dict[str, Any]]]]:
+  """stage -> lines for each seed, in the order of the labels, which is that of the run."""
   names = {path.parent.name for part in parts for path in part.glob("*/metrics.jsonl")}
-  order = [n for n in _STAGES if n in names] + sorted(names - set(_STAGES))
+  order = [n for n in known if n in names] + sorted(names - set(known))
   return {n: [_read_lines(part / n / "metrics.jsonl") for part in parts] for n in order}
 
 
@@ -160,34 +163,12 @@ def _facts(record, results, stages, seeds) -> list[tuple[str, str]]:
   if sweep.get("field"):
     values = ", ".join(str(v) for v in sweep.get("values") or ())
     facts.append(("Sweep", f"{sweep['field']} takes {values}, in place of what stands below"))
-  dpr = config.get("dpr") or {}
-  if dpr.get("steps"):
-    text = f"{str(dpr.get('reward')).replace('_', ' ')} reward"
-    text += _reference_text(config.get("reference") or {})
-    if dpr.get("transforms"):
-      text += f", transforms {', '.join(dpr['transforms'])}"
-    if dpr.get("verifier_weight"):
-      text += f", {plain(100 * dpr['verifier_weight'])}% of the reward from the verifier"
-    text += "".join(
-      f", {name} {plain(dpr[name])}"
-      for name in ("beta", "gamma")
-      if finite(dpr.get(name)) and (name == "beta" or dpr.get("returns") == "reward_to_go")
-    )
-    if dpr.get("target_kl"):
-      text += f" (beta at first; steered to a KL of {plain(dpr['target_kl'])} nats a response)"
-    if dpr.get("kl_budget"):
-      text += f", KL budget {plain(dpr['kl_budget'])} nats a response"
-    text += f", {str(dpr.get('returns')).replace('_', ' ')}"
-    text += f", baseline {str(dpr.get('baseline')).replace('_', ' ')}"
-    facts.append(("DPR", text))
-    if (dpr.get("temperature"), dpr.get("top_k"), dpr.get("top_p")) not in (
-      (1, 0, 1), (None, None, None)
-    ):
-      facts.append((
-        "Biased gradient",
-        f"sampled at temperature {dpr.get('temperature')}, top-k {dpr.get('top_k')}, "
-        f"top-p {dpr.get('top_p')}, not from the policy itself",
-      ))
+  compared = (record.get("described") or {}).get("labels") or {}
+  if compared:
+    facts.append(("Compared with SFT", "; ".join(compared.values())))
+    main = list(compared)[-1]
+    section = {k: v for k, v in config.get("methods", {}).get(main, {}).items() if k != "label"}
+    facts.append((compared[main], _settings(section)))
   known = seeds or results.get("seeds") or ([record["seed"]] if "seed" in record else [])
   if known:
     facts.append(("Seeds" if len(known) > 1 else "Seed", ", ".join(str(s) for s in known)))
@@ -203,77 +184,70 @@ def _facts(record, results, stages, seeds) -> list[tuple[str, str]]:
   return [(name, visible(text)) for name, text in facts]
 
 
-def _reference_text(section: Mapping[str, Any]) -> str:
-  """', ref at 50% of SFT'"""
-  kind, fraction = section.get("kind", "midrun"), section.get("fraction")
-  if kind == "ema":
-    return f", ref the moving average of SFT (decay {plain(section.get('ema_decay'))})"
-  if kind.startswith("ensemble_"):
-    parts = ", ".join(f"{plain(100 * f)}%" for f in section.get("fractions") or ())
-    how = kind.removeprefix("ensemble_").replace("_", " ")
-    return f", ref the {how} of SFT at {parts}"
-  if section.get("select", "none") != "none":
-    return f", ref a milestone of SFT selected by {section['select']}"
-  if not finite(fraction):
-    return ""
-  if kind == "half_data":
-    return f", ref trained on {plain(100 * fraction)}% of the demonstrations"
-  return f", ref at {plain(100 * fraction)}% of SFT"
+def _settings(section: Mapping[str, Any]) -> str:
+  """'dpr, reward baseline_relative, beta 1': the fields that say something."""
+  parts = [str(section["kind"])] if section.get("kind") else []
+  for name, value in section.items():
+    if isinstance(value, Mapping):
+      value = _settings(value)
+      value = f"({value})" if ", " in value else value
+    elif isinstance(value, list):
+      value = ", ".join(map(str, value))
+    if name != "kind" and value not in (None, ""):
+      shown = plain(value) if finite(value) else value
+      parts.append(f"{name.replace('_', ' ')} {shown}")
+  return ", ".join(parts)
 
 
-def _reference_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """What reference.json says of the reference that was used; of the first of several seeds."""
-  found = record.get("candidates") or []
-  used = [c for c in found if c.get("fraction") == record.get("fraction")]
-  if not used or not finite(used[0].get("kl")):
-    return []
-  c = used[0]
-  text = f"{', '.join(c.get('members') or ())}: KL(sft || ref) {number(c['kl'], 2)}"
-  if finite(c.get("kl_se")):
-    text += f" ± {number(c['kl_se'], 2)}"
-  text += f" nats a response, on {count(record.get('prompts'))} training prompts"
-  if record.get("select", "none") != "none":
-    text += f"; selected by {record['select']} among {len(found)}"
-  return [("Reference", visible(text))]
+def _reference_facts(described, record: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """What the reference is, and what reference.json says of it; of the first of several seeds."""
+  found = record.get("candidates") or [{}]
+  c = found[record.get("chosen") or 0]
+  text = described.get("reference") or ""
+  if "chosen" in record:
+    text += f": {c.get('text')}, chosen among {len(found)}"
+  if finite(c.get("kl")):
+    error = f" ± {number(c['kl_se'], 2)}" if finite(c.get("kl_se")) else ""
+    text += f"; on training prompts KL(sft || ref) {number(c['kl'], 2)}{error} nats per response"
+    text += f", mean / std of token rewards {number(c.get('snr'), 2)}"
+    text += f", AUC of corrupted tokens {tables.show(c.get('auc'), '%')}%"
+  return [("Reference", visible(text))] if text else []
 
 
-_GAMING_STATUS = {"gaming": "watch", "suspected": "watch"}
+_SUSPECT = ("gaming", "suspected")  # verdicts.
 
 
-def _gaming(results: Mapping[str, Any]) -> list[dict[str, str]]:
-  """The verdict and its signs, as entries of the monitors."""
-  found = results.get("gaming") or {}
-  if not found:
-    return []
-  status = _GAMING_STATUS.get(found.get("verdict"), "note")
-  out = [{"name": "Gaming the reward", "text": str(found.get("text", "")), "status": status}]
-  out += [
-    {
-      "name": f"Sign of gaming: {s['name']}",
-      "text": str(s["text"]),
-      "status": "watch" if s["found"] else "note",
-    }
-    for s in found.get("signs") or ()
-  ]
-  for name, of in (results.get("gaming_of_ablations") or {}).items():
-    out.append({
-      "name": f"Gaming the reward: {tables.system_label(name)}", "text": str(of.get("text", "")),
-      "status": _GAMING_STATUS.get(of.get("verdict"), "note"),
-    })
+def _gaming(results: Results) -> list[dict[str, str]]:
+  """The verdict on each policy that has one and its signs, as entries of the monitors."""
+  out = []
+  for system, found in (results.get("gaming") or {}).items():
+    who = tables.label(results, system)
+    status = "watch" if found.get("verdict") in _SUSPECT else "note"
+    text = str(found.get("text", ""))
+    out.append({"name": f"{who}: gaming the reward", "text": text, "status": status})
+    out += [
+      {
+        "name": f"{who}: sign of gaming, {s['name']}",
+        "text": str(s["text"]),
+        "status": "watch" if s["found"] else "note",
+      }
+      for s in found.get("signs") or ()
+    ]
   return out
 
 
-def _stage_rows(stages, seeds) -> list[dict[str, str]]:
+def _stage_rows(results: Results, stages, seeds) -> list[dict[str, str]]:
   rows = []
   for name, parts in stages.items():
     for i, lines in enumerate(parts):
       if not lines:
         continue
-      last = lines[-1]
+      last, known = lines[-1], (results.get("stages") or {}).get(name) or {}
       tokens, seconds = last.get("tokens"), last.get("seconds")
       rate = tokens / seconds if finite(tokens) and finite(seconds) and seconds > 0 else math.nan
       rows.append({
-        "name": tables.system_label(name),
+        "name": tables.label(results, name),
+        "budget": str(known.get("own_budget") or ""),
         "seed": str(seeds[i]) if seeds else "",
         "steps": count(last.get("step")),
         "tokens": count(tokens),
@@ -306,18 +280,15 @@ def _images(folder: pathlib.Path, name: str, alt: str, draw) -> dict[str, str]:
   return {"light": uris[0], "dark": uris[1], "alt": alt, "name": name}
 
 
-def _curves(folder: pathlib.Path, stages, seeds) -> list[dict[str, str]]:
-  known = {stage for _, stage, *_ in CURVES}
-  others = [
-    (f"{name}_loss", name, "loss", f"{tables.system_label(name)} loss", "nats a token")
-    for name in stages if name not in known
-  ]
+def _curves(folder: pathlib.Path, results: Results, stages, seeds) -> list[dict[str, str]]:
   out = []
-  for name, stage, key, title, axis in (*CURVES, *others):
-    out += [
-      _images(folder, name, f"{title} ({axis}) over steps", draw)
-      for draw in [_curve(stages.get(stage) or (), key, title, axis, seeds)] if draw
-    ]
+  for stage, parts in stages.items():
+    rewarded = any("reward" in line for lines in parts for line in lines)
+    for key, title, axis in (*_LOSS, *(_CURVES if rewarded else ())):
+      title = f"{tables.label(results, stage)}: {title}"
+      draw = _curve(parts, key, title, axis, seeds)
+      if draw:
+        out.append(_images(folder, f"{stage}_{key}", f"{title} ({axis}) over steps", draw))
   return out
 
 
@@ -333,49 +304,56 @@ def _curve(parts, key: str, title: str, axis: str, seeds):
     return None
 
   def draw(dark: bool) -> bytes:
-    from dpr_jax.report import plots
-
-    return plots.curve([plots.Series(*s) for s in series], title, axis, dark)
+    return _plots().curve([_plots().Series(*s) for s in series], title, axis, dark)
 
   return draw
 
 
-def _results_plot(folder: pathlib.Path, results) -> dict[str, str] | None:
-  systems = results.get("systems") or {}
+def _results_plot(folder: pathlib.Path, results: Results) -> dict[str, str] | None:
+  """The first three of the main metrics that are compared."""
+  about = {m: tables.column(results, m) for m in tables.main_metrics(results) if "/" not in m}
   metrics = [
-    (m, f"{label}{f' ({shown})' if shown else ''}", 100.0 if shown == "%" else 1.0)
-    for m in ("accuracy_sampled", "accuracy_greedy", "token_f1_sampled", "length_sampled")
-    for label, shown in [tables.metric_label(m)]
-    if any(m in s for s in systems.values())
+    (m, tables.heading(results, m), 100.0 if c["unit"] == "%" else 1.0)
+    for m, c in about.items() if c.get("compared")
   ][:3]
   if not metrics:
     return None
-  shown = {tables.system_label(name): values for name, values in systems.items()}
-
-  def draw(dark: bool) -> bytes:
-    from dpr_jax.report import plots
-
-    return plots.results_plot(shown, metrics, dark)
-
-  return _images(folder, "results", "Systems with their 95% intervals", draw)
+  shown = {tables.label(results, name): v for name, v in results["systems"].items()}
+  return _images(
+    folder, "results", "Systems with their 95% intervals",
+    lambda dark: _plots().results_plot(shown, metrics, dark),
+  )
 
 
-def _sweep_plot(folder: pathlib.Path, results) -> dict[str, str] | None:
+def _frontier_plot(folder: pathlib.Path, results: Results) -> dict[str, str] | None:
+  series = frontier.series(results)
+  if not series:
+    return None
+  axis = f"distinct right answers in {results['frontier']['k']} samples"
+  return _images(
+    folder, "frontier", "Accuracy and coverage of each system over temperatures",
+    lambda dark: _plots().frontier_plot(series, axis, dark),
+  )
+
+
+def _sweep_plot(folder: pathlib.Path, results: Results) -> dict[str, str] | None:
   metric = sweeps.primary_metric(results)
   if metric is None:
     return None
-  label, shown = tables.metric_label(metric)
-  sweep = results["sweep"]
+  sweep, axis = results["sweep"], tables.heading(results, metric)
   values, field = [visible(p["value"]) for p in sweep["points"]], visible(sweep.get("field", ""))
   series = sweeps.plot_series(results, metric)
-  axis, factor = (f"{label} (%)", 100.0) if shown == "%" else (label, 1.0)
+  factor = 100.0 if tables.column(results, metric)["unit"] == "%" else 1.0
+  return _images(
+    folder, "sweep", f"{axis} against {field}, with 95% intervals",
+    lambda dark: _plots().sweep_plot(values, series, field, axis, factor, dark),
+  )
 
-  def draw(dark: bool) -> bytes:
-    from dpr_jax.report import plots
 
-    return plots.sweep_plot(values, series, field, axis, factor, dark)
+def _plots():
+  from dpr_jax.report import plots  # matplotlib comes with it.
 
-  return _images(folder, "sweep", f"{label} against {field}, with 95% intervals", draw)
+  return plots
 
 
 # --- Token rewards and samples --------------------------------------------------------------------
@@ -394,7 +372,7 @@ def _heatmaps(samples: pathlib.Path) -> dict[str, Any]:
   return {"heatmaps": [s for s in sections if s["rows"]], "legend": heatmap.legend(scale)}
 
 
-def _samples(folder: pathlib.Path) -> dict[str, Any] | None:
+def _samples(folder: pathlib.Path, results: Results) -> dict[str, Any] | None:
   """Responses of every system to a few prompts: the first of each task in turn, never chosen."""
   systems = {}
   for path in folder.glob("*.jsonl"):
@@ -405,7 +383,8 @@ def _samples(folder: pathlib.Path) -> dict[str, Any] | None:
       systems[path.stem] = lines
   if not systems:
     return None
-  order = [n for n in tables.LABELS if n in systems] + sorted(set(systems) - set(tables.LABELS))
+  known = results["labels"]
+  order = [n for n in known if n in systems] + sorted(set(systems) - set(known))
   modes = {r.get("mode") for lines in systems.values() for r in lines}
   mode = "sampled" if "sampled" in modes else "greedy" if "greedy" in modes else None
   prompts: dict[tuple[str, str], dict[str, Any]] = {}
@@ -426,7 +405,7 @@ def _samples(folder: pathlib.Path) -> dict[str, Any] | None:
         "prompt": _cut(key[1]),
         "answer": "" if prompts[key]["answer"] is None else _cut(prompts[key]["answer"]),
         "responses": [
-          _response(name, prompts[key]["responses"][name])
+          {"system": tables.label(results, name), **_response(prompts[key]["responses"][name])}
           for name in order if name in prompts[key]["responses"]
         ],
       }
@@ -445,10 +424,9 @@ def _in_turn(keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
   return [key for _, _, key in sorted(ranked)]
 
 
-def _response(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+def _response(record: Mapping[str, Any]) -> dict[str, Any]:
   correct = record.get("correct")
   return {
-    "system": tables.system_label(name),
     "text": _cut(record["response"]),
     "correct": correct if isinstance(correct, bool) else None,
     "cut": record.get("hit_eos") is False,

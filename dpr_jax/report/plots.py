@@ -105,6 +105,40 @@ def results_plot(
     return _png(figure)
 
 
+def frontier_plot(
+  series: Mapping[str, Sequence[tuple[float, float, float]]], label: str, dark: bool = False
+) -> bytes:
+  """Coverage against accuracy, a curve for each system, its temperatures marked.
+
+  Args:
+    series: label -> (temperature, accuracy, coverage) of its points; temperature 0 is greedy, an
+      open square at the end of a dotted line. The first two have their temperatures written.
+    label: of the vertical axis.
+  """
+  colours = _DARK if dark else _LIGHT
+  with _style(dark):
+    figure, axes = _figure(8.0, 3.7)
+    for i, (name, points) in enumerate(series.items()):
+      colour, shape = colours[i % len(colours)], "os^Dvph"[i // len(colours) % 7]
+      sampled = [(100 * x, y) for t, x, y in points if t]
+      greedy = [(100 * x, y) for t, x, y in points if not t]
+      width = 1.9 if i < 2 else 1.0
+      axes.plot(*zip(*sampled), marker=shape, color=colour, linewidth=width, markersize=4.5,
+                label=name, zorder=3 - (i > 1))
+      for x, y in greedy:
+        ends = zip(sampled[-1], (x, y))
+        axes.plot(*ends, ":", color=colour, linewidth=1.0)
+        axes.plot([x], [y], "s", color=colour, markersize=6, markerfacecolor="none")
+      for (x, y), (t, *_) in zip(sampled, points) if i < 2 else ():
+        axes.annotate(f"{t:g}", (x, y), (0, 5), textcoords="offset points", ha="center",
+                      fontsize=7, color=colour)
+    axes.set_xlabel("accuracy (%)")
+    axes.set_ylabel(label)
+    axes.margins(0.08)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.6)
+    return _png(figure)
+
+
 def sweep_plot(
   values: Sequence[str],
   series: Mapping[str, Sequence[Mapping[str, Any] | None]],

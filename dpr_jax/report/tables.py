@@ -8,129 +8,123 @@ from dpr_jax.report.render import finite, number, significant
 
 Results = Mapping[str, Any]
 
-LABELS: dict[str, str] = {}
-_MAIN = (
-  "accuracy_sampled", "accuracy_greedy", "accuracy_sampled/unique", "accuracy_sampled/varied",
-  "token_f1_sampled", "token_f1_greedy", "length_sampled", "eos_rate_sampled", "heldout_nll",
-  "effective_samples", "reverse_kl", "forward_kl", "expert_logp",
-)
-_EXPERT = {  # Metrics against a known expert, and their names.
-  "reverse_kl": "KL(system || expert)", "forward_kl": "KL(expert || system)",
-  "expert_logp": "Log p under the expert, a token",
-}
-_KINDS = ("unique", "varied")  # groups of the built-in tasks, not tasks.
-_SHARES = ("accuracy", "eos_rate", "token_f1")
+
+def label(results: Results, name: str) -> str:
+  """How a system, or a stage, is called."""
+  return (results.get("labels") or {}).get(name) or name.replace("_", " ")
 
 
-def system_label(name: str) -> str:
-  return LABELS.get(name, name.replace("_", " "))
+def column(results: Results, metric: str) -> Mapping[str, Any]:
+  """The fields of `evaluation.metrics.Column`."""
+  unknown = {"label": metric.replace("_", " "), "unit": "", "better": 0, "main": False}
+  return {**unknown, **((results.get("columns") or {}).get(metric) or {})}
 
 
-def metric_label(metric: str) -> tuple[str, str]:
-  """('Accuracy, sampled', '%'): heading and unit."""
-  base, _, group = metric.partition("/")
-  for mode in ("sampled", "greedy"):
-    if base.endswith(f"_{mode}"):
-      name = base.removesuffix(f"_{mode}").replace("_", " ")
-      break
-  else:
-    name, mode = base.replace("_", " "), ""
-  name = {"eos rate": "ends with EOS", "heldout nll": "held-out NLL", "token f1": "token F1",
-            "sample nll base": "NLL of samples under base",
-            "sample nll ref": "NLL of samples under ref"}.get(name, _EXPERT.get(base, name))
-  label = name[:1].upper() + name[1:] + (f", {mode}" if mode else "")
-  if group:
-    label += {"unique": ", one right answer", "varied": ", many right answers"}.get(
-      group, f", {group}"
-    )
-  return label, unit(metric)
+def heading(results: Results, metric: str) -> str:
+  """Accuracy, sampled (%)."""
+  found = column(results, metric)
+  return found["label"] + (f" ({found['unit']})" if found["unit"] else "")
 
 
-def unit(metric: str) -> str:
-  if metric.startswith(_SHARES):
-    return "%"
-  if metric.startswith("length"):
-    return "tokens"
-  return "nats" if "nll" in metric or metric in _EXPERT else ""
+def in_sentence(about: Mapping[str, Any]) -> str:
+  """The label of a column within a sentence: "accuracy, sampled", but "NLL of samples"."""
+  text = about["label"]
+  return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 
-def show(x: Any, metric: str, sign: bool = False) -> str:
-  """A value of a metric in its unit: shares as per cent, lengths with one decimal."""
-  kind = unit(metric)
-  if kind == "%" and finite(x):
+def main_metrics(results: Results) -> list[str]:
+  """Those of the first table, what is better the higher it is first."""
+  found = [m for m in _metrics(results) if column(results, m)["main"]]
+  return sorted(found, key=lambda m: column(results, m)["better"] != 1)
+
+
+def goals(results: Results) -> list[str]:
+  """What a system is for: main metrics of sampled responses with a direction."""
+  columns = {m: column(results, m) for m in main_metrics(results) if m.endswith("_sampled")}
+  return [m for m, c in columns.items() if c["better"] and c.get("compared")]
+
+
+def show(x: Any, unit: str, sign: bool = False) -> str:
+  """A value in its unit: shares as per cent, lengths with one decimal."""
+  digits = 2 if unit == "answers" or unit.startswith("nats") else {"tokens": 1}.get(unit)
+  if unit in ("%", "points") and finite(x):
     return number(100 * x, 1, sign)
-  if kind in ("tokens", "nats"):
-    return number(x, {"tokens": 1, "nats": 2}[kind], sign)
+  if digits:
+    return number(x, digits, sign)
   text = significant(x)
   return f"+{text}" if sign and finite(x) and x > 0 else text
 
 
+def of_difference(unit: str) -> str:
+  """The unit of a difference."""
+  return "points" if unit == "%" else unit
+
+
 def results_table(results: Results) -> dict[str, Any] | None:
   """Systems by main metrics; `sign` where the interval of the difference to SFT excludes 0."""
-  used = [m for m in _MAIN if _used(results, m)]
-  table = _table(results, used)
-  return table and {**table, "expert": any(m in _EXPERT for m in used)}
+  return _table(results, main_metrics(results))
 
 
 def more_metrics(results: Results) -> dict[str, Any] | None:
-  """Whatever else was measured, tasks apart."""
-  names = {m: None for metrics in _systems(results).values() for m in metrics if m not in _MAIN}
-  whole = [m for m in names if "/" not in m]
-  return _table(results, whole + [m for m in names if m.partition("/")[2] in _KINDS])
+  """Whatever else was measured, groups of prompts apart."""
+  main = main_metrics(results)
+  return _table(results, [m for m in _metrics(results) if m not in main and "/" not in m])
 
 
 def task_tables(results: Results) -> list[dict[str, Any]]:
-  """One table for each metric that is split by task: tasks by systems."""
+  """One table for each metric that is split by groups of prompts: groups by systems."""
   systems = _systems(results)
-  groups: dict[str, dict[str, None]] = {}
-  for metrics in systems.values():
-    for metric in metrics:
-      base, slash, task = metric.partition("/")
-      if slash and task not in _KINDS:
-        groups.setdefault(base, {})[task] = None
+  groups: dict[str, dict[str, str]] = {}
+  for metric in _metrics(results):
+    base, slash, group = metric.partition("/")
+    if slash:
+      name = column(results, metric)["label"].removeprefix(column(results, base)["label"] + ", ")
+      groups.setdefault(base, {})[group] = name if "/" not in name else group
   tables = []
-  for base, tasks in groups.items():
-    used = [s for s, metrics in systems.items() if any(f"{base}/{t}" in metrics for t in tasks)]
-    rows = []
-    for task in tasks:
-      cells = [cell(systems[s].get(f"{base}/{task}"), base) for s in used]
+  for base, named in groups.items():
+    used = [s for s, metrics in systems.items() if any(f"{base}/{g}" in metrics for g in named)]
+    unit, rows = column(results, base)["unit"], []
+    # Groups that have a name of their own hold others; they come last.
+    for group, name in sorted(named.items(), key=lambda item: item[0] != item[1]):
+      cells = [cell(systems[s].get(f"{base}/{group}"), unit) for s in used]
       counts = {c["n"] for c in cells if c["n"]}
-      rows.append({"name": task, "cells": cells, "n": counts.pop() if len(counts) == 1 else ""})
-    label, shown = metric_label(base)
+      rows.append({"name": name, "cells": cells, "n": counts.pop() if len(counts) == 1 else ""})
     tables.append({
-      "title": label, "unit": shown, "columns": [system_label(s) for s in used], "rows": rows,
+      "title": heading(results, base), "columns": [label(results, s) for s in used], "rows": rows,
     })
   return tables
 
 
 def comparisons_table(results: Results) -> list[dict[str, Any]]:
-  """Differences with interval, p and what they say; the bar is drawn on a scale of its metric."""
+  """Differences with interval, p and what they say; the bar is drawn on a scale of its unit."""
   found = [
     c for c in results.get("comparisons") or () if len(c.get("pair") or ()) == 2 and "metric" in c
   ]
   scale: dict[str, float] = {}
   for c in found:
+    unit = column(results, c["metric"])["unit"]
     ends = [abs(x) for x in (c.get("difference"), *(c.get("ci95") or ())) if finite(x)]
-    scale[unit(c["metric"])] = max([scale.get(unit(c["metric"]), 1e-12), *ends])
+    scale[unit] = max([scale.get(unit, 1e-12), *ends])
   rows = []
   for c in found:
-    metric, (a, b) = c["metric"], (system_label(x) for x in c["pair"])
-    low, high = c.get("ci95") or (math.nan, math.nan)
-    known = finite(low) and finite(high) and finite(c.get("difference"))
+    a, b = (label(results, x) for x in c["pair"])
+    about = column(results, c["metric"])
+    unit = about["unit"]
+    low, high = _ends(c)
     sign = resolved(c)
-    label, shown = metric_label(metric)
     rows.append({
       "a": a,
       "b": b,
-      "metric": label,
-      "unit": "points" if shown == "%" else shown,
-      "difference": show(c.get("difference"), metric, sign=True),
-      "ci": f"[{show(low, metric, sign=True)}, {show(high, metric, sign=True)}]",
+      "metric": about["label"],
+      "aim": bool(about["better"]),
+      "unit": of_difference(unit),
+      "difference": show(c.get("difference"), unit, sign=True),
+      "ci": interval(c, unit),
       "p": p_value(c.get("p")),
       "sign": sign,
       "verdict": {1: "above 0", -1: "below 0", 0: "may be 0"}[sign],
-      "bar": known and {
-        k: round(50 + 46 * x / scale[unit(metric)], 2)
+      "bar": all(map(finite, (low, high, c.get("difference")))) and {
+        k: round(50 + 46 * x / scale[unit], 2)
         for k, x in (("low", low), ("high", high), ("at", c["difference"]))
       },
     })
@@ -142,7 +136,7 @@ def resolved(comparison: Mapping[str, Any]) -> int:
 
   Both, because an exact test of few differing prompts is stricter than any interval.
   """
-  low, high = comparison.get("ci95") or (math.nan, math.nan)
+  low, high = _ends(comparison)
   p = comparison.get("p")
   if not finite(low) or not finite(high) or (finite(p) and p >= 0.05):
     return 0
@@ -150,27 +144,32 @@ def resolved(comparison: Mapping[str, Any]) -> int:
 
 
 def headline(results: Results) -> str:
-  """The main result in a sentence, no stronger than its interval."""
-  systems = _systems(results)
-  metric = next((m for m in ("accuracy_sampled", "token_f1_sampled") if _used(results, m)), None)
-  entry = systems.get("dpr", {}).get(metric) if metric else None
+  """Whether the main system is better than SFT and the other trained systems, no stronger than the
+  intervals."""
+  main, metric = results.get("main") or "", next(iter(goals(results)), "")
+  entry = _systems(results).get(main, {}).get(metric)
   if not entry or not finite(entry.get("mean")):
     return ""
-  if metric == "accuracy_sampled":
-    text = f"DPR answers {show(entry['mean'], metric)}% of held-out prompts right when sampled"
-  else:
-    text = f"DPR's sampled responses reach a token F1 of {show(entry['mean'], metric)}%"
-  parts = []
-  for other in ("sft", "continued_sft"):
-    c = difference(results, "dpr", other, metric)
-    if c is None:
-      continue
-    d, low, high = (show(x, metric, sign=True) for x in (c["difference"], *c["ci95"]))
-    parts.append(
-      f"{d} points against {system_label(other)} [{low}, {high}]"
-      + ("" if resolved(c) else ", which may be 0")
-    )
-  return text + (": " + "; ".join(parts) if parts else "") + "."
+  about, who = column(results, metric), label(results, main)
+  unit = about["unit"]
+  said: dict[int, list[str]] = {1: [], 0: [], -1: []}
+  for other in dict.fromkeys(["sft", *(results.get("stages") or ())]):
+    c = difference(results, main, other, metric)
+    if c and other != main:
+      gap = f"{show(c['difference'], unit, sign=True)} {of_difference(unit)}".strip()
+      said[about["better"] * resolved(c)].append(
+        f"{label(results, other)} ({gap} {interval(c, unit)})"
+      )
+  verbs = {1: "is better than", 0: "cannot be told apart from", -1: "is worse than"}
+  parts = [f"It {verbs[sign]} {_and(others)}." for sign, others in said.items() if others]
+  shown = "%" if unit == "%" else f" {unit}".rstrip()
+  return " ".join([f"{about['label']}: {who} reaches {show(entry['mean'], unit)}{shown}.", *parts])
+
+
+def interval(comparison: Mapping[str, Any], unit: str) -> str:
+  """[+2.0, +18.0]"""
+  low, high = (show(x, unit, sign=True) for x in _ends(comparison))
+  return f"[{low}, {high}]"
 
 
 def p_value(p: Any) -> str:
@@ -179,63 +178,84 @@ def p_value(p: Any) -> str:
   return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def difference(results: Results, a: str, b: str, metric: str):
+  """The comparison of a minus b, from either order of the pair; None if they were not compared."""
+  for c in results.get("comparisons") or ():
+    if c.get("metric") != metric or not all(map(finite, (c.get("difference"), *_ends(c)))):
+      continue
+    if list(c.get("pair") or ()) == [a, b]:
+      return c
+    if list(c.get("pair") or ()) == [b, a]:
+      return {**c, "difference": -c["difference"], "ci95": [-x for x in reversed(c["ci95"])]}
+  return None
+
+
+def cell(entry: Any, unit: str) -> dict[str, Any]:
+  """What a table shows of {mean, ci95, n}."""
+  if not isinstance(entry, Mapping):
+    return {"mean": "–", "ci": "", "n": "", "sign": 0}
+  low, high = _ends(entry)
+  known = finite(low) and finite(high)
+  return {
+    "mean": show(entry.get("mean"), unit),
+    "ci": f"{show(low, unit)} – {show(high, unit)}" if known else "",
+    "n": f"{entry['n']:,}" if finite(entry.get("n")) else "",
+    "sign": 0,
+  }
+
+
+def difference_cell(comparison: Mapping[str, Any] | None, unit: str) -> dict[str, Any]:
+  """What a table shows of {difference, ci95, p}; of an unknown difference, its reason."""
+  if not comparison or not finite(comparison.get("difference")):
+    why = (comparison or {}).get("reason", "")
+    return {"mean": "–", "ci": "", "n": "", "sign": 0, "why": why}
+  shown = show(comparison["difference"], unit, sign=True)
+  sign = resolved(comparison)
+  return {"mean": shown, "ci": interval(comparison, unit), "n": "", "sign": sign}
+
+
+def grid(columns: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """A table of cells; a number of responses that all rows share is said once, in the heading."""
+  for i, head in enumerate(columns):
+    counts = {row["cells"][i]["n"] for row in rows if row["cells"][i]["n"]}
+    if len(counts) == 1:
+      head["n"] = counts.pop()
+      for row in rows:
+        row["cells"][i]["n"] = ""
+  marked = any(c["sign"] for row in rows for c in row["cells"])
+  return {"columns": columns, "rows": rows, "marked": marked}
+
+
+def _ends(entry: Mapping[str, Any]) -> tuple[Any, Any]:
+  low, high = entry.get("ci95") or (math.nan, math.nan)
+  return low, high
+
+
+def _and(items: Sequence[str]) -> str:
+  return " and ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
+
+
 def _systems(results: Results) -> Mapping[str, Mapping[str, Any]]:
   return results.get("systems") or {}
 
 
-def _used(results: Results, metric: str) -> bool:
-  return any(metric in metrics for metrics in _systems(results).values())
-
-
-def cell(entry: Any, metric: str) -> dict[str, Any]:
-  """What a table shows of {mean, ci95, n}, in the unit of the metric."""
-  if not isinstance(entry, Mapping):
-    return {"mean": "–", "ci": "", "n": "", "sign": 0}
-  low, high = entry.get("ci95") or (math.nan, math.nan)
-  known = finite(low) and finite(high)
-  return {
-    "mean": show(entry.get("mean"), metric),
-    "ci": f"{show(low, metric)} – {show(high, metric)}" if known else "",
-    "n": f"{entry['n']:,}" if finite(entry.get("n")) else "",
-    "sign": 0,
-  }
+def _metrics(results: Results) -> list[str]:
+  """All that was measured of any system."""
+  return list(dict.fromkeys(m for metrics in _systems(results).values() for m in metrics))
 
 
 def _table(results: Results, metrics: Sequence[str]) -> dict[str, Any] | None:
   systems = _systems(results)
   if not systems or not metrics:
     return None
-  rows, marked = [], False
-  for name in systems:
-    cells = []
-    for metric in metrics:
-      shown_cell = cell(systems[name].get(metric), metric)
+  about = [column(results, m) for m in metrics]
+  rows = []
+  for name, values in systems.items():
+    cells = [cell(values.get(m), c["unit"]) for m, c in zip(metrics, about)]
+    for metric, shown in zip(metrics, cells):
       found = difference(results, name, "sft", metric)
-      if found:
-        shown_cell["sign"] = resolved(found)
-        marked = marked or bool(shown_cell["sign"])
-      cells.append(shown_cell)
-    rows.append({"name": system_label(name), "cells": cells})
-  columns = []
-  for i, metric in enumerate(metrics):
-    label, shown = metric_label(metric)
-    counts = {row["cells"][i]["n"] for row in rows if row["cells"][i]["n"]}
-    n = counts.pop() if len(counts) == 1 else ""
-    if n:  # said once, in the heading.
-      for row in rows:
-        row["cells"][i]["n"] = ""
-    columns.append({"label": label, "unit": shown, "n": n})
-  return {"columns": columns, "rows": rows, "marked": marked}
-
-
-def difference(results: Results, a: str, b: str, metric: str):
-  """The comparison of a less b, from either order of the pair; None if they were not compared."""
-  for c in results.get("comparisons") or ():
-    ends = c.get("ci95") or (None, None)
-    if c.get("metric") != metric or not finite(c.get("difference")) or not all(map(finite, ends)):
-      continue
-    if list(c.get("pair") or ()) == [a, b]:
-      return c
-    if list(c.get("pair") or ()) == [b, a]:
-      return {**c, "difference": -c["difference"], "ci95": [-ends[1], -ends[0]]}
-  return None
+      shown["sign"] = resolved(found) if found else 0
+    rows.append({"name": label(results, name), "cells": cells})
+  notes = " ".join(dict.fromkeys(c["note"] for c in about if c.get("note")))
+  heads = [{"label": c["label"], "unit": c["unit"], "n": ""} for c in about]
+  return {**grid(heads, rows), "note": notes}

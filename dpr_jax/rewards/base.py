@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dpr_jax.config.fields import Value
+from dpr_jax.config.fields import Value, kind_of
 
 
 @struct.dataclass
@@ -75,5 +75,6 @@ def apply_reward(reward: RewardFn, scores: Scores) -> jax.Array:
 def check_pointwise(reward: RewardFn) -> None:
   """Raises ValueError where a reward has no exact expectation over the vocabulary."""
   if not getattr(reward, "pointwise", False) or not needs(reward) <= {"sft_logp", "ref_logp"}:
-    raise ValueError(f"reward={getattr(reward, 'kind', reward)!r} has no exact expectation: it is "
-                     "not a pointwise function of sft_logp and ref_logp")
+    name = kind_of(reward) if isinstance(reward, Value) else reward
+    raise ValueError(f"reward={name!r} has no exact expectation: it is not a pointwise function of "
+                     "sft_logp and ref_logp")

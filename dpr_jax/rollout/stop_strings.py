@@ -9,8 +9,8 @@ advance. What remains is a table next_state[state, token], so that a decoding st
 per slot.
 
 The text of a response is `tokenizer.decode(tokens, skip_special_tokens=False)`, as
-`evaluation.responses.response_text` returns it, so a response is ended exactly where that text first
-contains a stop string. Three details of decoders follow from this:
+`evaluation.responses.response_text` returns it, so a response is ended exactly where that text
+first contains a stop string. Three details of decoders follow from this:
   - A special token has its name as its text, so "<|im_end|>" can be a stop string.
   - Where the decoder strips the space that begins a text (SentencePiece), no stop string matches
     that space.

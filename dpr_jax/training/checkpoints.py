@@ -192,7 +192,8 @@ class Checkpoints:
     except Exception as e:
       raise UserError(
           f"{self.directory}: the checkpoint of step {step} cannot be read into this model "
-          f"({_first_line(e)}); restore it from a copy, or run the stage again"
+          f"({_first_line(e)}); restore the folder {step} from a copy, or remove it and run the "
+          "stage again, which resumes from the checkpoint before it"
       ) from e
 
     def cast(x, like):

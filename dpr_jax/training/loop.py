@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import jax
 
 from dpr_jax import sharding
-from dpr_jax.config.sections import CheckpointSection, LogSection
+from dpr_jax.config.sections import CheckpointSection, LogSection, parse_steps
 from dpr_jax.errors import Preempted, StageEnded
 from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.training.metrics import MetricsWriter
-from dpr_jax.training.profiling import parse_steps, trace_steps
+from dpr_jax.training.profiling import trace_steps
 from dpr_jax.training.steps import TrainState
 from dpr_jax.training.stopping import last_step, write_stopped
 

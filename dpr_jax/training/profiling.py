@@ -2,29 +2,10 @@
 
 import contextlib
 import pathlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-
-
-def parse_steps(text: str) -> tuple[int, int] | None:
-  """'3:5' -> (3, 5), both traced, counted from 1; '' -> None.
-
-  Raises:
-    ValueError: something else.
-  """
-  if not text:
-    return None
-  match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
-  if match is None:
-    raise ValueError(f"{text!r} must be FIRST:LAST, steps counted from 1; for example 3:5")
-  first, last = int(match[1]), int(match[2])
-  if not 1 <= first <= last:
-    raise ValueError(f"{text!r}: steps count from 1 and FIRST must not exceed LAST; for example "
-                     "3:5")
-  return first, last
 
 
 class StepTrace:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpr_jax.errors import UserError
-from dpr_jax.models.config import LOCAL, ModelConfig, Rope, pattern_of
+from dpr_jax.models.config import COMPUTATION, LOCAL, ModelConfig, Rope, pattern_of
 from dpr_jax.weights.families import (
     ACTIVATIONS,
     COMMON,
@@ -242,15 +242,14 @@ def canonical(cfg: ModelConfig) -> ModelConfig:
   local = LOCAL in pattern
   same_rope = cfg.local_rope is None or cfg.local_rope == cfg.rope
   default_scale = math.isclose(cfg.query_scale or cfg.head_dim**-0.5, cfg.head_dim**-0.5)
+  defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
   return dataclasses.replace(
       cfg,
       layer_pattern=pattern,
       window=cfg.window if local else 0,
       local_rope=None if same_rope or not local else cfg.local_rope,
       query_scale=0.0 if default_scale else cfg.query_scale,
-      dtype="float32",
-      remat="none",
-      attention="auto",
+      **{name: defaults[name] for name in COMPUTATION},
   )
 
 

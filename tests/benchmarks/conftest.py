@@ -36,6 +36,9 @@ def quick():
   patch.undo()
 
 
+# GiB of the logits of four columns of two rows; the vocabulary is that of the byte-level tokenizer.
+BUDGET_OF_4 = 3 * 4 * 4 * 2 * 272 / 2**30
+
 COMMANDS = {
     "sft_step": ["--batch=2", "--length=12", "--in_process"],
     # Processes of their own, with a peer.
@@ -44,8 +47,8 @@ COMMANDS = {
                 "--samples=2", "--samples_new=2", "--in_process"],
     "dpr_step": ["--batch=4", "--prompt=4", "--new=8", "--samples=2", "--slots=2", "--skew=3",
                  "--in_process"],
-    "memory": ["--what=score", "--lengths=16", "--batches=2", "--chunk_sizes=4,1000",
-               "--in_process"],
+    "memory": ["--what=score", "--lengths=16", "--batches=2", "--in_process",
+               f"--logits_budgets={BUDGET_OF_4},1000"],
     "scaling": ["--devices=2", "--batch=2", "--length=12"],
 }
 

@@ -66,7 +66,7 @@ def test_dpr_step_samples_and_leaves_one_trick_out_at_a_time(lines):
 
 def test_memory_tells_whether_all_logits_live(lines):
   chunked, whole = lines("memory")["cases"]
-  assert chunked["chunk_size"] == 4 and not chunked["btv_live"]
+  assert chunked["chunk_columns"] == 4 and not chunked["btv_live"]
   assert whole["btv_live"] and whole["largest_logits_bytes"] > chunked["largest_logits_bytes"]
   rows, columns, vocab = 2, 16, chunked["vocab_size"]
   assert chunked["logits_bytes"] == 4 * rows * columns * vocab

@@ -16,6 +16,10 @@ def result(mean, difference):
   system = {"accuracy_sampled": interval, "length_sampled": interval}
   auc = {"auc": {"mean": 0.9, "ci95": [0.8, 1.0], "n": 4}}
   return {
+      "labels": {"ref": "Reference", "sft": "SFT", "dpr": "DPR"}, "main": "dpr",
+      "columns": {"accuracy_sampled": {"label": "Accuracy, sampled", "unit": "%"},
+                  "length_sampled": {"label": "Length, sampled", "unit": "tokens"}},
+      "corruption_titles": {"baseline_relative": "log sft - log ref", "unique": "one right answer"},
       "systems": {"dpr": system, "sft": system, "my_method": system},
       "comparisons": [
           {"pair": ["dpr", "sft"], "metric": "accuracy_sampled", "difference": difference,

@@ -341,9 +341,9 @@ def test_split_holdout_edges():
   train, heldout = split_holdout(demos, 1, 0)
   assert [prompt_key(d) for d in heldout] == ["b"] and len(train) == 3
   for holdout in (-1, 4, 9):
-    with pytest.raises(UserError, match=f"data.holdout={holdout} must be at least 0 and below 4"):
+    with pytest.raises(UserError, match=f"^holdout={holdout} must be at least 0 and below 4"):
       split_holdout(demos, holdout, 0)
-  with pytest.raises(UserError, match="data.holdout=2 is smaller than the 3 demonstrations that"):
+  with pytest.raises(UserError, match="^holdout=2 is smaller than the 3 demonstrations that"):
     split_holdout(demos[:3], 2, 0)
 
 

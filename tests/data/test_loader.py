@@ -146,7 +146,7 @@ def test_prompts_get_one_of_few_widths():
   assert {prompt_width(n, 100) for n in range(101)} == {64, 100}
   assert {prompt_width(n, 7) for n in range(8)} == {7}
   assert all(n <= prompt_width(n, 333) <= 333 for n in range(334))
-  with pytest.raises(UserError, match="101 tokens; data.prompt_length=100"):
+  with pytest.raises(UserError, match="101 tokens; prompt_length=100"):
     prompt_width(101, 100)
 
 
@@ -168,7 +168,7 @@ def test_pad_prompts():
   np.testing.assert_array_equal(batch.lengths, [3, 0, 1])
   assert batch.tokens.dtype == batch.lengths.dtype == np.int32
   assert pad_prompts([], 4).tokens.shape == (0, 4)
-  with pytest.raises(UserError, match="prompt 1 has 3 tokens; data.prompt_length=2"):
+  with pytest.raises(UserError, match="prompt 1 has 3 tokens; prompt_length=2"):
     pad_prompts([np.asarray([1]), np.asarray([1, 2, 3])], 2)
 
 
@@ -181,9 +181,9 @@ def test_make_prompts():
   for prompt, demo in zip(found.tokens, found.demos):
     np.testing.assert_array_equal(prompt, render_prompt(demo.prompt, tokenizer))
     np.testing.assert_array_equal(prompt, encode_demo(demo, tokenizer).tokens[: len(prompt)])
-  with pytest.raises(UserError, match="d:20: 23 tokens exceed data.prompt_length=12"):
+  with pytest.raises(UserError, match="d:20: 23 tokens exceed prompt_length=12"):
     make_prompts(demos, tokenizer, 12)
-  with pytest.raises(UserError, match="no prompt left: 4 given, none within data.prompt_length=2"):
+  with pytest.raises(UserError, match="no prompt left: 4 given, none within prompt_length=2"):
     make_prompts(demos, tokenizer, 2, overlong="drop")
   with pytest.raises(UserError, match="overlong='truncate' is unknown; known: error, drop"):
     make_prompts(demos, tokenizer, 12, overlong="truncate")

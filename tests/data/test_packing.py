@@ -46,6 +46,13 @@ def as_pairs(examples, cut=None):
   return sorted((e.tokens[:cut].tolist(), e.loss_mask[:cut].tolist()) for e in examples)
 
 
+def test_the_first_rows_are_rows_of_their_own(rng):
+  rows = pack(make_examples(rng, 60, 20), 20, seed=1)
+  first = rows.first(3)
+  assert len(first) == 3 and unpack(first) == unpack(rows)[: len(unpack(first))]
+  assert first.n_examples == rows.n_examples == 60 and len(rows.first(10**6)) == len(rows)
+
+
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("seed", range(5))
 def test_every_token_occurs_exactly_once(rng, seed, packed):

@@ -23,7 +23,7 @@ def shared_compilations(tmp_path_factory):
 
 
 def run_main(workdir, *flags, config=CONFIG, prefix=(), **popen):
-  """The main door as a process of its own, from the root of the repository."""
+  """The main entry point as a process of its own, from the root of the repository."""
   command = [*prefix, sys.executable, "-m", "dpr_jax.main", f"--config={config}"]
   command += [f"--workdir={workdir}", *flags]
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -41,7 +41,7 @@ def finish(process, timeout=600):
 
 
 @pytest.fixture(scope="session")
-def door():
+def entry_point():
   """`start(workdir, *flags)` -> process, `finish(process)` -> (stdout, stderr), and the root."""
   return types.SimpleNamespace(start=run_main, finish=finish, root=ROOT)
 

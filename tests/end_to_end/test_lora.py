@@ -10,15 +10,15 @@ from dpr_jax.training.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
-def lora_run(door, tmp_path_factory):
+def lora_run(entry_point, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("lora") / "run"
   flags = ("--config.model.lora.rank=2", "--config.sft.optimizer.learning_rate=0.01")
-  door.finish(door.start(workdir, *flags))
+  entry_point.finish(entry_point.start(workdir, *flags))
   return workdir
 
 
-def call(door_module, *argv):
-  cli.run_door(door_module.main, [str(a) for a in argv])
+def call(module, *argv):
+  cli.run_entry_point(module.main, [str(a) for a in argv])
 
 
 def test_the_adapter_learns_and_is_all_that_is_saved(lora_run):

@@ -1,4 +1,4 @@
-"""The main door, from demonstrations to a report."""
+"""The main entry_point, from demonstrations to a report."""
 
 import json
 import pathlib
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dpr_jax import cli
-from dpr_jax import main as main_door
-from dpr_jax.config import BASELINES
+from dpr_jax import main as main_module
+from dpr_jax.config.fields import package_defaults
 from dpr_jax.training.metrics import read_metrics
 
 CONFIG = "configs/smoke.py:debug"
@@ -53,7 +53,11 @@ def test_leaves_everything_behind(finished_run):
   found = (workdir / "samples" / "corruption.jsonl").read_text().splitlines()
   assert len(found) == results["corruption"]["all"]["endogenous"]["auc"]["n"] > 28
   pairs = {tuple(c["pair"]) for c in results["comparisons"]}
-  assert {("dpr", "sft"), ("dpr", "continued_sft"), ("dpr", "contrastive")} <= pairs
+  others = SYSTEMS - {"base", "ref", "dpr"}
+  assert pairs == {("sft", "ref"), *((n, "sft") for n in {*others, "dpr"} - {"sft"}),
+                   *(("dpr", n) for n in others)}
+  assert results["main"] == "dpr" and set(results["labels"]) == SYSTEMS
+  assert all(column in results["columns"] for m in results["systems"].values() for column in m)
   page = (workdir / "report" / "report.html").read_text()
   assert "<script" not in page and "contrastive" in page
   assert list((workdir / "report").glob("*.png"))
@@ -67,9 +71,7 @@ def test_leaves_everything_behind(finished_run):
   assert max(line["decode_gap"] for line in dpr) < 1e-4
   assert abs(dpr[0]["kl"]) < 1e-5
   assert "report.html" in out and "Traceback" not in err
-  # One program of each part of a step, as all prompts have one width; of decoding one for each
-  # kind of system and way to sample.
-  assert "dpr: 2 programs of rollout and update were compiled" in err
+  # One program for each kind of system and way to sample.
   decoding = re.search(r"evaluate: (\d+) programs of decoding were compiled", err)
   assert decoding and 1 <= int(decoding.group(1)) <= len(SYSTEMS)
 
@@ -82,16 +84,16 @@ def test_config_json_tells_what_was_run(finished_run):
   assert record["data"]["heldout"] == 32
 
 
-def test_a_finished_run_returns_at_once(door, finished_run):
+def test_a_finished_run_returns_at_once(entry_point, finished_run):
   workdir = finished_run[0]
   before = {p: p.stat().st_mtime_ns for p in (workdir / "samples").iterdir()}
-  door.finish(door.start(workdir))
+  entry_point.finish(entry_point.start(workdir))
   assert {p: p.stat().st_mtime_ns for p in (workdir / "samples").iterdir()} == before
 
 
-def kill_when(door, workdir, condition, timeout=300):
+def kill_when(entry_point, workdir, condition, timeout=300):
   """Starts the run and ends it with SIGKILL as soon as `condition` holds."""
-  process = door.start(workdir)
+  process = entry_point.start(workdir)
   start = time.monotonic()
   while not condition():
     assert process.poll() is None, process.communicate()[1][-2000:]
@@ -101,12 +103,12 @@ def kill_when(door, workdir, condition, timeout=300):
   process.communicate()
 
 
-def test_killed_runs_go_on_to_the_same_result(door, finished_run, tmp_path):
+def test_killed_runs_go_on_to_the_same_result(entry_point, finished_run, tmp_path):
   whole, resumed = finished_run[0], tmp_path / "resumed"
-  kill_when(door, resumed, lambda: (resumed / "sft" / "checkpoints" / "10").exists())
-  kill_when(door, resumed, lambda: (resumed / "dpr" / "metrics.jsonl").exists())
-  kill_when(door, resumed, lambda: (resumed / "samples" / "ref.jsonl").exists())
-  door.finish(door.start(resumed))
+  kill_when(entry_point, resumed, lambda: (resumed / "sft" / "checkpoints" / "10").exists())
+  kill_when(entry_point, resumed, lambda: (resumed / "dpr" / "metrics.jsonl").exists())
+  kill_when(entry_point, resumed, lambda: (resumed / "samples" / "ref.jsonl").exists())
+  entry_point.finish(entry_point.start(resumed))
   for stage, steps in STAGES.items():
     a, b = arrays(whole, stage), arrays(resumed, stage)
     assert a.keys() == b.keys()
@@ -124,8 +126,8 @@ def test_killed_runs_go_on_to_the_same_result(door, finished_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_seeds_are_aggregated(door, tmp_path):
-  door.finish(door.start(tmp_path / "seeds", "--config.seeds=2"))
+def test_seeds_are_aggregated(entry_point, tmp_path):
+  entry_point.finish(entry_point.start(tmp_path / "seeds", "--config.seeds=2"))
   results = json.loads((tmp_path / "seeds" / "report" / "results.json").read_text())
   assert results["seeds"] == [0, 1]
   assert results["systems"]["dpr"]["accuracy_sampled"]["n"] == 64
@@ -141,33 +143,43 @@ FAMILIES = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_config_runs_at_debug_size(door, tmp_path, name):
-  door.finish(door.start(tmp_path / name, config=f"configs/{name}.py:debug"))
+def test_every_config_runs_at_debug_size(entry_point, tmp_path, name):
+  entry_point.finish(entry_point.start(tmp_path / name, config=f"configs/{name}.py:debug"))
   dpr = read_metrics(tmp_path / name / "dpr" / "metrics.jsonl")
   assert max(line["decode_gap"] for line in dpr) < 1e-4 and abs(dpr[0]["kl"]) < 1e-5
   assert (tmp_path / name / "report" / "report.html").exists()
 
 
 @pytest.mark.slow
-def test_a_reference_of_half_of_the_data(door, tmp_path):
-  door.finish(door.start(tmp_path / "half", "--config.reference.kind=half_data"))
+def test_a_reference_of_half_of_the_data(entry_point, tmp_path):
+  entry_point.finish(entry_point.start(tmp_path / "half", "--config.reference.kind=half_data"))
   assert len(read_metrics(tmp_path / "half" / "ref" / "metrics.jsonl")) == STAGES["sft"] // 2
   results = json.loads((tmp_path / "half" / "report" / "results.json").read_text())
   assert set(results["systems"]) == SYSTEMS
 
 
 @pytest.mark.slow
-def test_every_baseline_trains_and_is_compared(door, tmp_path):
-  workdir = tmp_path / "all"
-  door.finish(door.start(workdir, f"--config.baseline.names={','.join(BASELINES)}"))
+def test_every_method_trains_and_is_compared(entry_point, tmp_path):
+  """With one in two versions, of which the second has a budget of its own."""
+  workdir, methods = tmp_path / "all", package_defaults("dpr_jax.methods")
+  names = ["short", *(name for name in methods if name != "dpr"), "dpr"]
+  flags = ["--config.methods.short.kind=dpr", "--config.methods.short.steps=2",
+           f"--config.compare={','.join(names)}"]
+  entry_point.finish(entry_point.start(workdir, *flags))
   results = json.loads((workdir / "report" / "results.json").read_text())
-  assert set(results["systems"]) == SYSTEMS | set(BASELINES)
+  assert set(results["systems"]) == {"base", "ref", "sft", *names}
+  pairs = {tuple(c["pair"]) for c in results["comparisons"]}
+  assert all(("dpr", name) in pairs for name in names[:-1])
   tokens = {}
-  for name in ("dpr", *BASELINES):
+  for name in names:
+    if name in methods and not methods[name].trained:
+      assert not (workdir / name).exists()
+      continue
     lines = read_metrics(workdir / name / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4][: 2 if name == "short" else 4]
     tokens[name] = lines[-1]["tokens"]
-    assert {("dpr", name)} - {("dpr", "dpr")} <= {tuple(c["pair"]) for c in results["comparisons"]}
+  assert results["stages"]["short"]["own_budget"] == "steps 2"
+  assert "own_budget" not in results["stages"]["dpr"]
   # Rollouts of a model that has learnt little are long; what trains on them has as many tokens.
   for name in ("sentence_level", "endogenous", "log_likelihood"):
     assert 0.5 < tokens[name] / tokens["dpr"] < 2
@@ -207,9 +219,11 @@ BAD_INPUTS = {
     ),
     "unknown field": (["--config.sft.stepz=3"], ["--config.sft.stepz", "did you mean 'steps'"]),
     "wrong type": (["--config.sft.steps=many"], ["--config.sft.steps"]),
-    "out of range": (["--config.dpr.gamma=2.0"], ["config.dpr.gamma=2.0", "at most 1"]),
+    "out of range": (
+        ["--config.methods.dpr.gamma=2.0"], ["config.methods.dpr.gamma=2.0", "at most 1"]
+    ),
     "reference without milestone": (
-        ["--config.reference.fraction=0.33"], ["config.reference.fraction=0.33", "milestones"]
+        ["--config.reference.fraction=0.33"], ["config.reference: fraction=0.33", "milestones"]
     ),
     "row beyond the model": (
         ["--config.data.row_length=4096"], ["config.data.row_length=4096", "256 tokens"]
@@ -218,16 +232,20 @@ BAD_INPUTS = {
     "mesh": (["--config.mesh.tensor=3"], ["config.mesh", "devices"]),
     "shape": (["--config.model.shape.num_kv_heads=3"], ["config.model.shape", "num_kv_heads=3"]),
     "sweep": (
-        ["--config.sweep.field=dpr.gamma", "--config.sweep.values=1,2"],
-        ["config.sweep.values: at '2'", "config.dpr.gamma=2.0", "at most 1"],
+        ["--config.sweep.field=methods.dpr.gamma", "--config.sweep.values=1,2"],
+        ["config.sweep.values: at '2'", "config.methods.dpr.gamma=2.0", "at most 1"],
     ),
+    "unknown kind": (
+        ["--config.reference.kind=early"], ["--config.reference.kind='early'", "midrun"]
+    ),
+    "unknown method": (["--config.compare=dpr,drp"], ["config.compare: 'drp'", "spin"]),
     "flag": (["--confg.sft.steps=3"], ["confg.sft.steps"]),
 }
 
 
 @pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input(case, door, tmp_path, capsys, monkeypatch):
-  monkeypatch.chdir(door.root)
+def test_bad_input(case, entry_point, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(entry_point.root)
   workdir = tmp_path / "run"
   for name, text in FILES.items():
     (tmp_path / name).write_text(text)
@@ -235,7 +253,7 @@ def test_bad_input(case, door, tmp_path, capsys, monkeypatch):
   flags = [flag.replace("{dir}", str(tmp_path)) for flag in flags]
   argv = [f"--config={CONFIG}", f"--workdir={workdir}", "--config.log.progress=False", *flags]
   with pytest.raises(SystemExit) as exit_info:
-    cli.run_door(main_door.main, argv)
+    cli.run_entry_point(main_module.main, argv)
   assert exit_info.value.code == 2
   error = capsys.readouterr().err.strip()
   assert error.count("\n") == 0, error
@@ -243,24 +261,24 @@ def test_bad_input(case, door, tmp_path, capsys, monkeypatch):
   assert not workdir.exists()
 
 
-def test_workdir_of_another_config_is_left_alone(door, finished_run, capsys, monkeypatch):
-  monkeypatch.chdir(door.root)
+def test_workdir_of_another_config_is_left_alone(entry_point, finished_run, capsys, monkeypatch):
+  monkeypatch.chdir(entry_point.root)
   workdir = finished_run[0]
   before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
   argv = [f"--config={CONFIG}", f"--workdir={workdir}", "--config.log.progress=False"]
   with pytest.raises(SystemExit) as exit_info:
-    cli.run_door(main_door.main, [*argv, "--config.sft.steps=30"])
+    cli.run_entry_point(main_module.main, [*argv, "--config.sft.steps=30"])
   assert exit_info.value.code == 2
   error = capsys.readouterr().err
   assert "config.sft.steps: 20 there, 30 here" in error
   assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before
 
 
-def test_a_folder_of_something_else_is_left_alone(door, tmp_path, capsys, monkeypatch):
-  monkeypatch.chdir(door.root)
+def test_a_folder_of_something_else_is_left_alone(entry_point, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(entry_point.root)
   (tmp_path / "thesis.tex").write_text("do not lose me")
   with pytest.raises(SystemExit) as exit_info:
-    cli.run_door(main_door.main, [f"--config={CONFIG}", f"--workdir={tmp_path}"])
+    cli.run_entry_point(main_module.main, [f"--config={CONFIG}", f"--workdir={tmp_path}"])
   assert exit_info.value.code == 2
   assert "thesis.tex" in capsys.readouterr().err
   assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]

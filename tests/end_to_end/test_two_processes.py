@@ -1,4 +1,4 @@
-"""The main door on two processes, through the launch script, against one process."""
+"""The main entry point on two processes, through the launch script, against one process."""
 
 import json
 import os
@@ -13,15 +13,15 @@ import numpy as np
 from dpr_jax.training.metrics import read_metrics
 
 
-def test_two_processes_train_like_one(door, finished_run, tmp_path):
+def test_two_processes_train_like_one(entry_point, finished_run, tmp_path):
   whole, workdir = finished_run[0], tmp_path / "two"
   command = [
       "bash", "launch/local_multiprocess.sh", "2", "--", sys.executable, "-m", "dpr_jax.main",
       "--config=configs/smoke.py:debug", f"--workdir={workdir}", "--config.log.progress=False",
   ]
-  environment = {**os.environ, "PYTHONPATH": str(door.root)}
+  environment = {**os.environ, "PYTHONPATH": str(entry_point.root)}
   done = subprocess.run(
-      command, cwd=door.root, env=environment, text=True, capture_output=True, timeout=900
+      command, cwd=entry_point.root, env=environment, text=True, capture_output=True, timeout=900
   )
   assert done.returncode == 0, done.stdout[-4000:]
   for stage in ("sft", "dpr", "continued_sft"):
@@ -40,15 +40,15 @@ def test_two_processes_train_like_one(door, finished_run, tmp_path):
     np.testing.assert_allclose(a, b, rtol=1e-4, err_msg=name)
 
 
-def test_sigterm_saves_in_every_process_and_the_run_goes_on(door, finished_run, tmp_path):
+def test_sigterm_saves_in_every_process_and_the_run_goes_on(entry_point, finished_run, tmp_path):
   whole, workdir = finished_run[0], tmp_path / "preempted"
   command = [
       "bash", "launch/local_multiprocess.sh", "2", "--", sys.executable, "-m", "dpr_jax.main",
       "--config=configs/smoke.py:debug", f"--workdir={workdir}", "--config.log.progress=False",
   ]
-  environment = {**os.environ, "PYTHONPATH": str(door.root), "DPR_GRACE_SECONDS": "60"}
+  environment = {**os.environ, "PYTHONPATH": str(entry_point.root), "DPR_GRACE_SECONDS": "60"}
   with subprocess.Popen(
-      command, cwd=door.root, env=environment, text=True, stdout=subprocess.PIPE
+      command, cwd=entry_point.root, env=environment, text=True, stdout=subprocess.PIPE
   ) as process:
     started = workdir / "sft" / "metrics.jsonl"
     while not (started.exists() and len(read_metrics(started)) >= 2):
@@ -61,7 +61,7 @@ def test_sigterm_saves_in_every_process_and_the_run_goes_on(door, finished_run, 
   saved = max(steps)
   assert saved < 20 and len(re.findall(rf"sft: told to end; step {saved} is saved", out)) == 2
   # One process goes on from what two have saved.
-  door.finish(door.start(workdir))
+  entry_point.finish(entry_point.start(workdir))
   one, two = (read_metrics(w / "sft" / "metrics.jsonl") for w in (whole, workdir))
   assert [x["step"] for x in two] == [x["step"] for x in one]
   np.testing.assert_allclose([x["loss"] for x in two], [x["loss"] for x in one], rtol=1e-4)

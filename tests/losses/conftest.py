@@ -7,13 +7,19 @@ import optax
 import pytest
 
 from dpr_jax.data.batches import SFTBatch
+from dpr_jax.models import ModelConfig
 from dpr_jax.training import TrainState, make_train_step
 
 VOCAB = 7
 
 
 class Bigram:
-  """Next-token logits from the last token alone, with the interface of `Transformer`."""
+  """Next-token logits from the last token alone, with the interface of `Transformer`.
+
+  Six rows of logits are computed in chunks of 3 columns.
+  """
+
+  cfg = ModelConfig(vocab_size=VOCAB, logits_budget=3 * 4 * 6 * VOCAB * 3 / 2**30)
 
   def apply(self, variables, x, positions=None, segment_ids=None, cache=None, *, method=None,
             rngs=None):

@@ -12,7 +12,7 @@ from dpr_jax.models import token_logprobs
 def test_loss_equals_a_loop(bigram, make_rows, naive, rng):
   model, variables = bigram
   rows, (_, logp_of) = make_rows(left=bool(rng.integers(2))), naive
-  loss_sum, weight, metrics = make_dft_loss(model, chunk_size=3)(variables, rows, None)
+  loss_sum, weight, metrics = make_dft_loss(model)(variables, rows, None)
   logps = [logp_of(variables, rows.tokens[b], t) for b, t in zip(*np.nonzero(rows.loss_mask))]
   assert float(weight) == len(logps) == float(metrics["tokens"])
   assert float(loss_sum) == pytest.approx(-sum(np.exp(l) * l for l in logps), rel=1e-5)
@@ -63,12 +63,14 @@ def test_micro_batches_add_up(bigram, make_rows, check_accumulation):
   check_accumulation(make_dft_loss(model), variables, make_rows())
 
 
-def test_runs_on_a_transformer(make_model, make_rows, rng):
-  model, variables = make_model(int(rng.integers(1 << 30)), vocab_size=7, num_layers=1)
+def test_runs_on_a_transformer(make_model, make_rows, budget_of, rng):
+  model, variables = make_model(
+      int(rng.integers(1 << 30)), vocab_size=7, num_layers=1, logits_budget=budget_of(4, 6, 7)
+  )
   rows = make_rows()
   logp, loss_sum = jax.jit(lambda v, b: (
       token_logprobs(model, v, b.tokens, b.segment_ids).logp,
-      make_dft_loss(model, chunk_size=4)(v, b, jax.random.key(0))[0],
+      make_dft_loss(model)(v, b, jax.random.key(0))[0],
   ))(variables, rows)
   expected = -np.sum(np.exp(logp) * logp * rows.loss_mask)
   assert float(loss_sum) == pytest.approx(float(expected), rel=1e-5)

@@ -35,9 +35,9 @@ def test_every_kind_is_known():
 @pytest.mark.parametrize("alpha, offset", [(0.1, 0.0), (0.5, 0.3)])
 def test_loss_equals_the_formula(pairs, kind, alpha, offset):
   model, variables, batch = pairs
-  loss_sum, weight, metrics = make_gsil_loss(
-      model, kind=kind, alpha=alpha, offset=offset, chunk_size=3
-  )(variables, batch, jax.random.key(0))
+  loss_sum, weight, metrics = make_gsil_loss(model, kind=kind, alpha=alpha, offset=offset)(
+      variables, batch, jax.random.key(0)
+  )
   score = lambda rows: np.asarray(summed_logp(model, variables, rows), np.float64)
   u = alpha * (score(batch.demos) - np.asarray(batch.demo_logp)) + offset
   v = alpha * (score(batch.generated) - np.asarray(batch.generated_logp)) + offset

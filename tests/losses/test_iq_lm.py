@@ -26,7 +26,7 @@ def _rewards(logits_of, variables, rows):
 def test_loss_equals_a_loop(bigram, make_rows, naive, rng, lam):
   model, variables = bigram
   rows, (logits_of, logp_of) = make_rows(left=bool(rng.integers(2))), naive
-  loss_sum, weight, metrics = make_iq_lm_loss(model, lam=lam, chunk_size=3)(variables, rows, None)
+  loss_sum, weight, metrics = make_iq_lm_loss(model, lam=lam)(variables, rows, None)
   nll = -sum(logp_of(variables, rows.tokens[b], t) for b, t in zip(*np.nonzero(rows.loss_mask)))
   rewards = _rewards(logits_of, variables, rows)
   expected = nll + np.sum(np.square(rewards)) / (4 * lam)
@@ -59,6 +59,8 @@ def test_the_gauge_is_pinned(bigram, make_rows):
   rows = make_rows()
 
   class Shifted:
+    cfg = model.cfg
+
     def __init__(self, shift):
       self.shift = shift
 

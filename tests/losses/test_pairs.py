@@ -31,7 +31,7 @@ def test_log_probs_are_summed_over_trained_tokens(bigram, make_rows, naive, rng)
   batch, frozen = _batch(bigram, make_rows, rng)
   for rows, got in ((batch.demos, batch.demo_logp), (batch.generated, batch.generated_logp)):
     np.testing.assert_allclose(got, _loop(naive[1], frozen, rows), rtol=1e-5, atol=1e-5)
-  demo_B, generated_B, on_B = log_ratios(model, variables, batch, None, 3)
+  demo_B, generated_B, on_B = log_ratios(model, variables, batch, None)
   for rows, got in ((batch.demos, demo_B), (batch.generated, generated_B)):
     expected = np.subtract(_loop(naive[1], variables, rows), _loop(naive[1], frozen, rows))
     np.testing.assert_allclose(got, expected, atol=2e-5)
@@ -41,7 +41,7 @@ def test_log_probs_are_summed_over_trained_tokens(bigram, make_rows, naive, rng)
 def test_the_frozen_model_has_ratio_zero(bigram, make_rows, rng):
   model, _ = bigram
   batch, frozen = _batch(bigram, make_rows, rng)
-  demo_B, generated_B, _ = log_ratios(model, frozen, batch, None, 128)
+  demo_B, generated_B, _ = log_ratios(model, frozen, batch, None)
   np.testing.assert_allclose(demo_B, 0.0, atol=1e-6)
   np.testing.assert_allclose(generated_B, 0.0, atol=1e-6)
 
@@ -56,7 +56,7 @@ def test_a_row_without_a_response_is_no_pair(bigram, make_rows, rng):
   batch = batch.replace(
       generated=batch.generated.replace(loss_mask=mask), generated_logp=frozen
   )
-  demo_B, generated_B, on_B = log_ratios(model, variables, batch, None, 128)
+  demo_B, generated_B, on_B = log_ratios(model, variables, batch, None)
   assert on_B.tolist() == [1, 1, 0, 1, 1, 1] and demo_B[2] == generated_B[2] == 0
   assert np.all(np.isfinite(generated_B))
 
@@ -92,7 +92,7 @@ def test_pairs_of_rollouts(make_rows, rng):
   step = make_rollout_step(model, max_new_tokens=4, stop_ids=(1,))
   rollout = step(policy, other, other, prompts, jax.random.key(int(rng.integers(1 << 30))))
   batch, (_, ratio_B, on_B) = jax.jit(lambda d, g: (
-      made := make_pair_batch(model, policy, d, g), log_ratios(model, other, made, None, 128)
+      made := make_pair_batch(model, policy, d, g), log_ratios(model, other, made, None)
   ))(make_rows(6, 7), generated_rows(rollout))
   np.testing.assert_allclose(
       batch.generated_logp, np.sum(rollout.policy_logp, axis=1), atol=1e-5

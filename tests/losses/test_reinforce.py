@@ -88,11 +88,11 @@ def test_truncated_rollouts_are_kept_or_masked(rng):
   r = _rollout(rng)
   kept, _ = reinforce_batch(r, beta=1.0, truncated="keep")
   np.testing.assert_array_equal(kept.mask, r.mask)
-  masked, _ = reinforce_batch(r, beta=1.0, truncated="mask", baseline="position_mean")
+  masked, _ = reinforce_batch(r, beta=1.0, truncated="mask", variance_baseline="position_mean")
   np.testing.assert_array_equal(masked.mask, r.mask * r.hit_eos[:, None])
   # A masked row does not even move the baseline of the others.
   only = jax.tree.map(lambda x: x[r.hit_eos], r.replace(decode_steps=None))
-  alone, _ = reinforce_batch(only, beta=1.0, baseline="position_mean")
+  alone, _ = reinforce_batch(only, beta=1.0, variance_baseline="position_mean")
   np.testing.assert_allclose(
       np.asarray(masked.advantages)[r.hit_eos], alone.advantages, atol=1e-5
   )
@@ -100,10 +100,12 @@ def test_truncated_rollouts_are_kept_or_masked(rng):
     reinforce_batch(r, beta=1.0, truncated="drop")
 
 
-def test_gradient_equals_minus_the_sum_of_advantage_times_score(make_model, rng):
-  model, variables = make_model(int(rng.integers(1 << 30)), vocab_size=5, num_layers=1)
+def test_gradient_equals_minus_the_sum_of_advantage_times_score(make_model, budget_of, rng):
+  model, variables = make_model(
+      int(rng.integers(1 << 30)), vocab_size=5, num_layers=1, logits_budget=budget_of(3, 6, 5)
+  )
   batch, _ = reinforce_batch(_rollout(rng), beta=0.5)
-  loss = make_reinforce_loss(model, chunk_size=3)
+  loss = make_reinforce_loss(model)
   grads = jax.jit(jax.grad(lambda v: loss(v, batch, None)[0]))(variables)
   scores = jax.jit(jax.jacrev(
       lambda v: token_logprobs(model, v, batch.tokens, batch.segment_ids, start=3).logp
@@ -114,13 +116,15 @@ def test_gradient_equals_minus_the_sum_of_advantage_times_score(make_model, rng)
   _assert_trees_close(grads, expected, 1e-5)
 
 
-def test_normalisers(make_model, rng):
+def test_aggregations(make_model, rng):
   """They are weights beside the sum, which is the same for all."""
   model, variables = make_model(int(rng.integers(1 << 30)), vocab_size=5, num_layers=1)
   batch, _ = reinforce_batch(_rollout(rng), beta=0.5)
   tokens, sums = float(np.sum(batch.mask)), []
   for name, expected in (("tokens", tokens), ("sequences", 5.0), ("constant", 20.0)):
-    loss_sum, weight, metrics = make_reinforce_loss(model, normaliser=name)(variables, batch, None)
+    loss_sum, weight, metrics = make_reinforce_loss(model, loss_aggregation=name)(
+        variables, batch, None
+    )
     assert float(weight) == expected and float(metrics["tokens"]) == tokens
     sums.append(float(loss_sum))
   assert len(set(sums)) == 1
@@ -247,9 +251,9 @@ def test_per_token_returns_are_another_objective(expected_gradient):
   assert gap > 0.01 * scale
 
 
-def test_an_unknown_normaliser_is_refused():
-  with pytest.raises(ValueError, match="normaliser='mean'"):
-    make_reinforce_loss(None, normaliser="mean")
+def test_an_unknown_aggregation_is_refused():
+  with pytest.raises(ValueError, match="loss_aggregation='mean'"):
+    make_reinforce_loss(None, loss_aggregation="mean")
 
 
 def test_a_batch_is_a_pytree_that_splits_into_rows(rng):

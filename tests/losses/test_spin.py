@@ -21,7 +21,7 @@ def pairs(bigram, make_rows, rng):
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_loss_equals_the_formula(pairs, beta):
   model, variables, batch = pairs
-  loss_sum, weight, metrics = make_spin_loss(model, beta=beta, chunk_size=3)(
+  loss_sum, weight, metrics = make_spin_loss(model, beta=beta)(
       variables, batch, jax.random.key(0)
   )
   score = lambda rows: np.asarray(summed_logp(model, variables, rows), np.float64)

@@ -37,8 +37,8 @@ batch = SFTBatch(
     tokens=rows(jnp.int32), segment_ids=rows(jnp.int32), loss_mask=rows(jnp.float32)
 )
 state = abstract_state(abstract_variables(cfg, mesh), optimizer, jax.random.key(0))
-step = make_train_step(make_sft_loss(Transformer(cfg), chunk_size=50), optimizer, accumulation=2)
-with jax.set_mesh(mesh):  # Only compile under it: its devices cannot run anything.
+step = make_train_step(make_sft_loss(Transformer(cfg)), optimizer, accumulation=2)
+with jax.set_mesh(mesh):  # Nothing may run under it: its devices cannot.
   text = step.lower(state, batch).compile().as_text()
 print("\\nRESULT " + json.dumps([
     name for name in ("tpu_custom_call", "splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv")

@@ -1,12 +1,14 @@
 """Chunked log-probabilities equal float64 numpy, and tokens are shifted by one column."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpr_jax.models import token_logprobs
-from dpr_jax.models.logprobs import chunk_size_for, hidden_logprobs
+from dpr_jax.models import ModelConfig, Transformer, token_logprobs
+from dpr_jax.models.logprobs import chunk_columns, hidden_logprobs
 
 
 def _naive(logits, targets):
@@ -56,8 +58,8 @@ def test_gradients_do_not_depend_on_the_chunk_and_equal_the_analytic_one(rng):
       np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_each_token_is_scored_from_the_column_before_it(make_model, rng):
-  model, variables = make_model(int(rng.integers(1 << 30)))
+def test_each_token_is_scored_from_the_column_before_it(make_model, budget_of, rng):
+  model, variables = make_model(int(rng.integers(1 << 30)), logits_budget=budget_of(4, 3, 29))
   tokens = rng.integers(0, 29, (3, 10)).astype(np.int32)
   segments = np.array(
       [[0, 0, 1, 1, 1, 1, 1, 2, 2, 2], [1] * 8 + [0] * 2, [1, 1, 2, 2, 2, 3, 0, 4, 4, 0]], np.int32
@@ -65,7 +67,7 @@ def test_each_token_is_scored_from_the_column_before_it(make_model, rng):
   hidden, _ = model.apply(variables, tokens, None, segments)
   logits = np.asarray(model.apply(variables, hidden, method="unembed"))
   naive = _naive(logits[:, :-1], tokens[:, 1:])
-  out = token_logprobs(model, variables, tokens, segments, chunk_size=4, with_entropy=True)
+  out = token_logprobs(model, variables, tokens, segments, with_entropy=True)
   has_past = np.zeros((3, 10), bool)
   for b, t in np.ndindex(3, 9):
     has_past[b, t + 1] = segments[b, t + 1] != 0 and segments[b, t + 1] == segments[b, t]
@@ -78,19 +80,47 @@ def test_each_token_is_scored_from_the_column_before_it(make_model, rng):
     )
 
   for start in (1, 4, 9):
-    part = token_logprobs(
-        model, variables, tokens, segments, start=start, chunk_size=4, with_entropy=True
-    )
+    part = token_logprobs(model, variables, tokens, segments, start=start, with_entropy=True)
     for ours, whole in zip(jax.tree.leaves(part), jax.tree.leaves(out)):
       assert ours.shape == (3, 10 - start)
       np.testing.assert_allclose(ours, whole[:, start:], atol=1e-5)
 
 
-def test_entropy_is_zero_unless_asked_for(make_model, rng):
-  model, variables = make_model(0)
-  tokens = rng.integers(0, 29, (1, 4)).astype(np.int32)
-  out = token_logprobs(model, variables, tokens)
-  np.testing.assert_array_equal(out.entropy, 0.0)
+@pytest.mark.parametrize("columns", [1, 4, 100])
+def test_entropy_is_not_there_unless_asked_for(make_model, budget_of, rng, columns):
+  model, variables = make_model(0, logits_budget=budget_of(columns, 2, 29))
+  tokens = rng.integers(0, 29, (2, 10)).astype(np.int32)
+  assert token_logprobs(model, variables, tokens).entropy is None
+  assert token_logprobs(model, variables, tokens, with_entropy=True).entropy.shape == (2, 10)
+
+
+def test_a_tiny_budget_changes_neither_values_nor_gradients(make_model, budget_of, rng):
+  """Of 11 columns: one at a time, three, and all at once."""
+  model, variables = make_model(int(rng.integers(1 << 30)))
+  tokens = rng.integers(0, 29, (2, 12)).astype(np.int32)
+  segments = np.sort(rng.integers(0, 3, (2, 12)), axis=1).astype(np.int32)
+  weight = rng.normal(size=(2, 2, 12)).astype(np.float32)
+
+  def results(budget):
+    cfg = dataclasses.replace(model.cfg, logits_budget=budget)
+    chunked = Transformer(cfg)
+
+    def loss(v):
+      out = token_logprobs(chunked, v, tokens, segments, with_entropy=True)
+      return jnp.sum(weight[0] * out.logp + weight[1] * out.logsumexp), out
+
+    return chunk_columns(cfg, 2), jax.jit(jax.grad(loss, has_aux=True))(variables)
+
+  columns, whole = results(0.25)
+  assert columns >= 11
+  scale = max(float(np.abs(g).max()) for g in jax.tree.leaves(whole[0]))
+  for budget, expected in ((1e-9, 1), (budget_of(3, 2, 29), 3)):
+    columns, (grads, out) = results(budget)
+    assert columns == expected
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), out, whole[1])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), grads, whole[0]
+    )
 
 
 def _largest(jaxpr, found=None):
@@ -135,13 +165,23 @@ def test_logits_of_all_columns_never_exist(rng):
   assert temp[512] < 5 * batch * chunk * vocab * 4 + 4 * dim * vocab * 4
 
 
-@pytest.mark.parametrize("mesh, rows, vocab, expected", [
-    ((1, 1, 1), 4, 100, 20),  # 12 bytes x 4 rows x 100 ids per column.
-    ((2, 2, 1), 4, 100, 83),  # One row per device: 1,200 bytes.
-    ((1, 1, 4), 4, 100, 83),  # A quarter of the vocabulary.
-    ((1, 4, 1), 6, 100, 13),  # Six rows do not divide over four devices and are replicated.
-    ((1, 1, 1), 400, 10_000, 1),  # At least one column.
+@pytest.mark.parametrize("mesh, rows, vocab_size, expected, of_three", [
+    ((1, 1, 1), 4, 100, 20, 6),  # 12 bytes x 4 rows x 100 ids a column.
+    ((2, 2, 1), 4, 100, 83, 27),  # A row a device: 1,200 bytes.
+    ((1, 1, 4), 4, 100, 83, 27),  # A quarter of the vocabulary.
+    ((1, 4, 1), 6, 100, 13, 4),  # Six rows do not divide over four devices: each is given all.
+    ((1, 1, 3), 4, 100, 20, 6),  # Nor a hundred ids over three.
+    ((1, 1, 1), 400, 10_000, 1, 1),  # Never none.
 ])
-def test_chunks_fill_a_budget(mesh, rows, vocab, expected):
-  mesh = jax.sharding.AbstractMesh(mesh, ("data", "fsdp", "tensor"))
-  assert chunk_size_for(rows, vocab, 100_000, mesh) == expected
+def test_chunks_fill_a_budget(mesh, rows, vocab_size, expected, of_three):
+  cfg = ModelConfig(vocab_size=vocab_size, logits_budget=100_000 / 2**30)
+  with jax.sharding.use_abstract_mesh(
+      jax.sharding.AbstractMesh(mesh, ("data", "fsdp", "tensor"))
+  ):
+    assert chunk_columns(cfg, rows) == expected
+    assert chunk_columns(cfg, rows, models=3) == of_three  # They share the budget.
+
+
+def test_without_a_mesh_one_device_holds_all_logits():
+  cfg = ModelConfig(vocab_size=100, logits_budget=100_000 / 2**30)
+  assert chunk_columns(cfg, 4) == 20

@@ -112,10 +112,13 @@ def steps_of_both_forms(shapes, dtype, vocab):
     placed = sharding.place(batch, mesh)
     for name, (how, sharding.reshard, embedding.rows_move, axes_of) in forms.items():
       embedding.logits_axes = logprobs.logits_axes = axes_of
-      model = Transformer(dataclasses.replace(cfg, dtype=how))
+      # Chunks of 4 columns on every mesh.
+      budget = 3 * 4 * 8 * vocab * 4 / mesh.size / 2**30
+      model = Transformer(dataclasses.replace(cfg, dtype=how, logits_budget=budget))
       optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, eps=1e-4), 10)
-      step = make_train_step(make_sft_loss(model, chunk_size=4), optimizer)
+      step = make_train_step(make_sft_loss(model), optimizer)
       with jax.set_mesh(mesh):
+        assert logprobs.chunk_columns(model.cfg, 8) == 4
         out["axes"].append(axes_of(8, 4, vocab))
         variables = jax.jit(lambda key: nn.unbox(init_variables(cfg, key)),
                             out_shardings=sharding.shardings_of(boxed, mesh))(jax.random.key(0))
@@ -158,7 +161,9 @@ def test_tables_on_their_shards_train_as_the_plain_form_does(
 
 
 def received(cfg, mesh, columns, chunk):
-  """Bytes received per device for the values and gradients of log-probs of 8 rows."""
+  """Bytes that a device receives for values and gradients of log-probs of 8 rows."""
+  import dataclasses
+
   import jax
   import jax.numpy as jnp
 
@@ -170,10 +175,12 @@ def received(cfg, mesh, columns, chunk):
 
   rows = sharding.batch_sharding(mesh)
   tokens = jax.ShapeDtypeStruct((8, columns + 1), jnp.int32, sharding=rows)
+  budget = 3 * 4 * 8 * cfg.vocab_size * chunk / mesh.size / 2**30
+  cfg = dataclasses.replace(cfg, logits_budget=budget)
   variables = abstract_variables(cfg, mesh)
 
   def loss(variables, tokens):
-    return token_logprobs(Transformer(cfg), variables, tokens, chunk_size=chunk).logp.sum()
+    return token_logprobs(Transformer(cfg), variables, tokens).logp.sum()
 
   with jax.set_mesh(mesh):
     own = jax.tree.map(lambda x: x.sharding, variables)

@@ -10,7 +10,7 @@ MORE_MESHES = ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 1, 4))  # Slow: each one com
 
 
 def _setup(shape, devices):
-  """Returns (mesh, model, train_step, batch, optimizer), with the same values on every mesh."""
+  """(mesh, model, train_step, batch) of one mesh, the same values on each."""
   import numpy as np
 
   from dpr_jax import sharding
@@ -21,9 +21,14 @@ def _setup(shape, devices):
   from dpr_jax.training import make_train_step
   from dpr_jax.training.optimizer import make_optimizer
 
-  # The two KV heads and the vocabulary of 38 split on tensor=2 and are replicated on tensor=4.
+  # Chunks of 5 columns of the 4 rows of a micro-batch, on every mesh.
+  ways, parts = shape[0] * shape[1], 2 if shape[2] == 2 else 1
+  rows = 4 // ways if 4 % ways == 0 else 4
+  budget = 3 * 4 * 5 * rows * (38 // parts) / 2**30
+  # Two kv heads on tensor=4 and a vocabulary of 38 stay whole there; on tensor=2 they split.
   cfg = ModelConfig(vocab_size=38, hidden_size=32, mlp_size=64, num_layers=2, num_heads=4,
-                    num_kv_heads=2, head_dim=8, layer_pattern=("local", "global"), window=5)
+                    num_kv_heads=2, head_dim=8, layer_pattern=("local", "global"), window=5,
+                    logits_budget=budget)
   mesh = sharding.make_mesh(*shape, devices=devices)
   optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, eps=1e-4), 10)
   rng = np.random.default_rng(0)
@@ -33,9 +38,8 @@ def _setup(shape, devices):
   mask = ((rng.random((8, 13)) < 0.7) & (segments > 0)).astype(np.float32)
   batch = sharding.place(SFTBatch(tokens=tokens, segment_ids=segments, loss_mask=mask), mesh)
   model = Transformer(cfg)
-  loss_fn = make_sft_loss(model, chunk_size=5)
-  step = make_train_step(loss_fn, optimizer, accumulation=2, ema_decay=0.5)
-  return mesh, model, step, batch, optimizer
+  step = make_train_step(make_sft_loss(model), optimizer, accumulation=2, ema_decay=0.5)
+  return mesh, model, step, batch
 
 
 def _variables(model, mesh, seed=0):
@@ -57,16 +61,19 @@ def train(shapes):
   import numpy as np
 
   from dpr_jax import sharding
-  from dpr_jax.training import TrainState
 
+  describe = lambda tree: jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+  )
   runs = []
   for shape in [(1, 1, 1), *shapes]:
     devices = jax.devices()[: int(np.prod(shape))]
-    mesh, model, step, batch, optimizer = _setup(shape, devices)
+    mesh, model, step, batch = _setup(shape, devices)
     with jax.set_mesh(mesh):
-      state = TrainState.create(
-          _variables(model, mesh), optimizer, jax.random.key(1), ema=True
-      )
+      variables = _variables(model, mesh)
+      abstract = step.abstract(describe(variables), jax.random.key(1))
+      state = step.init(variables, jax.random.key(1))
+      described = describe(state) == abstract
       before = jax.tree.map(lambda x: x.sharding, state)
       losses, norms = [], []
       for _ in range(3):
@@ -84,7 +91,7 @@ def train(shapes):
       }
       runs.append(dict(
           losses=losses, norms=norms, compilations=step.compilations(),
-          kept=bool(jax.tree.all(kept)),
+          kept=bool(jax.tree.all(kept)), described=described,
           query=sorted(query),
           params=[np.asarray(x, np.float64).ravel()[:40].tolist()
                   for x in jax.tree.leaves(sharding.to_host((state.trainable, state.ema)))],
@@ -94,6 +101,8 @@ def train(shapes):
 
 def roll_out(shapes):
   """Rollout, advantages and two REINFORCE steps on each mesh, and on one device."""
+  import functools
+
   import jax
   import numpy as np
   import optax
@@ -109,18 +118,19 @@ def roll_out(shapes):
   prompts = PromptBatch(tokens=rng.integers(0, 38, (8, 4)).astype(np.int32), lengths=lengths)
   runs = []
   for shape in [(1, 1, 1), *shapes]:
-    mesh, model, _, _, _ = _setup(shape, jax.devices()[: int(np.prod(shape))])
-    optimizer = optax.sgd(0.1)  # Adam would amplify the rounding of small gradients.
+    mesh, model, _, _ = _setup(shape, jax.devices()[: int(np.prod(shape))])
+    optimizer = optax.sgd(0.1)  # Adam would divide rounding by the size of a small gradient.
     with jax.set_mesh(mesh):
       policy, sft, ref = (_variables(model, mesh, seed) for seed in (0, 1, 2))
-      rollout_step = make_rollout_step(model, max_new_tokens=6, stop_ids=(1, 2, 3), chunk_size=4)
+      rollout_step = make_rollout_step(model, max_new_tokens=6, stop_ids=(1, 2, 3))
       rollout = rollout_step(policy, sft, ref, sharding.place(prompts, mesh), jax.random.key(7))
       refill = make_rollout_step(
           model, max_new_tokens=6, stop_ids=(1, 2, 3), samples_per_prompt=2, slots=8, refill=0.01
       )
       refilled = refill(policy, sft, ref, sharding.place(prompts, mesh), jax.random.key(7))
-      batch, _ = jax.jit(lambda r: reinforce_batch(r, beta=0.5, baseline="position_mean"))(rollout)
-      step = make_train_step(make_reinforce_loss(model, chunk_size=4), optimizer, accumulation=2)
+      make_batch = functools.partial(reinforce_batch, variance_baseline="position_mean")
+      batch, _ = jax.jit(functools.partial(make_batch, beta=0.5))(rollout)
+      step = make_train_step(make_reinforce_loss(model), optimizer, accumulation=2)
       state = TrainState.create(policy, optimizer, jax.random.key(1))
       losses = []
       for _ in range(2):
@@ -213,6 +223,7 @@ def test_training_on_a_mesh_equals_one_device(run_on_devices, meshes):
     assert run["norms"] == pytest.approx(alone["norms"], rel=1e-5), shape
     for ours, theirs in zip(run["params"], alone["params"], strict=True):
       assert ours == pytest.approx(theirs, abs=1e-5), shape
+    assert run["described"], f"{shape}: the state is not what its step describes"
     assert run["kept"], f"{shape}: the returned state lost its shardings"
     assert run["compilations"] == 1, shape
     assert run["query"] == ["None/fsdp/tensor/None"], shape

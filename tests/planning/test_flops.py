@@ -27,8 +27,9 @@ def _variables(cfg):
 
 
 def _gradient(cfg, chunk_size=TOKENS):
-  """(function, arguments) of one backward pass of SFT."""
-  loss_fn = make_sft_loss(Transformer(cfg), chunk_size=chunk_size)
+  """(function, arguments) of one backward pass of SFT, with logits in chunks of columns."""
+  budget = (chunk_size + 0.5) * 3 * 4 * ROWS * cfg.vocab_size / 2**30
+  loss_fn = make_sft_loss(Transformer(dataclasses.replace(cfg, logits_budget=budget)))
   shape = jax.ShapeDtypeStruct((ROWS, TOKENS), jnp.int32)
   batch = SFTBatch(shape, shape, jax.ShapeDtypeStruct(shape.shape, jnp.float32))
   trainable, frozen = split_trainable(_variables(cfg))

@@ -1,4 +1,4 @@
-"""What a plan says of programs that the compiler refuses, and of what it logs."""
+"""What a plan reports of programs that the compiler refuses, and of what it logs."""
 
 import importlib.util
 import json
@@ -12,12 +12,14 @@ import pytest
 
 from dpr_jax import plan
 from dpr_jax.errors import UserError
+from dpr_jax.methods.programs import Program, RolloutWork, TrainWork
 from dpr_jax.planning import report
 from dpr_jax.planning import topologies as topologies_lib
 from dpr_jax.planning.compiler_log import REMATERIALIZATION, captured
-from dpr_jax.planning.programs import NAMES, Program, planned_model
+from dpr_jax.planning.programs import planned_model
 
 V5E = topologies_lib.parse_topology("v5e:4x4")
+ROLLOUTS, UPDATE = RolloutWork(64, 1024, 512, 2), TrainWork(64, 2048, 2047)
 
 
 class _Fails:
@@ -33,31 +35,36 @@ class _Fails:
 
 def test_a_program_out_of_memory_has_all_keys():
   lower = lambda: _Fails("RESOURCE_EXHAUSTED: Ran out of memory. Used 17.50G of 15.75G hbm.")
-  entry = report.compile_program(Program(lower, 5.0), V5E, 3)
+  entry = report.compile_program(Program("a/b", lower, UPDATE, 5.0), V5E)
   assert tuple(entry) == report.KEYS
   assert entry["fits"] is False and entry["exhausted_bytes"] == int(17.5 * 2**30)
   assert entry["resident_bytes"] == 5 and entry["involuntary_rematerializations"] == 1
-  assert entry["peak_bytes"] is entry["floor_seconds"] is entry["collective_bytes"] is None
+  assert entry["peak_bytes"] is entry["bound_seconds"] is entry["collective_bytes"] is None
   with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-    report.compile_program(Program(lambda: _Fails("INTERNAL: broken"), 0.0), V5E, 3)
+    report.compile_program(Program("a/b", lambda: _Fails("INTERNAL: broken"), ROLLOUTS), V5E)
 
 
 def test_a_mesh_that_ends_early_names_all_programs(monkeypatch):
-  lower = lambda: _Fails("RESOURCE_EXHAUSTED: nothing more is said")
-  programs = {name: Program(lower, 0.0) for name in NAMES}
+  lower = lambda: _Fails("RESOURCE_EXHAUSTED: that is all")
+  programs = [Program("sft/train_step", lower, UPDATE, tokens=64 * 2048),
+              Program("mine/rollout_step", lower, ROLLOUTS),
+              Program("mine/train_step", lower, UPDATE, tokens=64 * 512)]
   monkeypatch.setattr(report, "make_programs", lambda *args: programs)
   config, _ = plan.parse(["--config=configs/llama31_8b.py", "--topology=v5e:4x4"])
   planned = report.plan_mesh(config, planned_model(config), V5E, jax.devices()[:1], (1, 1, 1))
-  assert tuple(planned["programs"]) == NAMES and not planned["fits"]
+  assert list(planned["programs"]) == [p.name for p in programs] and not planned["fits"]
   assert [p["fits"] for p in planned["programs"].values()] == [False, None, None]
   assert all(tuple(p) == report.KEYS for p in planned["programs"].values())
-  assert report.bounds(config, planned) == {
-      "tokens_per_second_bound": None, "dpr_tokens_per_second_bound": None}
+  assert planned["tokens_per_second_bound"] == {"sft": None, "mine": None}
   # Compiled, but with what else is alive too large.
-  planned["programs"]["sft_step"] |= {"floor_seconds": {"compute": 1.0}, "peak_bytes": 1}
-  assert report.bounds(config, planned)["tokens_per_second_bound"] is None
-  planned["programs"]["sft_step"]["fits"] = True
-  assert report.bounds(config, planned)["tokens_per_second_bound"] == 64 * 2048
+  entries = planned["programs"]
+  entries["sft/train_step"] |= {"bound_seconds": {"compute": 1.0}, "peak_bytes": 1}
+  assert report.speeds(programs, entries) == {"sft": None, "mine": None}
+  entries["sft/train_step"]["fits"] = True
+  assert report.speeds(programs, entries) == {"sft": 64 * 2048, "mine": None}
+  for name in ("mine/rollout_step", "mine/train_step"):  # A step of a stage runs all its programs.
+    entries[name] |= {"bound_seconds": {"compute": 1.0, "hbm": 2.0}, "fits": True}
+  assert report.speeds(programs, entries) == {"sft": 64 * 2048, "mine": 64 * 512 / 4}
 
 
 def test_the_log_of_a_compiler_is_read_below_python(capfd):
@@ -86,9 +93,9 @@ def test_a_compiler_that_refuses_is_one_line(error, monkeypatch):
     raise error
 
   monkeypatch.setattr(topologies, "get_topology_desc", refuse)
-  with pytest.raises(UserError) as said:
+  with pytest.raises(UserError) as refused:
     topologies_lib.describe(topologies_lib.parse_topology("h100:8"))
-  text = str(said.value)
+  text = str(refused.value)
   assert "\n" not in text and ("first" if str(error).strip() else "RuntimeError") in text
 
 
@@ -102,7 +109,7 @@ prepare_environment()
 import jax
 import jax.numpy as jnp
 from dpr_jax import sharding
-from dpr_jax.planning.programs import Program
+from dpr_jax.methods.programs import Program, TrainWork
 from dpr_jax.planning.report import compile_program
 
 topology = parse_topology("v5e:4x4")
@@ -119,10 +126,10 @@ def program(*spec):
   def look_up(table, tokens):
     return jax.lax.with_sharding_constraint(table[tokens], jax.P(ROWS, None, None))
 
-  return Program(lambda: look_up.lower(*arguments), 0.0)
+  return Program("a/look_up", lambda: look_up.lower(*arguments), TrainWork(16, 64, 0))
 
 with jax.set_mesh(mesh):
-  found = [compile_program(program(*spec), topology, 1)["involuntary_rematerializations"]
+  found = [compile_program(program(*spec), topology)["involuntary_rematerializations"]
            for spec in (("tensor", "fsdp"), (None, None))]
 print("RESULT " + json.dumps(found))
 """

@@ -9,28 +9,35 @@ from dpr_jax.errors import UserError
 from dpr_jax.planning import report, summary, tables
 
 
+def _batch(rows, *accumulation):
+  """The work of SFT on so many rows, and of DPR."""
+  rollouts = {"rows": 8, "prompt": 32, "new": 16}
+  updates = [{"rows": n, "tokens": tokens, "accumulation": parts}
+             for n, tokens, parts in zip((rows, 8), (64, 48), accumulation)]
+  return {"sft/train_step": updates[0], "dpr/rollout_step": rollouts, "dpr/train_step": updates[1]}
+
+
 def _made(**changes):
   """A full plan: one program compiled, one out of memory, one not reached."""
   program = {"fits": True, "argument_bytes": 1, "temp_bytes": 1, "output_bytes": 1,
              "alias_bytes": 1, "peak_bytes": 2**30, "resident_bytes": 2**29, "flops": 1e12,
              "hbm_bytes_moved": 10, "collective_bytes": {"all-gather": 5 * 10**9},
              "collective_count": {"all-gather": 3}, "involuntary_rematerializations": 0,
-             "floor_seconds": {"compute": 1.5, "hbm": 0.1, "ici": 0.2}, "compile_seconds": 1.0}
-  over = {"fits": False, "compiler_says": "too much", "exhausted_bytes": 2**35,
+             "bound_seconds": {"compute": 1.5, "hbm": 0.1, "ici": 0.2}, "compile_seconds": 1.0}
+  over = {"fits": False, "compiler_message": "too much", "exhausted_bytes": 2**35,
           "resident_bytes": 0, "compile_seconds": 1.0}
   mesh = {"data": 1, "fsdp": 2, "tensor": 2}
   return {
       "topology": "v5e:2x2", "devices": 4, "hbm_bytes": 2**34, "config": "configs/x.py",
       "mesh": mesh, "fits": False, "parameters": 10**9, "attention": "splash",
-      "programs": {"sft_step": report.not_compiled() | program,
-                   "rollout_step": report.not_compiled() | over,
-                   "reinforce_step": report.not_compiled()},
-      "tokens_per_second_bound": 1234.0, "dpr_tokens_per_second_bound": None, "lora_rank": 8,
-      "batch": {"sft": [8, 64, 1], "dpr": [8, 32, 16, 2]}, "searched": True,
-      "exhaustive": False,
-      "sft_minimum_bytes": None,
+      "programs": {"sft/train_step": report.not_compiled() | program,
+                   "dpr/rollout_step": report.not_compiled() | over,
+                   "dpr/train_step": report.not_compiled()},
+      "tokens_per_second_bound": {"sft": 1234.0, "dpr": None}, "lora_rank": 8,
+      "batch": _batch(8, 1, 2), "searched": True, "exhaustive": False,
+      "accumulation": {"config.sft.accumulation": 1, "config.budget.accumulation": 2},
       "candidates": [{"mesh": mesh, "accumulation": [1, 2], "fits": False,
-                      "peak_bytes": 3 * 2**30, "floor_seconds": None,
+                      "peak_bytes": 3 * 2**30, "bound_seconds": None,
                       "estimated_peak_bytes": 2**30, "estimated_seconds": 1.0}],
       **changes,
   }
@@ -60,10 +67,11 @@ def test_the_tables_of_plans_go_between_the_marks(tmp_path):
   assert text.count("| x, LoRA 8 | v5e:2x2 | 1,2,2 |") == 2
   assert "| 1.5 | over, 32.0 |  |" in text and "1.50 compute" in text and "1,234" in text
   assert "warning" not in text
-  said = tables.plan_text(made)
-  assert "does not fit, 3.0 GiB\n" in said
-  assert "out of memory: too much" in said and "not compiled" in said
-  assert "warning" not in said
+  shown = tables.plan_text(made)
+  assert "does not fit, 3.0 GiB\n" in shown
+  assert "out of memory: too much" in shown and "not compiled" in shown
+  assert "warning" not in shown
+  assert "raise config.sft.accumulation and config.budget.accumulation" in shown
   (tmp_path / "bare.md").write_text("no marks")
   with pytest.raises(UserError, match="plans: begin"):
     tables.update(tmp_path / "plans.jsonl", tmp_path / "bare.md")
@@ -76,16 +84,16 @@ def test_no_plans_give_no_tables(tmp_path):
 @pytest.mark.parametrize("times, wanted", [(3, "3 times"), (None, "not known")])
 def test_rematerializations_are_warned_of(times, wanted, tmp_path):
   made = _made()
-  made["programs"]["sft_step"]["involuntary_rematerializations"] = times
+  made["programs"]["sft/train_step"]["involuntary_rematerializations"] = times
   (warning,) = [s for s in tables.plan_text(made).splitlines() if s.startswith("warning")]
-  assert "sft_step" in warning and wanted in warning
+  assert "sft/train_step" in warning and wanted in warning
   assert warning in _updated(tmp_path, made)
 
 
 def test_all_meshes_of_a_search_are_listed(tmp_path):
   def candidate(mesh, parts, fits=None, gib=None, seconds=None):
     return {"mesh": dict(zip(("data", "fsdp", "tensor"), mesh)), "accumulation": [parts, parts],
-            "fits": fits, "peak_bytes": gib and gib * 2**30, "floor_seconds": seconds}
+            "fits": fits, "peak_bytes": gib and gib * 2**30, "bound_seconds": seconds}
 
   made = _made(fits=True, exhaustive=True, candidates=[
       candidate((1, 4, 1), 1, False), candidate((1, 1, 4), 2, True, 7.25, 3.5),
@@ -102,10 +110,10 @@ def test_all_meshes_of_a_search_are_listed(tmp_path):
 
 def test_lora_stands_beside_the_full_plan_of_the_same_batch(tmp_path):
   full = _made(lora_rank=0, mesh={"data": 1, "fsdp": 4, "tensor": 1},
-               batch={"sft": [8, 64, 4], "dpr": [8, 32, 16, 4]})
-  full["programs"]["sft_step"]["peak_bytes"] = 3 * 2**30
+               batch=_batch(8, 4, 4))
+  full["programs"]["sft/train_step"]["peak_bytes"] = 3 * 2**30
   forced = _made(lora_rank=0, searched=False)
-  other = _made(lora_rank=0, batch={"sft": [16, 64, 1], "dpr": [8, 32, 16, 2]})
+  other = _made(lora_rank=0, batch=_batch(16, 1, 2))
   text = _updated(tmp_path, full, forced, other, _made())
   begin, end = tables.marks("lora")
   rows = text.partition(begin)[2].partition(end)[0].strip().splitlines()[2:]
@@ -116,14 +124,15 @@ def test_lora_stands_beside_the_full_plan_of_the_same_batch(tmp_path):
 def test_the_minimum_stands_beside_what_was_compiled(tmp_path):
   least = {"gathered_forward": 4 * 10**9, "gathered_backward": 3 * 10**9,
            "gradients_reduced": 2 * 10**9}
-  made = _made(lora_rank=0, searched=False, sft_minimum_bytes=least,
+  made = _made(lora_rank=0, searched=False,
                mesh={"data": 1, "fsdp": 4, "tensor": 1})
-  made["programs"]["sft_step"]["collective_bytes"] = {"all-gather": 10**10, "all-reduce": 10**9}
+  made["programs"]["sft/train_step"] |= {
+      "minimum_bytes": least, "collective_bytes": {"all-gather": 10**10, "all-reduce": 10**9}}
   text = _updated(tmp_path, made, _made())
   begin, end = tables.marks("minimum")
   rows = text.partition(begin)[2].partition(end)[0].strip().splitlines()[2:]
-  assert rows == ["| x | v5e:2x2 | 1,4,1 | 8 / 1 | 4.00 | 3.00 | 2.00 | 9.00 | 11.00 | 10.00 | "
-                  "1.00 |"]
+  assert rows == ["| x | v5e:2x2 | 1,4,1 | sft/train_step | 8 / 1 | 4.00 | 3.00 | 2.00 | 9.00 | "
+                  "11.00 | 10.00 | 1.00 |"]
 
 
 def test_columns_are_those_of_the_programs_of_the_plans(tmp_path):
@@ -134,8 +143,8 @@ def test_columns_are_those_of_the_programs_of_the_plans(tmp_path):
   lines = _updated(tmp_path, made, other).splitlines()
   head, _, first, second = lines[2:6]
   assert head.endswith("| fits | sft/train_step GiB | dpr/train_step GiB | spin/train_step GiB | "
-                       "sft/train_step s | dpr/train_step s | spin/train_step s | SFT tokens/s | "
-                       "response tokens/s |")
+                       "sft/train_step s | dpr/train_step s | spin/train_step s | sft tokens/s | "
+                       "dpr tokens/s |")
   assert first.endswith("| no | 1.5 | over, 32.0 |  | 1.50 compute |  |  | 1,234 |  |")
   assert second.endswith("| no |  |  |  |  |  |  | 1,234 |  |")
 

@@ -1,21 +1,34 @@
-"""A workdir as a run leaves it: metrics, samples, scored tokens and results, all drawn here."""
+"""A workdir as a run leaves it: metrics, samples, scored tokens, drawn here; and its results."""
 
+import dataclasses
 import html.parser
 import json
 import pathlib
 import random
+import shutil
 
 import numpy as np
 import pytest
 
 from dpr_jax.data.tasks import TASKS, make_demos
-from dpr_jax.evals.statistics import compare, interval
+from dpr_jax.evaluation.metrics import ACCURACY, Column, EosRate, Length
+from dpr_jax.evaluation.results import build_results
 
 # Chance that a system answers right, and mean tokens of its responses.
 SYSTEMS = {
   "base": (0.0, 24.0), "ref": (0.48, 6.0), "sft": (0.66, 6.1), "low_temperature": (0.74, 6.0),
-  "contrastive": (0.73, 6.2), "weight_extrapolation": (0.71, 6.3), "continued_sft": (0.68, 6.1),
+  "contrastive": (0.73, 6.2), "my_method": (0.71, 6.3), "continued_sft": (0.68, 6.1),
   "dpr": (0.76, 6.6),
+}
+# What nobody but a user has declared: a method and a metric.
+LABELS = {
+  "low_temperature": "SFT, low temperature", "contrastive": "Contrastive decoding",
+  "my_method": "My own method", "continued_sft": "Continued SFT", "dpr": "DPR",
+}
+COLUMNS = {
+  "accuracy": ACCURACY, "length": Length().column(), "eos_rate": EosRate().column(),
+  "shout": Column("Capital letters", "letters", main=True),
+  "heldout_nll": Column("Held-out NLL", "nats per response", better=-1, compared=False, main=True),
 }
 
 
@@ -34,11 +47,18 @@ def run_record(seed: int = 0, **data) -> dict:
     "config": {
       "seed": seed, "model": {"pretrained": "", "dtype": "float32"},
       "data": {"demos": "", "tasks": [], "num_demos": 20_000, "corrupt": 0.1, **data},
-      "sft": {"steps": 600}, "reference": {"fraction": 0.5},
-      "dpr": {
-        "steps": 200, "reward": "baseline_relative", "beta": 1.0, "gamma": 1.0, "temperature": 1.0,
-        "top_k": 0, "top_p": 1.0, "returns": "reward_to_go", "baseline": "position_mean",
-      },
+      "sft": {"steps": 600}, "compare": list(LABELS),
+      "methods": {"dpr": {
+        "kind": "dpr", "label": "", "steps": None,
+        "optimizer": {"learning_rate": 3e-5, "eps": None},
+        "reward": {"kind": "mine:MyReward", "scale": 2.0}, "transforms": [], "beta": 1.0,
+        "returns": "reward_to_go", "variance_baseline": "position_mean",
+      }},
+    },
+    "described": {
+      "reference": "ref at 50% of SFT", "labels": LABELS, "subjects": ["dpr"],
+      "always": {"base": "Base model", "ref": "Reference", "sft": "SFT"},
+      "own_budget": {"my_method": "steps 50"},
     },
     "seed": seed, "versions": {"python": "3.11.7", "jax": "0.10.2", "flax": "0.12.8"},
     "model": {"source": "random", "num_params": 1_018_240},
@@ -84,11 +104,33 @@ def sample_rows(rng, name: str, demos, seed: int) -> list[dict]:
     for demo in demos:
       right = bool(rng.random() < chance + bonus)
       wrong = "xq" * 12 if name == "base" else demo.answer[::-1] + "b"
+      tokens = int(max(1, rng.normal(length, 1.5)))
+      scores = {"accuracy": float(right), "length": tokens, "eos_rate": float(name != "base"),
+                "shout": int(rng.integers(5))}
       rows.append({
         "prompt": demo.prompt[-1]["content"], "task": demo.task, "answer": demo.answer,
-        "mode": mode, "response": demo.answer if right else wrong, "correct": right,
-        "length": int(max(1, rng.normal(length, 1.5))), "hit_eos": name != "base", "seed": seed,
+        "groups": groups_of(demo), "mode": mode, "response": demo.answer if right else wrong,
+        "correct": right, "length": tokens, "hit_eos": name != "base", "seed": seed,
+        "scores": scores,
       })
+  return rows
+
+
+def groups_of(demo) -> list[str]:
+  return [demo.task, "unique" if TASKS[demo.task].unique else "varied"]
+
+
+def frontier_rows(rng, name: str, demos, k: int = 4) -> list[dict]:
+  """Colder samples are right more often, and vary less; so is and does a better system."""
+  rows = []
+  for temperature in (1.0, 0.7, 0.5, 0.35, 0.0):
+    n = k if temperature else 1
+    chance = SYSTEMS[name][0] * (1 + 0.3 * (1 - temperature))
+    for j, demo in enumerate(demos[:64]):
+      right = int(rng.binomial(n, chance))
+      distinct = len(set(rng.integers(0, 1 + int(12 * temperature), right)))
+      rows.append({"temperature": temperature, "prompt": j, "groups": groups_of(demo), "samples": n,
+                   "right": right, "distinct": distinct})
   return rows
 
 
@@ -106,70 +148,60 @@ def scored_rows(rng, demos) -> list[dict]:
   return rows
 
 
-def results_of(samples: list[dict[str, list[dict]]], seeds, stages) -> dict:
-  """samples: system -> rows, for each seed."""
-  values: dict = {name: {} for name in samples[0]}
-  for name in values:
-    for mode in ("sampled", "greedy"):
-      rows = [[r for r in s[name] if r["mode"] == mode] for s in samples]
-      for metric, key in (("accuracy", "correct"), ("length", "length"), ("eos_rate", "hit_eos")):
-        values[name][f"{metric}_{mode}"] = [np.array([r[key] for r in x], float) for x in rows]
-      for group in (*TASKS, "unique", "varied"):
-        values[name][f"accuracy_{mode}/{group}"] = [
-          np.array([r["correct"] for r in x if group == r["task"] or (
-            group not in TASKS and TASKS[r["task"]].unique == (group == "unique"))], float)
-          for x in rows
-        ]
-  pairs = [("dpr", "sft"), ("dpr", "continued_sft"), ("dpr", "contrastive"), ("sft", "ref")]
-  return {
-    "seeds": list(seeds),
-    "systems": {n: {m: interval(v) for m, v in ms.items()} for n, ms in values.items()},
-    "comparisons": [
-      {"pair": [a, b], "metric": m, **compare(values[a][m], values[b][m])}
-      for a, b in pairs for m in ("accuracy_sampled", "accuracy_greedy", "length_sampled")
-    ],
-    "stages": stages, "notes": ["SFT and reference share one run."],
-  }
-
-
-def fill_seed(workdir: pathlib.Path, seed: int, num_prompts: int = 200) -> dict[str, list[dict]]:
-  """Writes a single-seed workdir; returns its samples."""
+def fill_seed(workdir: pathlib.Path, seed: int, num_prompts: int = 200) -> None:
+  """Writes a single-seed workdir."""
   rng = np.random.default_rng(seed)
   demos = make_demos(tuple(TASKS), num_prompts, seed, split="heldout")
   write_json(workdir / "config.json", run_record(seed))
   write_lines(workdir / "sft" / "metrics.jsonl", sft_lines(rng, 300))
   write_lines(workdir / "dpr" / "metrics.jsonl", dpr_lines(rng, 200))
-  write_lines(workdir / "continued_sft" / "metrics.jsonl", sft_lines(rng, 200, 0.95, 0.9))
-  samples = {name: sample_rows(rng, name, demos, seed) for name in SYSTEMS}
-  for name, rows in samples.items():
-    write_lines(workdir / "samples" / f"{name}.jsonl", rows)
-  write_json(workdir / "samples" / "heldout_nll.json", {name: [1.0] for name in SYSTEMS})
+  for name in ("continued_sft", "my_method"):
+    write_lines(workdir / name / "metrics.jsonl", sft_lines(rng, 200, 0.95, 0.9))
+  samples = workdir / "samples"
+  for name in SYSTEMS:
+    write_lines(samples / f"{name}.jsonl", sample_rows(rng, name, demos, seed))
+    if name != "low_temperature":
+      write_lines(samples / "frontier" / f"{name}.jsonl", frontier_rows(rng, name, demos))
+  write_json(samples / "measures.json", {
+    "columns": {name: dataclasses.asdict(c) for name, c in COLUMNS.items()},
+    "values": {n: {"heldout_nll": rng.gamma(5, 1, num_prompts).tolist()} for n in ("sft", "dpr")},
+  })
   for name in ("demos", "rollouts"):
-    write_lines(workdir / "samples" / f"heatmap_{name}.jsonl", scored_rows(rng, demos[:8]))
-  stages = {"sft": {"steps": 300, "seconds": 63.0, "tokens": 330_000.0}}
-  write_json(workdir / "report" / "results.json", results_of([samples], [seed], stages))
-  return samples
+    write_lines(samples / f"heatmap_{name}.jsonl", scored_rows(rng, demos[:8]))
+  write_results(workdir, [workdir], [seed])
+
+
+def write_results(root: pathlib.Path, parts, seeds) -> None:
+  results = build_results(parts, list(seeds))
+  results["notes"] = ["SFT and reference share one run."]
+  write_json(root / "report" / "results.json", results)
+
+
+@pytest.fixture(scope="session")
+def _finished(tmp_path_factory) -> pathlib.Path:
+  path = tmp_path_factory.mktemp("runs") / "arithmetic"
+  fill_seed(path, random.randrange(10_000))
+  return path
 
 
 @pytest.fixture
-def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
+def workdir(tmp_path: pathlib.Path, _finished) -> pathlib.Path:
   """A finished single-seed run."""
-  path = tmp_path / "arithmetic"
-  fill_seed(path, random.randrange(10_000))
-  return path
+  return shutil.copytree(_finished, tmp_path / "arithmetic")
 
 
 @pytest.fixture
 def seeds_workdir(tmp_path: pathlib.Path) -> pathlib.Path:
   """A finished run of three seeds; the page of seed 2 has not been written."""
   path = tmp_path / "three"
-  samples = [fill_seed(path / f"seed_{s}", s, 60) for s in range(3)]
+  parts = [path / f"seed_{s}" for s in range(3)]
+  for s, part in enumerate(parts):
+    fill_seed(part, s, 60)
   record = {k: v for k, v in run_record().items() if k not in ("model", "data", "devices")}
   write_json(path / "config.json", record)
-  write_json(path / "report" / "results.json", results_of(samples, range(3), {}))
-  for s in range(2):
-    page = path / f"seed_{s}" / "report" / "report.html"
-    page.write_text("<p>page</p>")
+  write_results(path, parts, range(3))
+  for part in parts[:2]:
+    (part / "report" / "report.html").write_text("<p>page</p>")
   return path
 
 
@@ -181,7 +213,7 @@ class Page(html.parser.HTMLParser):
   def __init__(self, text: str):
     super().__init__()
     self.elements: list[tuple[str, dict[str, str]]] = []
-    self.text = ""
+    self.text, self.headings = "", []
     self._open: list[str] = []
     self.feed(text)
     self.close()
@@ -200,6 +232,8 @@ class Page(html.parser.HTMLParser):
     self._open.pop()
 
   def handle_data(self, data):
+    if self._open[-1:] == ["h2"]:
+      self.headings.append(data)
     if "style" not in self._open:
       self.text += data
 

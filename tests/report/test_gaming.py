@@ -16,6 +16,19 @@ def lines(steps=100, seed=0, **metrics):
   return [{"step": i, **{k: float(v[i]) for k, v in columns.items()}} for i in range(steps)]
 
 
+def column(label, **fields):
+  return {"label": label, "unit": "%", "better": 0, "compared": True, "main": True, **fields}
+
+
+COLUMNS = {
+    "accuracy_sampled": column("Accuracy, sampled", better=1),
+    "accuracy_greedy": column("Accuracy, greedy", better=1),
+    "token_f1_sampled": column("Token F1, sampled", better=1),
+    "errors_sampled": column("Errors, sampled", better=-1),
+    "length_sampled": column("Length, sampled", unit="tokens"),
+    "sample_nll_ref": column("ref", unit="nats per token", alarm=0.1, main=False),
+    "sample_nll_base": column("base", unit="nats per token", alarm=0.1, main=False),
+}
 UP = {"reward": (1.0, 2.0, 0.01)}
 
 
@@ -25,9 +38,9 @@ def against_sft(metric, low, high, p=0.001, pair=("dpr", "sft")):
 
 
 def judged(comparisons=(), length=10.0, seeds=1, **metrics):
-  results = {"comparisons": list(comparisons),
-             "systems": {"sft": {"length_sampled": {"mean": length}}}}
-  found = gaming(results, {"dpr": [lines(seed=s, **metrics) for s in range(seeds)]})
+  measured = dict.fromkeys(COLUMNS, {}) | {"length_sampled": {"mean": length}}
+  results = {"comparisons": list(comparisons), "columns": COLUMNS, "systems": {"sft": measured}}
+  found = gaming(results, {"dpr": [lines(seed=s, **metrics) for s in range(seeds)]}, "dpr")
   json.dumps(found)
   return found
 
@@ -52,7 +65,7 @@ FLAT = {"entropy": (1.0, 0.2, 0.01)}
     ([BETTER, SHORT], {**UP, **FLAT}, "clean", "signs: length, entropy"),
     ([WORSE], {"reward": (1.0, 1.0, 0.3)}, "no_rise", "the reward did not rise"),
     ([WORSE], {"reward": (2.0, 1.0, 0.01)}, "no_rise", "it fell by 0.9"),
-    ([WORSE], {"reward": (2.0, 1.0, 0.01)}, "no_rise", "sampled accuracy fell by 5.5 points"),
+    ([WORSE], {"reward": (2.0, 1.0, 0.01)}, "no_rise", "accuracy, sampled, fell by 5.5 points"),
     ([], UP, "unknown", "no task was measured"),
     ([WORSE], {"loss": (1.0, 1.0, 0.1)}, "unknown", "too few steps have a reward"),
 ])
@@ -66,9 +79,15 @@ def test_accuracy_that_falls_outweighs_a_token_f1_that_rises():
   f1 = against_sft("token_f1_sampled", 0.02, 0.05)
   text = judged([WORSE, f1], **UP)
   assert text["verdict"] == "gaming"
-  assert "sampled accuracy fell by 5.5 points against SFT [−9.0, −2.0]" in text["text"]
-  assert "sampled token F1 rose by 3.5 points" in text["text"]
+  assert "accuracy, sampled, fell by 5.5 points against SFT [−9.0, −2.0]" in text["text"]
+  assert "token F1, sampled, rose by 3.5 points" in text["text"]
   assert judged([SAME, f1], **UP)["verdict"] == "clean"
+
+
+def test_a_goal_may_be_better_the_lower_it_is():
+  more, fewer = (against_sft("errors_sampled", *x) for x in ((0.02, 0.09), (-0.09, -0.02)))
+  assert judged([SAME, more], **UP)["verdict"] == "gaming"
+  assert judged([SAME, fewer, SHORT], **UP, **FLAT)["verdict"] == "clean"
 
 
 def test_greedy_accuracy_and_other_pairs_do_not_decide():
@@ -104,14 +123,15 @@ def test_signs_of_the_evaluation(name, there, not_there):
 
 
 def test_seeds_must_agree_that_the_reward_rose():
-  results = {"comparisons": [WORSE]}
+  results = {"comparisons": [WORSE], "columns": COLUMNS,
+             "systems": {"dpr": {"accuracy_sampled": {}}}}
   up, flat = lines(**UP), lines(reward=(1.0, 1.0, 0.3))
-  assert gaming(results, {"dpr": [up, up]})["verdict"] == "gaming"
-  assert gaming(results, {"dpr": [up, flat]})["verdict"] == "no_rise"
+  assert gaming(results, {"dpr": [up, up]}, "dpr")["verdict"] == "gaming"
+  assert gaming(results, {"dpr": [up, flat]}, "dpr")["verdict"] == "no_rise"
 
 
 def test_nothing_at_all_is_unknown():
-  assert gaming({}, {}) == {
+  assert gaming({}, {}, "dpr") == {
       "verdict": "unknown", "signs": [],
       "text": "Whether the policy was gaming the reward cannot be said: too few steps have a "
               "reward.",

@@ -14,8 +14,12 @@ def lines(steps=100, **metrics):
   return [{"step": i, **{k: float(v[i]) for k, v in columns.items()}} for i in range(steps)]
 
 
-def said(stages, **more):
-  return {m["name"].partition(": ")[2]: m for m in monitors(stages, **more)}
+COLUMNS = {"accuracy_sampled": {"label": "Accuracy, sampled", "unit": "%", "better": 1,
+                                "compared": True, "main": True}}
+
+
+def said(stages, **results):
+  return {m["name"].partition(": ")[2]: m for m in monitors(stages, results)}
 
 
 def dpr(**metrics):
@@ -47,7 +51,7 @@ def test_constants_do_not_move():
 def test_reward_and_length_in_one_sentence():
   found = dpr(response_length=(6.0, 8.0, 0.01), reward_per_token=(1 / 6, 1.5 / 8, 0.0001))
   text = found["reward and length"]["text"]
-  assert text.startswith("Reward rose by 0.45 nats a response, from 1.0")
+  assert text.startswith("Reward rose by 0.45 nats per response, from 1.0")
   assert "response length rose by 1.8 tokens, from 6.1 to 7.9." in text
   assert found["reward and length"]["status"] == "note"
 
@@ -65,10 +69,12 @@ def test_nothing_moved_is_said_so():
 
 def test_kl_with_the_objective():
   found = said(
-    {"dpr": [lines(reward=(1.0, 1.5, 0.01), kl=(0.0, 0.4, 0.01), shaped_reward=(1.0, 1.3, 0.01))]},
-    config={"dpr": {"beta": 0.5}},
+    {"dpr": [lines(reward=(1.0, 1.5, 0.01), kl=(0.0, 0.4, 0.01), shaped_reward=(1.0, 1.3, 0.01),
+                   beta=(0.5, 0.5, 0.0))]},
   )
   assert found["KL to SFT"]["status"] == "note" and "(beta = 0.5)" in found["KL to SFT"]["text"]
+  steered = dpr(kl=(0.0, 0.4, 0.01), shaped_reward=(1.0, 1.3, 0.01), beta=(0.5, 0.7, 0.0))
+  assert "beta" not in steered["KL to SFT"]["text"]
   assert dpr(kl=(0.0, 30.0, 0.1))["KL to SFT"]["status"] == "watch"
   falls = dpr(kl=(0.0, 1.0, 0.01), shaped_reward=(1.0, 0.5, 0.01))
   assert falls["KL to SFT"]["status"] == "watch"
@@ -84,7 +90,10 @@ def test_the_reward_is_held_against_the_task(low, high, p, status, text):
   c = {"pair": ["dpr", "sft"], "metric": "accuracy_sampled", "difference": (low + high) / 2,
        "ci95": [low, high], "p": p}
   other = {**c, "pair": ["sft", "ref"], "ci95": [0.3, 0.4]}
-  found = said({"dpr": [lines(reward=(1.0, 1.5, 0.01))]}, comparisons=[other, c])
+  results = {"comparisons": [other, c], "columns": COLUMNS, "labels": {"mine": "My policy"},
+             "systems": {"mine": {"accuracy_sampled": {}}}}
+  c["pair"][0] = "mine"  # of any policy that has a reward.
+  found = said({"mine": [lines(reward=(1.0, 1.5, 0.01))]}, **results)
   assert found["reward against the task"]["status"] == status
   assert text in found["reward against the task"]["text"]
 
@@ -113,9 +122,10 @@ def test_what_is_as_it_should_be(metrics, name):
 
 def test_supervised_stages_and_stages_of_others():
   falls, rises = lines(loss=(3.0, 1.0, 0.01)), lines(loss=(1.0, 2.0, 0.01))
-  found = [(m["name"], m["status"]) for m in monitors({"sft": [falls], "spin": [rises]})]
+  found = [(m["name"], m["status"])
+           for m in monitors({"sft": [falls], "spin": [rises]}, {"labels": {"sft": "SFT"}})]
   assert found == [("SFT: loss", "note"), ("spin: loss", "watch")]
-  assert monitors({"sft": [[]]}) == [] and monitors({}) == []
+  assert monitors({"sft": [[]]}, {}) == [] and monitors({}, {}) == []
 
 
 def test_seeds_must_agree():

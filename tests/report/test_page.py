@@ -10,13 +10,14 @@ import pytest
 from dpr_jax.errors import UserError
 from dpr_jax.report import plots, write_report
 
+REWARDED = ("loss", "reward", "kl", "response_length", "eos_rate", "entropy")
 PLOTS = {
-  "results", "sft_loss", "dpr_reward", "dpr_kl", "dpr_response_length", "dpr_eos_rate",
-  "dpr_entropy", "continued_sft_loss",
+  "frontier", "results", "sft_loss", "continued_sft_loss", "my_method_loss",
+  *(f"dpr_{key}" for key in REWARDED),
 }
 HEADINGS = [
-  "What was run", "Results", "Comparisons", "By task", "What moved", "Learning curves",
-  "Token rewards", "Sample responses",
+  "Accuracy and coverage", "Results", "Comparisons", "By task", "What was run", "What moved",
+  "Learning curves", "Token rewards", "Sample responses",
 ]
 
 
@@ -25,6 +26,7 @@ def undrawn(monkeypatch):
   """Names in place of drawings, where a test reads the text only: drawing takes a second."""
   monkeypatch.setattr(plots, "curve", lambda series, title, axis, dark: title.encode())
   monkeypatch.setattr(plots, "results_plot", lambda systems, metrics, dark: b"results")
+  monkeypatch.setattr(plots, "frontier_plot", lambda series, label, dark: b"frontier")
 
 
 def lines_of(path):
@@ -39,10 +41,11 @@ def test_a_finished_run_has_every_section(workdir, read_page):
   path = write_report(workdir)
   assert path == workdir / "report" / "report.html"
   page = read_page(path)
-  assert [h for h in HEADINGS if h in page.text] == HEADINGS
+  assert [h for h in page.headings if h in HEADINGS] == HEADINGS
   for text in ("1.02 million parameters", "10% with a wrong answer", "ref at 50% of SFT", "beta 1",
-               "jax 0.10.2", "SFT and reference share one run."):
-    assert text in page.text
+               "jax 0.10.2", "SFT and reference share one run.", "own budget: steps 50",
+               "dpr, optimizer learning rate 3e-05, reward (mine:MyReward, scale 2), beta 1"):
+    assert text in page.text, text
   assert {p.stem for p in (workdir / "report").glob("*.png")} == PLOTS
 
 
@@ -57,6 +60,30 @@ def test_the_numbers_of_results_json_are_on_the_page(workdir, read_page, undrawn
   for c in results["comparisons"]:
     if c["metric"] == "accuracy_sampled":
       assert f"{100 * c['difference']:+.1f}".replace("-", "−").replace("+0.0", "0.0") in text
+
+
+def test_the_first_screen_answers(workdir, read_page, undrawn):
+  text = read_page(write_report(workdir)).text
+  first = text[: text.index("Accuracy and coverage")]
+  assert "Accuracy, sampled: DPR reaches" in first
+  for trained in ("SFT (", "Continued SFT (", "My own method ("):
+    assert trained in first
+  assert "lower temperature of SFT" in first and "at temperature 1, " in first
+
+
+def test_what_only_a_user_declared_is_called_by_its_labels(workdir, read_page, undrawn):
+  page = read_page(write_report(workdir))
+  assert "my_method" not in page.text.partition("Configuration")[0]
+  assert "My own method: loss" in page.text  # a monitor,
+  assert page.text.count("My own method − SFT") == 6  # comparisons in three metrics and two modes,
+  assert page.text.count("Capital letters, sampled") >= 2
+  assert "My own method: loss (loss) over steps" in {i["alt"] for i in page.of("img")}  # a curve.
+
+
+def test_an_unfinished_run_has_its_labels_too(workdir, read_page, undrawn):
+  shutil.rmtree(workdir / "report")
+  text = read_page(write_report(workdir)).text
+  assert "My own method" in text and "Contrastive decoding" in text
 
 
 def test_the_page_needs_nothing_but_itself(workdir, read_page):
@@ -84,14 +111,21 @@ def test_whatever_a_model_wrote_is_text(workdir, read_page, undrawn):
       for row in rows[:1]:
         row.update(response=evil, prompt=evil, task=evil, answer=evil)
     put(path, rows)
+  record = json.loads((workdir / "config.json").read_text())
   (workdir / "samples" / "sft.jsonl").rename(workdir / "samples" / f"{evil.replace('/', '')}.jsonl")
   results = json.loads((workdir / "report" / "results.json").read_text())
   results["systems"][evil] = results["systems"]["sft"] | {f"accuracy_sampled/{evil}": {
     "mean": 0.5, "ci95": [0.4, 0.6], "n": 3}}
   results["comparisons"].append({**results["comparisons"][0], "pair": [evil, "sft"]})
   results["notes"].append(evil)
+  results["labels"]["my_method"] = results["columns"]["shout_sampled"]["label"] = evil
+  results["frontier"]["equal_accuracy"]["ref"] = {"difference": None, "reason": evil}
+  results["stages"]["my_method"]["own_budget"] = evil
+  results["corruption"] = {"all": {evil: {"auc": None}}}
+  results["corruption_titles"] = {"all": evil}
   (workdir / "report" / "results.json").write_text(json.dumps(results))
-  record = json.loads((workdir / "config.json").read_text())
+  record["described"]["reference"] = record["described"]["labels"]["dpr"] = evil
+  record["config"]["methods"]["dpr"]["returns"] = evil
   record["model"]["source"] = record["config"]["data"]["demos"] = record["versions"]["jax"] = evil
   (workdir / "config.json").write_text(json.dumps(record))
   shutil.copytree(workdir / "continued_sft", workdir / "<b>stage$^2$")
@@ -156,7 +190,7 @@ def test_a_torn_last_line_is_no_error(workdir, read_page, undrawn):
   for path in (workdir / "dpr" / "metrics.jsonl", workdir / "samples" / "dpr.jsonl"):
     with open(path, "a") as file:
       file.write('{"step": 20')
-  assert "DPR reward" in "".join(i["alt"] for i in read_page(write_report(workdir)).of("img"))
+  assert "DPR: reward" in "".join(i["alt"] for i in read_page(write_report(workdir)).of("img"))
 
 
 def test_a_stage_that_has_just_begun(workdir, read_page, undrawn):
@@ -178,11 +212,13 @@ def test_writing_again_changes_nothing(workdir):
   assert content() == first
 
 
-def test_another_stage_gets_its_curve(workdir, read_page, undrawn):
+def test_any_stage_gets_its_curves(workdir, read_page, undrawn):
   shutil.copytree(workdir / "sft", workdir / "spin")
+  shutil.copytree(workdir / "dpr", workdir / "other")
   page = read_page(write_report(workdir))
   assert (workdir / "report" / "spin_loss.png").exists()
-  assert "spin: loss" in page.text
+  assert all((workdir / "report" / f"other_{key}.png").exists() for key in REWARDED)
+  assert "spin: loss" in page.text and "other: reward and length" in page.text
 
 
 def test_several_seeds(seeds_workdir, read_page, undrawn):
@@ -194,6 +230,7 @@ def test_several_seeds(seeds_workdir, read_page, undrawn):
   assert "seed 2 (no page yet)" in page.text
   assert "1.02 million parameters" in page.text  # from the first seed.
   assert "n = 180" in page.text and "0, 1, 2" in page.text
+  assert "Accuracy and coverage" in page.text and "lower temperature of SFT" in page.text
   assert len(page.of("img")) == len(PLOTS)
   assert "Sample responses" not in page.text
 
@@ -227,35 +264,28 @@ def test_samples_are_the_first_of_each_task(workdir, read_page, undrawn):
 def test_the_verdict_on_gaming_leads_the_page_and_its_signs_are_listed(workdir, read_page, undrawn):
   path = workdir / "report" / "results.json"
   results = json.loads(path.read_text())
-  results["gaming"] = {
+  results["gaming"] = {"dpr": {
     "verdict": "gaming", "text": "The policy was gaming the reward: it was.",
     "signs": [{"name": "length", "found": True, "text": "Twice as long."}],
-  }
+  }, "my_method": {"verdict": "clean", "text": "This one was not.", "signs": []}}
   path.write_text(json.dumps(results))
   page = read_page(write_report(workdir))
   assert page.text.count("The policy was gaming the reward: it was.") == 2
-  assert "Sign of gaming: length" in page.text and "Twice as long." in page.text
+  assert "DPR: sign of gaming, length" in page.text and "Twice as long." in page.text
+  assert "My own method: gaming the reward" in page.text
+  assert page.text.count("This one was not.") == 1  # the first screen is the main system's.
 
 
-@pytest.mark.parametrize("reference,says", [
-  ({"kind": "half_data", "fraction": 0.3}, "ref trained on 30% of the demonstrations"),
-  ({"kind": "ema", "ema_decay": 0.9, "fraction": 0.5}, "ref the moving average of SFT (decay 0.9)"),
-  ({"kind": "ensemble_mean_logp", "fractions": [0.1, 0.5]}, "ref the mean logp of SFT at 10%, 50%"),
-  ({"kind": "midrun", "select": "snr", "fraction": 0.5}, "ref a milestone of SFT selected by snr"),
-])
-def test_the_page_says_which_reference_it_was(workdir, read_page, undrawn, reference, says):
+def test_the_page_says_which_reference_it_was(workdir, read_page, undrawn):
   record = json.loads((workdir / "config.json").read_text())
-  record["config"]["reference"] = reference
-  record["config"]["dpr"] |= {
-    "transforms": ["clip:2", "zscore"], "verifier_weight": 0.25, "target_kl": 1.5, "kl_budget": 4.0,
-  }
+  record["described"]["reference"] = "ref the milestone with the largest snr"
   (workdir / "config.json").write_text(json.dumps(record))
-  table = [{"fraction": f, "members": [f"sft@{s}"], "kl": kl, "kl_se": 0.1}
-           for f, s, kl in ((0.25, 5, 2.0), (0.5, 10, 1.0))]
-  (workdir / "reference.json").write_text(json.dumps(
-    {"select": "snr", "fraction": 0.25, "prompts": 64, "candidates": table}))
+  found = [{"text": f"ref at {p}% of SFT", "kl": kl, "kl_se": 0.1, "snr": 0.4, "auc": 0.75}
+           for p, kl in ((25, 2.0), (50, 1.0))]
+  (workdir / "reference.json").write_text(json.dumps({"candidates": found, "chosen": 1}))
   text = read_page(write_report(workdir)).text
-  assert says in text and "transforms clip:2, zscore" in text
-  assert "steered to a KL of 1.5 nats" in text and "KL budget 4 nats" in text
-  assert "25% of the reward from the verifier" in text
-  assert "sft@5: KL(sft || ref) 2.00 ± 0.10 nats a response, on 64 training prompts" in text
+  assert ("ref the milestone with the largest snr: ref at 50% of SFT, chosen among 2; on training "
+          "prompts KL(sft || ref) 1.00 ± 0.10 nats per response, mean / std of token rewards 0.40, "
+          "AUC of corrupted tokens 75.0%") in text
+  (workdir / "reference.json").unlink()
+  assert "the largest snr" in read_page(write_report(workdir)).text

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpr_jax.report import plots
-from dpr_jax.report.plots import Series, curve, results_plot, running_mean
+from dpr_jax.report.plots import Series, curve, frontier_plot, results_plot, running_mean
 
 METRICS = [("accuracy_sampled", "Accuracy (%)", 100.0), ("length_sampled", "Length", 1.0)]
 
@@ -85,3 +85,18 @@ def test_matplotlib_settings_are_left_alone():
   before = dict(matplotlib.rcParams)
   curve([Series("", [1, 2], [1.0, 2.0])], "t", "y", dark=True)
   assert dict(matplotlib.rcParams) == before
+
+
+def test_a_frontier_marks_its_greedy_end():
+  colder = [(1.0, 0.4, 2.0), (0.5, 0.6, 1.5)]
+  series = {"DPR": [*colder, (0.0, 0.7, 1.0)], "SFT": [(t, x - 0.1, y) for t, x, y in colder]}
+  image = pixels(frontier_plot(series, "coverage"))
+  assert frontier_plot(series, "coverage") == frontier_plot(series, "coverage")
+  blue = np.array([0x00, 0x72, 0xB2])
+  near = np.all(np.abs(image[..., :3].astype(int) - blue) < 8, axis=-1)
+  near[:, int(0.7 * near.shape[1]) :] = False  # The legend.
+  rows, columns = np.nonzero(near)
+  left, right = rows[columns < np.median(columns)].mean(), rows[columns > np.median(columns)].mean()
+  assert left < right  # Less coverage where the accuracy is higher.
+  assert frontier_plot({"DPR": colder}, "coverage") != frontier_plot({"DPR": series["DPR"]}, "c")
+  pixels(frontier_plot({f"$s_{i}$": colder for i in range(20)}, "coverage", dark=True))

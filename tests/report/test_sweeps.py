@@ -43,8 +43,17 @@ CORRUPTION = {
   for kind in ("all", "unique", "varied")
 }
 RESULTS = {
-  "seeds": [0], "systems": {}, "comparisons": [],
-  "sweep": {"field": "dpr.beta", "values": ["0.5", "2"], "points": [
+  "seeds": [0], "systems": {}, "comparisons": [], "main": "dpr",
+  "labels": {"base": "Base model", "sft": "SFT", "contrastive": "Contrastive decoding",
+             "dpr": "DPR"},
+  "columns": {
+    "accuracy_sampled": {"label": "Accuracy, sampled", "unit": "%", "better": 1, "compared": True,
+                         "main": True},
+    "length_sampled": {"label": "Length, sampled", "unit": "tokens", "better": 0, "main": True},
+  },
+  "corruption_titles": {"all": "all answers", "unique": "one right answer",
+                        "varied": "many right answers"},
+  "sweep": {"field": "methods.dpr.beta", "values": ["0.5", "2"], "points": [
     point("0.5", 0.6, 0.1, 0.01, corruption=CORRUPTION), point("2", 0.52, 0.02, 0.6),
   ]},
   "corruption": CORRUPTION,
@@ -53,9 +62,9 @@ RESULTS = {
 
 def test_a_row_for_each_point():
   table = sweeps.sweep_table(RESULTS, links=True)
-  assert table["head"] == "dpr.beta" and table["marked"]
+  assert table["head"] == "methods.dpr.beta" and table["marked"]
   assert [c["label"] for c in table["columns"]] == [
-    "DPR: accuracy, sampled", "DPR less SFT", "DPR: length, sampled", "SFT: accuracy, sampled",
+    "DPR: accuracy, sampled", "DPR minus SFT", "DPR: length, sampled", "SFT: accuracy, sampled",
     "Contrastive decoding: accuracy, sampled", "AUC of a corrupted token",
   ]
   assert [r["name"] for r in table["rows"]] == ["0.5", "2"]
@@ -77,7 +86,7 @@ def test_the_series_of_the_plot():
 def test_the_plot_shows_its_data():
   image = pytest.importorskip("PIL.Image")
   series = sweeps.plot_series(RESULTS, "accuracy_sampled")
-  draw = lambda s: plots.sweep_plot(["0.5", "2"], s, "dpr.beta", "Accuracy (%)", 100.0)
+  draw = lambda s: plots.sweep_plot(["0.5", "2"], s, "methods.dpr.beta", "Accuracy (%)", 100.0)
   png = draw(series)
   assert png == draw(series)
   moved = {**series, "DPR": [entry(0.3, 0.2, 0.4), entry(0.9, 0.8, 1.0)]}
@@ -94,7 +103,7 @@ def test_the_plot_shows_its_data():
 def test_corrupted_tokens_by_kind():
   tables = corruption_tables(RESULTS)
   assert [t["title"] for t in tables] == [
-    "All answers", "Tasks with one right answer", "Tasks with many right answers"
+    "All answers", "One right answer", "Many right answers"
   ]
   assert tables[0]["chance"] == "31.0"
   assert [r["cells"][0]["mean"] for r in tables[0]["rows"]] == ["81.0", "70.0", "50.0"]
@@ -109,10 +118,10 @@ def test_a_page_of_a_sweep(tmp_path, read_page):
   folder = tmp_path / "beta"
   (folder / "report").mkdir(parents=True)
   (folder / "report" / "results.json").write_text(json.dumps(RESULTS))
-  config = {"sweep": {"field": "dpr.beta", "values": ["0.5", "<b>2"]}, "dpr": {"steps": 3}}
+  config = {"sweep": {"field": "methods.dpr.beta", "values": ["0.5", "<b>2"]}}
   (folder / "config.json").write_text(json.dumps({"config": config}))
   page = read_page(write_report(folder))
-  for text in ("Sweep", "dpr.beta takes 0.5, <b>2", "DPR less SFT", "Corrupted tokens",
+  for text in ("Sweep", "methods.dpr.beta takes 0.5, <b>2", "DPR minus SFT", "Corrupted tokens",
                "chance 31.0", "2 looks at the same prompts"):
     assert text in page.text, text
   links = [a["href"] for a in page.of("a")]

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpr_jax.rewards.control import WINDOW, initial_control, moving_mean, next_beta, next_control
+from dpr_jax.rewards.control import WINDOW, KLControl, moving_mean, next_beta
 
 
 def _naive(kls, beta, target, gain):
@@ -22,9 +22,9 @@ def _naive(kls, beta, target, gain):
 
 def test_the_controls_follow_their_formulas(rng):
   kls = rng.normal(2.0, 1.5, 40).astype(np.float32)
-  start = initial_control(beta=0.8, target_kl=1.7, kl_budget=9.0)
-  control = {k: np.float32(v) for k, v in start.items()}
-  step = jax.jit(lambda c, kl: next_control(c, kl, target_kl=1.7, beta_gain=0.1))
+  steered = KLControl(0.8, target_kl=1.7, beta_gain=0.1, kl_budget=9.0)
+  control = {k: np.float32(v) for k, v in steered.initial().items()}
+  step = jax.jit(steered.next)
   betas, means = [], []
   for kl in kls:
     betas.append(float(control["beta"]))
@@ -57,6 +57,7 @@ def test_a_kl_that_answers_to_beta_reaches_its_target():
 
 
 def test_nothing_is_carried_where_nothing_is_asked_for():
-  assert initial_control(beta=1.0, target_kl=0.0, kl_budget=0.0) == {}
-  assert set(initial_control(beta=1.0, target_kl=2.0, kl_budget=0.0)) == {"beta"}
-  assert next_control({}, np.float32(1), target_kl=0.0, beta_gain=0.1) == {}
+  fixed = KLControl(1.0)
+  assert fixed.initial() == {} and fixed.next({}, np.float32(1)) == {}
+  assert set(KLControl(1.0, target_kl=2.0).initial()) == {"beta"}
+  assert set(KLControl(1.0, kl_budget=2.0).initial()) == {"kl_mean", "kl_count"}

@@ -85,9 +85,9 @@ def test_equal_returns_whiten_to_zero():
 
 def test_unknown_names_and_impossible_groups_are_refused(rng):
   g, mask = _case(rng)
-  with pytest.raises(ValueError, match="discounted"):
+  with pytest.raises(ValueError, match="returns='discounted'"):
     returns(g, mask, "discounted")
-  with pytest.raises(ValueError, match="critic"):
+  with pytest.raises(ValueError, match="variance_baseline='critic'"):
     advantages(g, mask, "critic")
   for size in (1, 4):
     with pytest.raises(ValueError, match=f"group_size={size}"):

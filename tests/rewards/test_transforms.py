@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpr_jax.config import default_config, resolve
 from dpr_jax.errors import UserError
-from dpr_jax.rewards import returns, transforms
+from dpr_jax.rewards import Endogenous, LogLikelihood, returns, transforms
 from dpr_jax.rewards.transforms import RewardContext, needs, parse
 
 # Numpy warns of the garbage that the tests put into the padding.
@@ -44,23 +45,23 @@ SPECS = {
     "clip_low_high": ("clip:-1:2",),
     "zscore": ("zscore",),
     "mask_unsure": ("mask_unsure:0.7",),
-    "centre": ("centre",),
+    "center": ("center",),
     "none": (),
-    "ordered": ("centre", "scale:0.5", "clip:0.4", "mask_unsure:0.7"),
+    "ordered": ("center", "scale:0.5", "clip:0.4", "mask_unsure:0.7"),
 }
 
 
 def _naive(name, rewards, context, b, t):
   r, on = float(rewards[b, t]), context.mask > 0
   unsure = context.sft_entropy[b, t] > 0.7 and context.ref_entropy[b, t] > 0.7
-  centred = r - float(context.expected_rewards[b, t])
+  centered = r - float(context.expected_rewards[b, t])
   if name == "zscore":
     column = rewards[on[:, t], t].astype(np.float64)
     return (r - column.mean()) / np.sqrt(column.var() + 1e-6)
   return {
       "scale": 0.3 * r, "clip": min(max(r, -1.5), 1.5), "clip_low_high": min(max(r, -1.0), 2.0),
-      "mask_unsure": 0.0 if unsure else r, "centre": centred, "none": r,
-      "ordered": 0.0 if unsure else min(max(0.5 * centred, -0.4), 0.4),
+      "mask_unsure": 0.0 if unsure else r, "center": centered, "none": r,
+      "ordered": 0.0 if unsure else min(max(0.5 * centered, -0.4), 0.4),
   }[name]
 
 
@@ -105,24 +106,44 @@ def test_a_function_of_ones_own_is_masked_like_the_others(rng):
     ("scale:0", r"expected scale:FACTOR"),
     ("zscore:1", r"expected zscore"),
     ("mask_unsure:0", r"expected mask_unsure:NATS"),
-    ("centre", r"expected centre, the first"),
+    ("center", r"expected center, the first"),
 ])
 def test_a_wrong_entry_is_named(spec, says):
-  with pytest.raises(UserError, match=rf"config\.dpr\.transforms\[1\]='{spec}': {says}"):
+  message = rf"transforms\[1\]='{spec}': {says}"
+  with pytest.raises(ValueError, match=f"^{message}"):
     parse(["scale:2", spec])
+  config = default_config()
+  config.methods.dpr.transforms = ("scale:2", spec)
+  with pytest.raises(UserError, match=rf"^config\.methods\.dpr: {message}"):
+    resolve(config)
 
 
 def test_what_the_rollouts_must_compute(rng):
   assert needs(["clip:2", "zscore"]) == frozenset()
-  assert needs(["centre", "mask_unsure:2"]) == {"expected_rewards", "entropies"}
+  assert needs(["center", "mask_unsure:2"]) == {
+      "expected_rewards", "sft_entropy", "ref_entropy"
+  }
   bare = _context(np.ones((1, 1)))
-  for spec, field in (("centre", "expected_rewards"), ("mask_unsure:1", "sft_entropy")):
+  for spec, field in (("center", "expected_rewards"), ("mask_unsure:1", "sft_entropy")):
     with pytest.raises(ValueError, match=field):
       parse([spec])(np.ones((1, 1), np.float32), bare)
 
 
-def test_centred_reward_to_go_has_the_expected_gradient_of_per_token(rng):
-  """By exact enumeration of all responses: the later tokens' centred rewards cancel."""
+def test_centering_needs_a_pointwise_reward():
+  config = default_config()
+  config.methods.dpr.transforms, config.methods.dpr.returns = ("center",), "reward_to_go"
+  resolve(config)
+  config.methods.dpr.reward = LogLikelihood()
+  resolve(config)
+  config.methods.dpr.reward = Endogenous()
+  with pytest.raises(UserError, match="config.methods.dpr: transforms: center .*'endogenous'"):
+    resolve(config)
+  config.methods.dpr.transforms = ("clip:1",)
+  resolve(config)
+
+
+def test_centered_reward_to_go_has_the_expected_gradient_of_per_token(rng):
+  """By exact enumeration of all responses: the later tokens' centered rewards cancel."""
   vocab, length = 3, 3  # token 0 ends a response.
   rows = [y for n in range(1, length + 1) for y in itertools.product(range(vocab), repeat=n)
           if 0 not in y[:-1] and (y[-1] == 0 or n == length)]
@@ -145,13 +166,13 @@ def test_centred_reward_to_go_has_the_expected_gradient_of_per_token(rng):
     expected = (np.asarray(jax.nn.softmax(logits, axis=-1)) * reward).sum(1)
     context = RewardContext(mask=mask, expected_rewards=expected[index])
     raw = parse([])(reward[index, tokens], context)
-    centred = parse(["centre"])(reward[index, tokens], context)
+    centered = parse(["center"])(reward[index, tokens], context)
 
     def gradient(rewards, kind):
       g = np.asarray(returns(rewards, mask, kind))
       return jax.grad(lambda x: jnp.sum(weight[:, None] * g * logp(x)))(jnp.asarray(logits))
 
-    to_go = gradient(centred, "reward_to_go")
+    to_go = gradient(centered, "reward_to_go")
     np.testing.assert_allclose(to_go, gradient(raw, "per_token"), atol=1e-6)
-    np.testing.assert_allclose(to_go, gradient(centred, "per_token"), atol=1e-6)
+    np.testing.assert_allclose(to_go, gradient(centered, "per_token"), atol=1e-6)
     assert np.abs(to_go - gradient(raw, "reward_to_go")).max() > 1e-3

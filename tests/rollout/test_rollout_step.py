@@ -1,13 +1,17 @@
 """The fused step: what it returns is what scoring the finished rows on their own gives."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dpr_jax.data.batches import PromptBatch
 from dpr_jax.losses import make_reinforce_loss, reinforce_batch
 from dpr_jax.models import token_logprobs
+from dpr_jax.references import Reference
+from dpr_jax.rewards import BaselineRelative, Endogenous, LogLikelihood
 from dpr_jax.rollout import make_rollout_step
+from dpr_jax.rollout.step import EXTRAS
 
 pytestmark = pytest.mark.usefixtures("light_compilation")
 
@@ -16,10 +20,11 @@ LENGTHS = np.array([4, 1, 0, 3, 2, 4], np.int32)
 
 
 @pytest.fixture
-def models(make_model, rng):
-  """(model, policy, sft, ref), three parameter sets over one model."""
+def models(make_model, budget_of, rng):
+  """(model, policy, sft, ref), three parameter sets over one model; chunks of 4 columns."""
   seeds = [int(s) for s in rng.integers(0, 1 << 30, 3)]
-  made = [make_model(s, vocab_size=5, num_layers=1) for s in seeds]
+  how = dict(vocab_size=5, num_layers=1, logits_budget=budget_of(4, len(LENGTHS), 5))
+  made = [make_model(s, **how) for s in seeds]
   return made[0][0], *(variables for _, variables in made)
 
 
@@ -32,11 +37,11 @@ def _key(rng):
   return jax.random.key(int(rng.integers(1 << 30)))
 
 
-@pytest.mark.parametrize("how", [{}, dict(rescore=True), dict(expected=True, entropies=True)],
-                         ids=["decoded", "rescored", "expected"])
+@pytest.mark.parametrize("how", [{}, dict(rescore=True), dict(extras=EXTRAS)],
+                         ids=["decoded", "rescored", "extras"])
 def test_a_rollout_is_consistent_with_scoring_its_rows(models, rng, how):
   model, policy, sft, ref = models
-  step = make_rollout_step(model, max_new_tokens=N, stop_ids=(EOS,), chunk_size=4, **how)
+  step = make_rollout_step(model, max_new_tokens=N, stop_ids=(EOS,), **how)
   rollout = step(policy, sft, ref, _prompts(rng), _key(rng))
   lengths = np.asarray(rollout.lengths)
   mask = np.arange(N) < lengths[:, None]
@@ -53,8 +58,10 @@ def test_a_rollout_is_consistent_with_scoring_its_rows(models, rng, how):
     entropy = np.where(mask, np.asarray(out.entropy)[:, P:], 0.0)
     if name == "policy":
       np.testing.assert_allclose(rollout.entropy, entropy, atol=1e-4)
-    elif how.get("entropies"):
+    elif how.get("extras"):
       np.testing.assert_allclose(getattr(rollout, f"{name}_entropy"), entropy, atol=1e-4)
+  for name in EXTRAS:
+    assert (getattr(rollout, name) is not None) == ("extras" in how)
   # Token rewards sum to the log-ratio of the sequences.
   np.testing.assert_allclose(
       np.asarray(rollout.rewards).sum(1), (logp["sft"] - logp["ref"]).sum(1), atol=1e-5
@@ -63,14 +70,14 @@ def test_a_rollout_is_consistent_with_scoring_its_rows(models, rng, how):
   np.testing.assert_array_equal(np.asarray(rollout.rewards)[~mask], 0.0)
 
 
-@pytest.mark.parametrize("reward", ["log_likelihood", "endogenous"])
-def test_other_rewards_by_name(models, rng, reward):
+@pytest.mark.parametrize("reward", [LogLikelihood(), Endogenous()], ids=lambda r: r.kind)
+def test_other_rewards_of_the_package(models, rng, reward):
   model, policy, sft, ref = models
   step = make_rollout_step(model, max_new_tokens=N, stop_ids=(EOS,), reward=reward)
   rollout = step(policy, sft, ref, _prompts(rng), _key(rng))
   total = np.asarray(rollout.rewards).sum(1)
   expected = np.asarray(rollout.sft_logp).sum(1)
-  if reward == "endogenous":  # telescopes: V(s_0) comes on top.
+  if isinstance(reward, Endogenous):  # telescopes: V(s_0) comes on top.
     out = token_logprobs(model, sft, rollout.tokens, rollout.segment_ids, start=P)
     expected = expected + np.where(LENGTHS > 0, np.asarray(out.logsumexp)[:, 0], 0.0)
   np.testing.assert_allclose(total, expected, atol=2e-5)
@@ -111,24 +118,23 @@ def _log_softmax(model, variables, rollout):
   return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("reward", ["baseline_relative", "log_likelihood"])
+@pytest.mark.parametrize("reward", [BaselineRelative(), LogLikelihood()], ids=lambda r: r.kind)
 @pytest.mark.parametrize("combine", ["logmeanexp", "mean_logp"])
 def test_expected_rewards_are_exact_sums_over_the_vocabulary(models, rng, reward, combine):
   """Of an ensemble of two references, and the reward itself too."""
   model, policy, sft, ref = models
   refs = (ref, jax.tree.map(lambda a, b: 0.3 * a + 0.7 * b, sft, ref))
   step = make_rollout_step(
-      model, max_new_tokens=N, stop_ids=(EOS,), chunk_size=4, reward=reward, expected=True,
-      combine=combine,
+      model, max_new_tokens=N, stop_ids=(EOS,), reward=reward, extras=("expected_rewards",)
   )
-  rollout = step(policy, sft, refs, _prompts(rng), _key(rng))
+  rollout = step(policy, sft, Reference(refs, combine), _prompts(rng), _key(rng))
   log_policy, log_sft, first, second = (
       _log_softmax(model, v, rollout) for v in (policy, sft, *refs)
   )
   log_ref = (first + second) / 2
   if combine == "logmeanexp":
     log_ref = np.log((np.exp(first) + np.exp(second)) / 2)
-  full = log_sft - (log_ref if reward == "baseline_relative" else 0.0)
+  full = log_sft - (log_ref if isinstance(reward, BaselineRelative) else 0.0)
   mask = np.asarray(rollout.mask)
   expected = (np.exp(log_policy) * full).sum(-1) * mask
   np.testing.assert_allclose(rollout.expected_rewards, expected, atol=2e-5)
@@ -136,11 +142,58 @@ def test_expected_rewards_are_exact_sums_over_the_vocabulary(models, rng, reward
   np.testing.assert_allclose(rollout.rewards, taken * mask, atol=2e-5)
 
 
-def test_a_reward_without_an_exact_expectation_is_refused(models):
-  with pytest.raises(ValueError, match="endogenous"):
-    make_rollout_step(
-        models[0], max_new_tokens=N, stop_ids=(EOS,), reward="endogenous", expected=True
-    )
+@pytest.mark.parametrize("rescore", [False, True], ids=["decoded", "rescored"])
+def test_a_reward_of_ones_own_gets_every_score_it_names(models, rng, rescore):
+  """None of them zeros, and nothing more is kept in the rollout than was asked for."""
+  model, policy, sft, ref = models
+  refs = (ref, jax.tree.map(lambda a, b: 0.3 * a + 0.7 * b, sft, ref))
+  weights = dict(sft_logp=1.0, sft_logsumexp=-2.0, sft_entropy=3.0, ref_logp=-4.0, ref_entropy=5.0,
+                 policy_logp=-6.0, mask=7.0)
+
+  def mine(sft_logp, sft_logsumexp, sft_entropy, ref_logp, ref_entropy, policy_logp, mask):
+    scores = dict(locals())
+    return sum(weight * scores[name] for name, weight in weights.items())
+
+  step = make_rollout_step(
+      model, max_new_tokens=N, stop_ids=(EOS,), reward=mine, rescore=rescore
+  )
+  rollout = step(policy, sft, Reference(refs, "mean_logp"), _prompts(rng), _key(rng))
+  assert rollout.sft_entropy is None and rollout.ref_entropy is None
+  log_p = {"policy": policy, "sft": sft, "first": refs[0], "second": refs[1]}
+  log_p = {name: _log_softmax(model, v, rollout) for name, v in log_p.items()}
+  entropy = {name: -(np.exp(x) * x).sum(-1) for name, x in log_p.items()}
+  taken = {name: np.take_along_axis(x, np.asarray(rollout.response_tokens)[:, :, None], -1)[..., 0]
+           for name, x in log_p.items()}
+  lse = token_logprobs(model, sft, rollout.tokens, rollout.segment_ids, start=P).logsumexp
+  naive = dict(
+      sft_logp=taken["sft"], sft_logsumexp=np.asarray(lse), sft_entropy=entropy["sft"],
+      ref_logp=(taken["first"] + taken["second"]) / 2,
+      ref_entropy=(entropy["first"] + entropy["second"]) / 2, policy_logp=taken["policy"], mask=1.0,
+  )
+  assert all(np.abs(x).max() > 0.1 for x in naive.values())
+  expected = sum(weight * naive[name] for name, weight in weights.items())
+  mask = np.asarray(rollout.mask)
+  np.testing.assert_allclose(rollout.rewards, np.where(mask > 0, expected, 0.0), atol=2e-3)
+
+
+def test_plain_variables_are_a_reference_of_one_member(models, rng):
+  model, policy, sft, ref = models
+  step = make_rollout_step(model, max_new_tokens=N, stop_ids=(EOS,), extras=EXTRAS)
+  prompts, key = _prompts(rng), _key(rng)
+  plain, wrapped = (step(policy, sft, r, prompts, key) for r in (ref, Reference.of(ref)))
+  jax.tree.map(np.testing.assert_array_equal, plain, wrapped)
+
+
+@pytest.mark.parametrize("how, message", [
+    (dict(reward=lambda sft_logp, base_logp: sft_logp), "'base_logp', which is no score"),
+    (dict(extras=("entropies",)), "extras: 'entropies' is not one of expected_rewards"),
+    (dict(reward=Endogenous(), extras=("expected_rewards",)), "'endogenous' has no exact expect"),
+    (dict(reward=lambda sft_logp: jnp.tanh(sft_logp), extras=("expected_rewards",)),
+     "no exact expectation"),
+])
+def test_a_reward_that_cannot_be_computed_is_refused_before_any_rollout(models, how, message):
+  with pytest.raises(ValueError, match=message):
+    make_rollout_step(models[0], max_new_tokens=N, stop_ids=(EOS,), **how)
 
 
 def test_samples_of_a_prompt_stand_in_adjacent_rows(models, rng):

@@ -1,5 +1,7 @@
 """The product's rewards, loss and train step on a table converge to the closed-form optimum."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -8,6 +10,8 @@ import pytest
 from dpr_jax.data.batches import PromptBatch, SFTBatch
 from dpr_jax.losses import make_reinforce_loss, make_sft_loss, reinforce_batch
 from dpr_jax.models import token_logprobs
+from dpr_jax.rewards import Endogenous
+from dpr_jax.rewards.control import KLControl
 from dpr_jax.rollout import make_rollout_step
 from dpr_jax.theory.exact import TabularModel, ascend, enumerate_rollout, expected_batch
 from dpr_jax.theory.gradients import moments, reward_to_go, score_gradients
@@ -21,8 +25,8 @@ from dpr_jax.theory.optimum import (
     soft_optimum,
 )
 from dpr_jax.theory.values import state_kl, total_variation, visits
-from dpr_jax.training import TrainState, make_train_step
-from dpr_jax.training.dpr_step import make_dpr_step
+from dpr_jax.training import make_train_step
+from dpr_jax.training.dpr_step import DPRStep
 
 BETAS = [0.25, 0.5, 1.0, 2.0, 5.0]
 
@@ -60,7 +64,7 @@ def test_the_full_return_converges_to_the_same_optimum(make_instance):
 
 def test_the_endogenous_reward_converges_to_its_own_optimum(make_instance):
   i = make_instance()
-  got, _ = ascend(i.mdp, i.sft, i.ref, beta=1.0, reward="endogenous")
+  got, _ = ascend(i.mdp, i.sft, i.ref, beta=1.0, reward=Endogenous())
   star, _ = soft_optimum(i.mdp, endogenous(i.mdp, i.sft), i.sft, 1.0)
   assert total_variation(i.mdp, got, star).max() < 1e-3
 
@@ -210,14 +214,18 @@ def test_sampled_dpr_comes_near_the_optimum(make_instance, rng):
   model, star = TabularModel(i.mdp), _optimum(i, 0.5)
   steps = 300
   optimizer = optax.adam(optax.cosine_decay_schedule(0.1, steps))
-  state = TrainState.create(model.variables(i.sft), optimizer, jax.random.key(0))
-  step = make_dpr_step(
-      make_rollout_step(model, max_new_tokens=3, stop_ids=(i.mdp.eos,)),
-      make_train_step(make_reinforce_loss(model, normaliser="sequences"), optimizer),
-      sft=model.variables(i.sft), ref=model.variables(i.ref),
-      rng=jax.random.key(int(rng.integers(1 << 30))), beta=0.5, baseline="leave_one_out",
-      group_size=64,
+  step = DPRStep(
+      rollout_step=make_rollout_step(model, max_new_tokens=3, stop_ids=(i.mdp.eos,)),
+      train_step=make_train_step(
+          make_reinforce_loss(model, loss_aggregation="sequences"), optimizer
+      ),
+      make_batch=functools.partial(
+          reinforce_batch, variance_baseline="leave_one_out", group_size=64
+      ),
+      control=KLControl(beta=0.5), sft=model.variables(i.sft), ref=model.variables(i.ref),
+      rng=jax.random.key(int(rng.integers(1 << 30))),
   )
+  state = step.init(model.variables(i.sft), jax.random.key(0))
   prompts = PromptBatch(
       tokens=np.repeat([[3], [4]], 64, axis=0).astype(np.int32), lengths=np.ones(128, np.int32)
   )

@@ -66,3 +66,24 @@ def make_state():
     return TrainState.create({"params": params}, optimizer or optax.adam(0.1), jax.random.key(seed))
 
   return make
+
+
+@pytest.fixture
+def describe():
+  """describe(tree): shapes, dtypes and shardings of its arrays."""
+  return lambda tree: jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+  )
+
+
+@pytest.fixture
+def read_state():
+  """read_state(Training, directory) -> the state of the newest checkpoint of a stage."""
+  from dpr_jax.training.checkpoints import Checkpoints
+
+  def read(training, directory):
+    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+      abstract = training.step.abstract(training.abstract, training.rng)
+      return checkpoints.restore(abstract, training.frozen)[0]
+
+  return read

@@ -1,6 +1,7 @@
 """Dense-Path REINFORCE as a stage: a steered beta, a KL budget and a verifier, and resumption."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -10,15 +11,15 @@ import optax
 import pytest
 
 from dpr_jax import sharding
+from dpr_jax.config.sections import CheckpointSection, LogSection
 from dpr_jax.data.loader import prompt_batches
 from dpr_jax.losses import make_reinforce_loss, reinforce_batch
-from dpr_jax.rewards.control import initial_control
+from dpr_jax.rewards.control import KLControl
 from dpr_jax.rollout import make_rollout_step
-from dpr_jax.training import TrainState, make_train_step
-from dpr_jax.training.dpr_step import make_dpr_step
-from dpr_jax.training.loop import run_stage
+from dpr_jax.training import make_train_step
+from dpr_jax.training.dpr_step import DPRStep
+from dpr_jax.training.loop import Stage, Training, run_stage
 from dpr_jax.training.metrics import read_metrics
-from dpr_jax.training.steps import abstract_state
 from dpr_jax.training.stopping import read_stopped
 
 pytestmark = pytest.mark.usefixtures("light_compilation")
@@ -53,9 +54,20 @@ class KilledAt:
     self.batches.set_state(state)
 
 
+@dataclasses.dataclass(frozen=True)
+class Watched(DPRStep):
+  """Also keeps the policy before each step."""
+
+  seen: list = dataclasses.field(default_factory=list)
+
+  def __call__(self, state, prompts):
+    self.seen.append(jax.device_get(state.trainable))
+    return super().__call__(state, prompts)
+
+
 @pytest.fixture
-def stage(make_model, rng):
-  """stage(directory, kill_at, **fields of make_dpr_step): six steps, a checkpoint every two."""
+def make_training(make_model, describe, rng):
+  """make_training(kill_at, seen, make_verify, verifier_weight, **fields of KLControl)."""
   seeds = [int(s) for s in rng.integers(0, 1 << 30, 2)]
   (model, sft), (_, ref) = (make_model(s, vocab_size=5, num_layers=1) for s in seeds)
   prompts = [rng.integers(2, 5, n).astype(np.int32) for n in rng.integers(1, 4, 7)]
@@ -64,34 +76,32 @@ def stage(make_model, rng):
   rollout_step = make_rollout_step(model, max_new_tokens=4, stop_ids=(EOS,))
   train_step = make_train_step(make_reinforce_loss(model), OPTIMIZER)
 
-  def run(directory, kill_at=None, beta=0.5, make_verify=None, seen=None, **fields):
+  def make(kill_at=None, seen=None, make_verify=None, verifier_weight=0.0, beta=0.5, **control):
     batches = prompt_batches(prompts, 32, 3, seed=5)
-    verify = make_verify(batches) if make_verify else None
-    steered = {k: fields.get(k, 0.0) for k in ("target_kl", "kl_budget")}
-    control = initial_control(beta=beta, **steered)
-    dpr_step = make_dpr_step(
-        rollout_step, train_step, sft=sft, ref=ref, rng=jax.random.key(3), beta=beta,
-        verify=verify, **fields,
+    step = Watched(
+        rollout_step=rollout_step, train_step=train_step,
+        make_batch=functools.partial(reinforce_batch, external_weight=verifier_weight),
+        control=KLControl(beta, **control), sft=sft, ref=ref, rng=jax.random.key(3),
+        verify=make_verify(batches) if make_verify else None, seen=[] if seen is None else seen,
+    )
+    return Training(
+        step=step, batches=KilledAt(batches, kill_at), start=lambda: jax.tree.map(jnp.array, sft),
+        abstract=describe(sft), rng=jax.random.key(1),
     )
 
-    def step(state, prompts):
-      if seen is not None:
-        seen.append(jax.device_get(state.trainable))
-      return dpr_step(state, prompts)
+  return make
 
-    def make_state():
-      start = jax.tree.map(jnp.array, sft)
-      return TrainState.create(start, OPTIMIZER, jax.random.key(1), control=control)
 
-    describe = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+@pytest.fixture
+def stage(make_training):
+  """stage(directory, **of make_training): six steps, a checkpoint every two."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+
+  def run(directory, **how):
+    what = Stage("dpr", directory, mesh, STEPS, checkpoint=CheckpointSection(every=2),
+                 log=LogSection(progress=False, tensorboard=False))
     with jax.set_mesh(mesh):
-      return run_stage(
-          "dpr", step, make_state=make_state, steps=STEPS, directory=directory, mesh=mesh,
-          abstract=abstract_state(
-              jax.tree.map(describe, sft), OPTIMIZER, jax.random.key(1), control=control
-          ),
-          batches=KilledAt(batches, kill_at), checkpoint_every=2, progress=False,
-      )
+      return run_stage(what, lambda: make_training(**how))
 
   return run
 
@@ -127,7 +137,19 @@ def test_a_fixed_beta_is_logged_and_nothing_is_carried(stage, tmp_path):
   assert state.control == {} and {line["beta"] for line in _lines(tmp_path)} == {0.5}
 
 
-def test_a_budget_ends_the_stage_before_the_step_that_exceeds_it(stage, tmp_path):
+@pytest.mark.parametrize("control, carried", [
+    ({}, set()), ({"target_kl": 1.0}, {"beta"}), ({"kl_budget": 1.0}, {"kl_mean", "kl_count"}),
+])
+def test_a_state_is_made_as_it_is_described(make_training, describe, control, carried):
+  training = make_training(**control)
+  state = training.step.init(training.start(), training.rng)
+  assert describe(state) == training.step.abstract(training.abstract, training.rng)
+  assert set(state.control) == carried
+
+
+def test_a_budget_ends_the_stage_before_the_step_that_exceeds_it(
+    stage, make_training, read_state, tmp_path
+):
   free = stage(tmp_path / "free", kl_budget=1e9)
   means = [line["kl_mean"] for line in _lines(tmp_path / "free")]
   kls = [line["kl"] for line in _lines(tmp_path / "free")]
@@ -141,14 +163,15 @@ def test_a_budget_ends_the_stage_before_the_step_that_exceeds_it(stage, tmp_path
   assert int(ended.step) == over  # Step over + 1 was not made.
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(ended.trainable), seen[-1])
   record = read_stopped(tmp_path / "ended")
-  assert record["step"] == over and "config.dpr.kl_budget" in record["reason"]
+  assert record["step"] == over and f"kl_budget={budget:g}" in record["reason"]
   assert _lines(tmp_path / "ended") == _lines(tmp_path / "free")[:over]
   with pytest.raises(Killed):
     stage(tmp_path / "cut", kill_at=over - 1, kl_budget=budget)
   resumed = stage(tmp_path / "cut", kl_budget=budget)
   assert _bits(resumed) == _bits(ended) and read_stopped(tmp_path / "cut") == record
-  again = stage(tmp_path / "ended", kill_at=over, kl_budget=budget)
-  assert _bits(again) == _bits(ended)
+  assert stage(tmp_path / "ended", kill_at=over, kl_budget=budget) is None
+  saved = read_state(make_training(kl_budget=budget), tmp_path / "ended")
+  assert _bits(saved) == _bits(ended)
 
 
 def test_a_verifier_sees_each_row_with_its_prompt_and_enters_the_reward(stage, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import jax
 import numpy as np
@@ -9,11 +10,13 @@ import optax
 import pytest
 
 from dpr_jax import sharding
-from dpr_jax.errors import Diverged
+from dpr_jax.config.sections import CheckpointSection, LogSection, OptimizerConfig
+from dpr_jax.errors import Diverged, UserError
 from dpr_jax.training import make_train_step
-from dpr_jax.training.loop import run_stage
+from dpr_jax.training.checkpoints import Checkpoints
+from dpr_jax.training.loop import Stage, Training, run_stage
 from dpr_jax.training.metrics import read_metrics
-from dpr_jax.training.steps import abstract_state
+from dpr_jax.training.optimizer import make_optimizer
 
 OPTIMIZER = optax.adam(0.1)
 
@@ -49,26 +52,36 @@ class SeededBatches:
 
 
 @pytest.fixture
-def stage(loss_fn, make_rows, make_state):
-  """stage(directory, **overrides) runs 11 steps, a checkpoint every 4, milestones at 3 and 6."""
+def make_training(loss_fn, make_rows, make_state, describe):
+  """make_training(kill_at, poison_at, optimizer, schedule) -> Training of the linear model."""
+
+  def make(kill_at=None, poison_at=None, optimizer=OPTIMIZER, schedule=lambda t: 0.1):
+    place = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:1]))
+    start = lambda: jax.device_put(make_state(seed=2).trainable, place)
+    return Training(
+        step=make_train_step(loss_fn, optimizer),
+        batches=SeededBatches(make_rows, kill_at, poison_at), start=start,
+        abstract=describe(start()), rng=jax.random.key(2), schedule=schedule,
+    )
+
+  return make
+
+
+@pytest.fixture
+def stage(make_training):
+  """stage(directory, ...) runs 11 steps, a checkpoint every 4, milestones at 3 and 6.
+
+  `log` are fields of LogSection, and **changes those of `make_training`; `build` replaces it.
+  """
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
 
-  def run(directory, kill_at=None, poison_at=None, steps=11, **overrides):
+  def run(directory, log=None, profile_dir=None, build=None, **changes):
+    what = Stage(
+        "stage", directory, mesh, 11, keep_steps=(3, 6), checkpoint=CheckpointSection(every=4),
+        log=LogSection(progress=False, tensorboard=False, **(log or {})), profile_dir=profile_dir,
+    )
     with jax.set_mesh(mesh):
-      place = lambda tree: jax.device_put(tree, sharding.replicated(mesh))
-      make = lambda: place(make_state(OPTIMIZER, seed=2))
-      like = make()
-      describe = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-      arguments = dict(
-          make_state=make,
-          abstract=abstract_state(jax.tree.map(describe, like.trainable), OPTIMIZER, like.rng),
-          batches=SeededBatches(make_rows, kill_at, poison_at),
-          steps=steps, directory=directory, mesh=mesh, checkpoint_every=4, keep_steps=(3, 6),
-          progress=False, schedule=lambda t: 0.1,
-      )
-      return run_stage(
-          "stage", make_train_step(loss_fn, OPTIMIZER), **{**arguments, **overrides}
-      )
+      return run_stage(what, build or (lambda: make_training(**changes)))
 
   return run
 
@@ -102,11 +115,12 @@ def test_an_uninterrupted_stage_writes_one_line_a_step(stage, tmp_path):
 ], ids=str)
 def test_a_resumed_stage_equals_the_uninterrupted_one(stage, tmp_path, kills, log_every):
   """Whatever the step it was cut at, and with what it had written beyond its last checkpoint."""
-  whole = stage(tmp_path / "whole", log_every=log_every)
+  log = {"every": log_every}
+  whole = stage(tmp_path / "whole", log=log)
   for t in kills:
     with pytest.raises(Killed):
-      stage(tmp_path / "cut", kill_at=t, log_every=log_every)
-  resumed = stage(tmp_path / "cut", log_every=log_every)
+      stage(tmp_path / "cut", kill_at=t, log=log)
+  resumed = stage(tmp_path / "cut", log=log)
   assert _bits(resumed) == _bits(whole)
   lines = _lines(tmp_path / "cut")
   assert lines == _lines(tmp_path / "whole")
@@ -114,10 +128,32 @@ def test_a_resumed_stage_equals_the_uninterrupted_one(stage, tmp_path, kills, lo
   assert len(steps) == len(set(steps)) and steps[-1] == 11
 
 
-def test_a_finished_stage_is_returned_and_not_run(stage, tmp_path):
-  first = stage(tmp_path)
-  again = stage(tmp_path, kill_at=0)  # asking for any batch would raise.
-  assert _bits(again) == _bits(first)
+def test_a_finished_stage_is_neither_built_nor_run(stage, make_training, read_state, tmp_path):
+  first, lines = stage(tmp_path), _lines(tmp_path)
+
+  def build():
+    raise AssertionError("a finished stage was built")
+
+  assert stage(tmp_path, build=build) is None
+  assert _bits(read_state(make_training(), tmp_path)) == _bits(first) and _lines(tmp_path) == lines
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_the_logged_learning_rate_is_the_one_that_was_used(stage, tmp_path, schedule):
+  """By the size of Adam's first updates: the rate, where gradients are far above epsilon."""
+  config = OptimizerConfig(learning_rate=0.02, schedule=schedule, warmup_steps=3, eps=0.0)
+  optimizer = make_optimizer(config, 11)
+  with pytest.raises(Killed):
+    stage(tmp_path, optimizer=optimizer, schedule=optimizer.schedule, kill_at=5)
+  stage(tmp_path, optimizer=optimizer, schedule=optimizer.schedule)  # Also after a resumption.
+  rates = [line["learning_rate"] for line in _lines(tmp_path)]
+  assert rates == [float(optimizer.schedule(t)) for t in range(11)]
+  assert rates[0] == pytest.approx(0.02 / 3, rel=1e-6) and max(rates) == pytest.approx(0.02)
+  one = {"params": {"kernel": np.ones(3, np.float32)}}
+  state = optimizer.init(one)
+  for rate in rates:  # A constant gradient: each update is minus the rate.
+    updates, state = optimizer.update(one, state, one)
+    np.testing.assert_allclose(updates["params"]["kernel"], -rate, rtol=1e-4)
 
 
 def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(stage, tmp_path, caplog):
@@ -133,6 +169,22 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(stage, tmp_pat
     resumed = stage(tmp_path / "cut")
   assert any("step 8 is damaged" in r.getMessage() for r in caplog.records)
   assert _bits(resumed) == _bits(whole) and _lines(tmp_path / "cut") == _lines(tmp_path / "whole")
+
+
+def test_a_damaged_last_checkpoint_is_named_and_made_again_once_it_is_removed(
+    stage, make_training, tmp_path
+):
+  whole, training = stage(tmp_path), make_training()
+  folder = tmp_path / "checkpoints" / "11"
+  for path in (folder / "variables").rglob("*"):
+    if path.is_file() and path.parent.name == "d":
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  assert stage(tmp_path) is None  # A finished stage is not read.
+  with Checkpoints(folder.parent, read_only=True) as checkpoints:
+    with pytest.raises(UserError, match="step 11 cannot be read .*remove it and run the stage"):
+      checkpoints.restore_variables(11, training.abstract)
+  shutil.rmtree(folder)
+  assert _bits(stage(tmp_path)) == _bits(whole)
 
 
 @pytest.mark.parametrize("at", [1, 4, 8, 11])
@@ -161,6 +213,6 @@ def test_the_last_batch_before_a_checkpoint_is_not_repeated(stage, tmp_path):
 
 def test_a_profile_changes_nothing(stage, tmp_path):
   plain = stage(tmp_path / "a")
-  traced = stage(tmp_path / "b", profile_steps=(3, 4), profile_dir=tmp_path / "profile")
+  traced = stage(tmp_path / "b", log={"profile_steps": "3:4"}, profile_dir=tmp_path / "profile")
   assert _bits(traced) == _bits(plain)
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))

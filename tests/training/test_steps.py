@@ -114,6 +114,19 @@ def test_frozen_variables_reach_the_loss_and_do_not_move(rng, loss_fn, make_rows
   assert set(split.variables) == {"params", "lora"}
 
 
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_state_is_made_as_it_is_described(loss_fn, make_state, describe, ema_decay):
+  step = make_train_step(loss_fn, optax.adamw(0.1), ema_decay=ema_decay)
+  variables, key, frozen = make_state().trainable, jax.random.key(3), {"other": jnp.ones(4)}
+  described = step.abstract(describe(variables), key)
+  state = step.init(variables, key, frozen)
+  assert state.frozen is frozen and int(state.step) == 0
+  assert describe(state.replace(frozen={})) == described == step.abstract(variables, key)
+  assert bool(state.ema) == bool(ema_decay)
+  jax.tree.map(np.testing.assert_array_equal, state.ema or variables, variables)
+  assert optax.tree.norm(optax.tree.get(state.opt_state, "mu")) == 0.0
+
+
 def test_compiles_once(rng, loss_fn, make_rows, make_state):
   step, state = make_train_step(loss_fn, optax.adam(0.1), accumulation=2), make_state()
   assert step.compilations() == 0

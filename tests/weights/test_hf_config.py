@@ -8,6 +8,7 @@ import pytest
 
 from dpr_jax.errors import UserError
 from dpr_jax.models import ModelConfig, Rope
+from dpr_jax.models.config import COMPUTATION
 from dpr_jax.weights import hf_config
 from dpr_jax.weights.families import FAMILIES
 from dpr_jax.weights.hf_config import canonical, family_of, from_hf, to_hf
@@ -309,3 +310,10 @@ def test_a_random_model_exports_as_llama():
   with pytest.raises(UserError, match="qkv_bias"):
     to_hf(cfg, FAMILIES["qwen2"])
   assert hf_config.family_of(cfg).architecture == "LlamaForCausalLM"
+
+
+def test_how_a_model_is_computed_does_not_matter_to_its_export():
+  cfg = ModelConfig(vocab_size=64)
+  how = dict(dtype="bfloat16", scan_layers=False, remat="dots", attention="xla", logits_budget=2.0)
+  assert set(how) == set(COMPUTATION)
+  assert to_hf(dataclasses.replace(cfg, **how)) == to_hf(cfg)

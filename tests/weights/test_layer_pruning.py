@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpr_jax import sharding
-from dpr_jax.config import ModelSection, default_config, resolve, shrink
+from dpr_jax.config import ModelSection, debug_config, default_config, resolve
 from dpr_jax.errors import UserError
 from dpr_jax.loading import base_variables
 from dpr_jax.models import ModelConfig
@@ -78,4 +78,4 @@ def test_a_plan_has_the_layers_that_are_kept():
     resolve(config)
   config.model.pretrained = "somewhere"
   assert planned_model(resolve(config)).num_layers == 3
-  assert shrink(config).model.keep_layers == 0
+  assert debug_config(config).model.keep_layers == 0

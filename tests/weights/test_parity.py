@@ -94,7 +94,7 @@ def test_gradients_of_the_mean_log_prob(reference, rng, case):
   tokens = rng.integers(3, V, (2, T))
 
   def loss(params):
-    out = token_logprobs(Transformer(cfg), {"params": params}, jnp.asarray(tokens), chunk_size=8)
+    out = token_logprobs(Transformer(cfg), {"params": params}, jnp.asarray(tokens))
     return jnp.mean(out.logp[:, 1:])
 
   value, grads = jax.jit(jax.value_and_grad(loss))(params)

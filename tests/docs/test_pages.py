@@ -1,0 +1,120 @@
+"""The pages name what is there: paths, modules, links, fields and flags."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import shlex
+
+import pytest
+from absl import flags
+
+from dpr_jax import main as entry_point
+from dpr_jax.config import reference_page
+from dpr_jax.config.run_config import RunConfig
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Flags without a config file: what the page writes about them alone.
+_OTHERS = ("score", "generate", "export", "evaluate")
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+
+
+def code(page: pathlib.Path) -> list[str]:
+  """Fenced blocks, indented blocks and code spans, with broken lines joined."""
+  text = page.read_text()
+  fenced = re.findall(r"^```\w*[^\n]*\n(.*?)^```", text, re.M | re.S)
+  text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+  indented = re.findall(r"(?:^    .*\n)+", text, re.M)
+  spans = [" ".join(s.split()) for s in re.findall(r"`([^`]+)`", text)]
+  return [re.sub(r"\s*\\\n\s*", " ", x) for x in (*fenced, *indented)] + spans
+
+
+@pages
+def test_paths_exist(page):
+  top = "|".join(p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith("."))
+  rooms = "|".join(p.name for p in (ROOT / "dpr_jax").iterdir() if p.is_dir())
+  for text in code(page):
+    # A path of the repository, or of the package where the page leaves dpr_jax/ out.
+    for path in re.findall(rf"(?<![\w/.@=]|\{{)((?:{top})/[\w./]*\w)", text):
+      assert (ROOT / path).exists(), path
+    for path in re.findall(rf"(?<![\w/.@=]|\{{)((?:{rooms})/[a-z0-9_]+\.(?:py|j2))\b", text):
+      assert (ROOT / "dpr_jax" / path).exists() or (ROOT / path).exists(), path
+
+
+@pages
+def test_links_lead_somewhere(page):
+  for target in re.findall(r"\]\(([^)#\s]*)(?:#[\w-]*)?\)", page.read_text()):
+    assert "://" in target or not target or (page.parent / target).exists(), target
+
+
+@pages
+def test_modules_exist(page):
+  for name in re.findall(r"python -m ((?:dpr_jax|benchmarks)[\w.]*)", "\n".join(code(page))):
+    if name == "dpr_jax.evaluate":
+      pytest.importorskip(name)
+    assert importlib.util.find_spec(name), name
+
+
+def commands(page: pathlib.Path) -> list[list[str]]:
+  """Words of each line of code that sets fields of a config."""
+  lines = [line for text in code(page) for line in text.splitlines() if "--config" in line]
+  return [shlex.split(line.partition("#")[0].replace("&& python", "; python")) for line in lines]
+
+
+@pages
+def test_config_flags_are_fields(page, monkeypatch):
+  if page.name == "extending.md":
+    return  # `test_extending` runs it, with the fields that it adds.
+  monkeypatch.chdir(ROOT)
+  for words in commands(page):
+    given = [re.sub(r"\$\S*$", "", w) for w in words if re.match(r"--config(\.[\w.]+)?=", w)]
+    given = [w.removesuffix(":corrupt=") for w in given if not re.search(r"FIELD|=KIND", w)]
+    fields = [w for w in given if w.startswith("--config.")]
+    file = [w for w in given if w.startswith("--config=configs/") and "NAME" not in w]
+    if fields or file:
+      entry_point.parse([*(file or ["--config=configs/smoke.py"]), *fields, "--workdir=x"])
+
+
+@pages
+def test_flags_of_other_entry_points_exist(page):
+  for line in "\n".join(code(page)).splitlines():
+    match = re.search(rf"python -m dpr_jax\.({'|'.join(_OTHERS)})\b(.*)", line)
+    if not match:
+      continue
+    values = flags.FlagValues()
+    pytest.importorskip(f"dpr_jax.{match[1]}").define(values)
+    for name in re.findall(r"--(\w+)", match[2].partition("#")[0]):
+      assert name in values, f"{match[1]} --{name}"
+
+
+def test_the_configuration_page_is_up_to_date():
+  path = ROOT / "docs" / "configuration.md"
+  made = reference_page.page()
+  assert path.read_text() == made, f"python -m dpr_jax.config.reference_page {path}"
+
+
+def test_every_field_has_a_meaning():
+  rows = re.findall(r"^\| `(\w+)`.*?\|.*?\| (.*?) \|", reference_page.page(), re.M)
+  assert len(rows) > 100
+  assert not [name for name, meaning in rows if not meaning.strip()]
+
+
+def test_every_field_of_a_run_is_on_the_page():
+  text = reference_page.page()
+  for field in dataclasses.fields(RunConfig):
+    assert f"`{field.name}`" in text or f"config.{field.name}" in text, field.name
+
+
+def test_a_comment_where_a_field_is_declared_is_its_meaning():
+  @dataclasses.dataclass
+  class Sized:
+    """A size."""
+
+    width: int = 3  # columns, all of them.
+    # Not of a field.
+    height: int = 4
+
+  found = {f.name: reference_page.meaning(Sized, f) for f in dataclasses.fields(Sized)}
+  assert found == {"width": "columns, all of them", "height": ""}
