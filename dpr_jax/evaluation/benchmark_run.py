@@ -179,8 +179,8 @@ class BenchmarkRun:
       new = len(self.demonstrated[i]) if likelihood else self.max_new_tokens
       if len(prompt) + new > limit:
         what = f"a response of {new}" if likelihood else f"--max_new_tokens={new}"
-        raise UserError(f"{demo.source}: a prompt of {len(prompt)} tokens and {what} exceed the "
-                        f"{limit} that the model was made for")
+        raise UserError(f"{demo.source or f'prompt {i + 1}'}: a prompt of {len(prompt)} tokens and "
+                        f"{what} exceed the {limit} that the model was made for")
     if self.stop_strings:
       _ = self._responder.stops  # Made here, where nothing is written yet.
 
@@ -250,8 +250,8 @@ class BenchmarkRun:
     scores |= {name: float(metric.score(line)) for name, metric in self.metrics.items()}
     for name, value in scores.items():
       if not math.isfinite(value):
-        raise UserError(f"{demo.source}: {name} of the response {text[:40]!r} is {value}; a score "
-                        "must be a finite number")
+        raise UserError(f"prompt {index + 1}: {name} of the response {text[:40]!r} is {value}; a "
+                        "score must be a finite number")
     return {**line, "scores": scores}
 
   def results(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

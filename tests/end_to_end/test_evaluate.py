@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from dpr_jax import cli, evaluate
+from dpr_jax import cli, evaluate, generate
 from dpr_jax.data.tasks import verify
 from dpr_jax.evaluation.benchmark_run import EvaluationFolder
 from dpr_jax.evaluation.responses import Responder
@@ -83,6 +83,23 @@ def test_samples_are_scored_and_averaged_over_prompts(model, tmp_path, capsys):
   assert {"accuracy", "length", "words", "pass@2", "pass@3"} <= set(found["metrics"])
   assert found["columns"]["words"]["label"] == "Words"
   assert "Words" in capsys.readouterr().out
+
+
+def test_greedy_responses_are_those_of_generate(model, data, tmp_path):
+  given = [f"--model={model}", "--max_new_tokens=12", "--temperature=0"]
+  run = lambda door, *argv: cli.run_entry_point(door.main, [*given, *argv])
+  run(generate, f"--input={data}", f"--output={tmp_path}/out.jsonl")
+  whole = read_lines(tmp_path / "out.jsonl")
+  # Random bytes are rarely text: a character that is.
+  stop = next(c for r in whole for c in r["response"][1:] if c.isascii() and c not in "<|>")
+  for name, stops in (("free", []), ("stopped", [f"--stop={stop}"])):
+    run(evaluate, "--benchmark=exact", f"--data={data}", f"--output={tmp_path / name}", *stops)
+  free, cut = lines(tmp_path / "free"), lines(tmp_path / "stopped")
+  for a, b, stopped in zip(whole, free, cut, strict=True):
+    assert {k: b[k] for k in a if k in b} == {k: a[k] for k in a if k in b}
+    assert stopped["response"] == b["response"].partition(stop)[0]
+    assert stopped["hit_eos"] == (stop in b["response"] or b["hit_eos"])
+  assert any(stop in r["response"] for r in free)
 
 
 def test_a_benchmark_of_a_users_file_has_its_fields_as_flags(model, data, tmp_path):
@@ -274,10 +291,11 @@ def test_worked_examples_and_stop_strings_reach_the_model(model, tmp_path, monke
 
 def test_a_stage_answers_as_in_the_evaluation_of_its_run(finished_run, tmp_path):
   workdir, out = finished_run[0], tmp_path / "out"
-  record = json.loads((workdir / "config.json").read_text())["config"]["eval"]
+  config = json.loads((workdir / "config.json").read_text())["config"]
+  record, tasks = config["eval"], ",".join(config["data"]["tasks"])
   call(f"--model={workdir}/sft", "--benchmark=tasks", f"--output={out}",
        f"--max_prompts={record['num_prompts']}", f"--max_new_tokens={record['max_new_tokens']}",
-       f"--batch_size={record['batch_size']}")
+       f"--batch_size={record['batch_size']}", f"--benchmark.tasks={tasks}")
   inside = [r for r in read_lines(workdir / "samples" / "sft.jsonl") if r["mode"] == "greedy"]
   assert len(inside) == len(lines(out)) == 32
   for a, b in zip(lines(out), inside, strict=True):
@@ -304,6 +322,8 @@ BAD = {
     "bad line": ({"data": "{bad}"}, "bad.jsonl:2: malformed JSON"),
     "no such field": ({"benchmark.shots": "1"}, "benchmark.shots"),
     "field": ({"benchmark": "gsm8k", "benchmark.shots": "-1"}, "--benchmark.shots=-1 is out of"),
+    "choices": ({"benchmark": "tasks", "benchmark.tasks": "add,dance", "data": None},
+                "--benchmark.tasks='dance' is not one of add"),
     "fields": ({"benchmark": "gsm8k", "benchmark.shots": "1"}, "--benchmark: shots=1 and shots_fi"),
     "too long": ({"max_new_tokens": "500"}, "data.jsonl:1: a prompt of 9 tokens and --max_new_tok"),
     "greedy samples": ({"samples": "2", "temperature": "0"}, "--samples=2: greedy"),

@@ -147,6 +147,11 @@ def test_tasks_makes_heldout_prompts_and_more_of_them_append():
   assert many[:20] == few and len(many) == 50
   assert all(is_heldout(d.prompt[-1]["content"]) for d in many)
   assert all(Tasks().score(d, d.response)["accuracy"] for d in many)
+  # Naming tasks changes nothing of their prompts.
+  named = Tasks(tasks=("sort", "add")).read("", 8)
+  for task in ("sort", "add"):
+    alone, among = ([d.messages for d in x if d.task == task] for x in (named, many))
+    assert alone == among[:4] and len(alone) == 4
 
 
 def test_perplexity_of_all_responses_weighs_tokens(rng):
@@ -169,10 +174,13 @@ def test_perplexity_of_all_responses_weighs_tokens(rng):
 
 
 def test_a_run_refuses_a_benchmark_that_cannot_judge_it():
-  for kind, message in (("perplexity", "needs a benchmark with accuracy"), ("gsm8k", "shots=1")):
+  for benchmark, message in (
+      (Perplexity(), "needs a benchmark with accuracy"),
+      (GSM8K(shots=1, shots_file="train.jsonl"), "shots=1"),
+      (Tasks(tasks=("add",)), "config.data.tasks"),
+  ):
     config = default_config()
-    fields = {"shots": 1, "shots_file": "train.jsonl"} if kind == "gsm8k" else {}
-    config.eval.benchmark = kinds("dpr_jax.evaluation.benchmarks")[kind](**fields)
+    config.eval.benchmark = benchmark
     with pytest.raises(UserError, match=f"config.eval.benchmark: .*{message}"):
       resolve(config)
 
