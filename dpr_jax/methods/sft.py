@@ -33,8 +33,8 @@ def fine_tune(
     keep_steps: tuple[int, ...] = (),
     ema_decay: float = 0.0,
 ) -> None:
-  """Trains from the initial variables on `rows`, with config.sft but for `steps`."""
-  section = dataclasses.replace(run.config.sft, steps=steps)
+  """Trains from the initial variables on `rows`, with config.sft but for its steps and what stays."""
+  section = dataclasses.replace(run.config.sft, steps=steps, milestones=())
 
   def build():
     step = make_sft_step(run.model, section, ema_decay)
