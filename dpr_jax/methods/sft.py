@@ -33,7 +33,7 @@ def fine_tune(
     keep_steps: tuple[int, ...] = (),
     ema_decay: float = 0.0,
 ) -> None:
-  """Trains from the initial variables on `rows`, with config.sft but for its steps and what stays."""
+  """Trains from the initial variables on `rows` as config.sft says, but for `steps`."""
   section = dataclasses.replace(run.config.sft, steps=steps, milestones=())
 
   def build():
