@@ -1,9 +1,10 @@
-"""Model families: the meaning of each `model_type` in a config.json.
+"""Model families: what each `model_type` of a config.json means, and how llama.cpp stores it.
 
-There is one record per family, and lists of the config.json fields that may be ignored.
-`hf_config.py` converts between config.json and `ModelConfig`; `names.py` has the tensor names.
+A family is one record of facts, and no other module knows its name: `hf_config.py` and `gguf.py`
+convert to and from `ModelConfig` by the facts, `names.py` has the tensor names. A record of your
+own is added as `FAMILIES["mine"] = Family("mine", "MineForCausalLM", ...)`.
 
-Source of field meanings and defaults: the configuration classes of transformers 5.
+Sources: the configuration classes of transformers 5, and llama.cpp's src/llama-model.cpp.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dpr_jax.errors import UserError
-from dpr_jax.models.config import GLOBAL, LOCAL
+from dpr_jax.models.config import LOCAL, ModelConfig, Rope
 
 Fields = Mapping[str, Any]
 
@@ -54,7 +55,7 @@ NEUTRAL: Fields = {
     "auto_map": (),
 }
 
-# Fields that every family reads.
+# Fields that every family reads, and the defaults of Llama.
 COMMON = frozenset(
     """
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
@@ -62,114 +63,6 @@ COMMON = frozenset(
     rope_theta rope_scaling rope_parameters layer_types
     """.split()
 )
-
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-KINDS = {"full_attention": GLOBAL, "sliding_attention": LOCAL}
-ROPE_FIELDS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """How the config.json of one `model_type` represents a `ModelConfig`."""
-
-  model_type: str
-  architecture: str  # class name in transformers.
-  layer_types: Callable[[Fields], tuple[list[str], int]]  # -> default types, window (0: none).
-  fields: frozenset[str]  # fields that are read in addition to COMMON.
-  defaults: Fields  # of absent fields, if they differ from Llama's.
-  activation: str = "hidden_act"
-  qkv_bias: bool = False
-  qk_norm: bool = False
-  gemma: bool = False  # sandwich norms, (1 + w), scaled embeddings, two ropes.
-
-
-def _llama_layers(f: Fields) -> tuple[list[str], int]:
-  return ["full_attention"] * f["num_hidden_layers"], 0
-
-
-def _mistral_layers(f: Fields) -> tuple[list[str], int]:
-  window = f["sliding_window"] or 0
-  return ["sliding_attention" if window else "full_attention"] * f["num_hidden_layers"], window
-
-
-def _qwen_layers(f: Fields) -> tuple[list[str], int]:
-  window = (f["sliding_window"] or 0) if f["use_sliding_window"] else 0
-  local = [bool(window) and i >= f["max_window_layers"] for i in range(f["num_hidden_layers"])]
-  return ["sliding_attention" if x else "full_attention" for x in local], window
-
-
-def _gemma_layers(f: Fields) -> tuple[list[str], int]:
-  period = f.get("sliding_window_pattern") or f.get("_sliding_window_pattern") or 6
-  local = [i % period != 0 for i in range(1, f["num_hidden_layers"] + 1)]
-  return ["sliding_attention" if x else "full_attention" for x in local], f["sliding_window"] or 0
-
-
-_QWEN_DEFAULTS = {
-    "sliding_window": 4096,
-    "use_sliding_window": False,
-    "max_window_layers": 28,
-    "max_position_embeddings": 32768,
-}
-_QWEN_FIELDS = frozenset(
-    "hidden_act sliding_window use_sliding_window max_window_layers".split()
-)
-
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family("llama", "LlamaForCausalLM", _llama_layers, frozenset({"hidden_act"}), {}),
-        Family(
-            "mistral",
-            "MistralForCausalLM",
-            _mistral_layers,
-            frozenset({"hidden_act", "sliding_window"}),
-            {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
-        ),
-        Family(
-            "qwen2", "Qwen2ForCausalLM", _qwen_layers, _QWEN_FIELDS, _QWEN_DEFAULTS, qkv_bias=True
-        ),
-        Family(
-            "qwen3",
-            "Qwen3ForCausalLM",
-            _qwen_layers,
-            _QWEN_FIELDS,
-            {**_QWEN_DEFAULTS, "head_dim": 128},
-            qk_norm=True,
-        ),
-        Family(
-            "gemma3_text",
-            "Gemma3ForCausalLM",
-            _gemma_layers,
-            frozenset(
-                """
-                hidden_activation sliding_window sliding_window_pattern _sliding_window_pattern
-                query_pre_attn_scalar rope_local_base_freq
-                """.split()
-            ),
-            {
-                "vocab_size": 262208,
-                "num_attention_heads": 8,
-                "num_key_value_heads": 4,
-                "head_dim": 256,
-                "max_position_embeddings": 131072,
-                "tie_word_embeddings": True,
-                "sliding_window": 4096,
-                "query_pre_attn_scalar": 256,
-                "rope_theta": 1_000_000.0,
-                "rope_local_base_freq": 10_000.0,
-            },
-            activation="hidden_activation",
-            qk_norm=True,
-            gemma=True,
-        ),
-    )
-}
 LLAMA_DEFAULTS: Fields = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
@@ -178,11 +71,167 @@ LLAMA_DEFAULTS: Fields = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class GGUFFacts:
+  """How llama.cpp stores a family."""
+
+  architecture: str  # value of general.architecture.
+  interleaved: bool = False  # rows of q and k are interleaved for ggml's rope.
+  absent: Fields = dataclasses.field(default_factory=dict)  # values of keys that a file may lack.
+  fields: Callable[[Fields], Fields] = lambda f: {}  # keys -> further fields of config.json.
+  # SentencePiece: prefix of architectures that keep runs of spaces and order merges by id.
+  raw_spaces: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """How the config.json of one `model_type` represents a `ModelConfig`."""
+
+  model_type: str
+  architecture: str  # class name in transformers.
+  gguf: GGUFFacts | None = None  # None: llama.cpp has no architecture of its own for it.
+  multimodal: str | None = None  # model_type of configs whose text_config is of this family.
+
+  # Fields of ModelConfig that have the same value in every model of the family.
+  sandwich_norm: bool = False
+  qk_norm: bool = False
+  qkv_bias: bool = False
+  norm_unit_offset: bool = False
+  scaled_embeddings: bool = False  # embed_scale is sqrt(hidden_size), else 1.
+
+  # Reading. Fields other than COMMON, `activation` and the keys of `defaults` are refused.
+  defaults: Fields = dataclasses.field(default_factory=dict)  # where they differ from Llama's.
+  activation: str = "hidden_act"  # name of this field.
+  query_scalar: str | None = None  # name of the field x, where query_scale is x ** -0.5.
+  local_theta: str | None = None  # name of the rope theta of local layers, where they have one.
+  is_local: Callable[[Fields, int], bool] = lambda f, i: False  # layer i; without layer_types.
+  mixes_layers: bool = False  # layer_types may differ from `is_local`.
+
+  # Writing, in addition to the fields of every family.
+  constants: Fields = dataclasses.field(default_factory=dict)
+  write: Callable[[ModelConfig, list[str]], Fields] = lambda cfg, types: {}  # of a canonical cfg.
+
+  def fixed(self, hidden_size: int) -> dict[str, Any]:
+    """Returns the fields of ModelConfig that the family decides, the most distinctive first."""
+    names = ("sandwich_norm", "qk_norm", "qkv_bias", "norm_unit_offset")
+    scale = hidden_size**0.5 if self.scaled_embeddings else 1.0
+    return {**{name: getattr(self, name) for name in names}, "embed_scale": scale}
+
+  def differences(self, cfg: ModelConfig) -> list[bool]:
+    """Returns for each fact whether a canonical `cfg` differs; the smallest list fits best."""
+    differs = [getattr(cfg, name) != x for name, x in self.fixed(cfg.hidden_size).items()]
+    return [*differs, LOCAL in cfg.layer_pattern and "sliding_window" not in self.defaults]
+
+
+def local_rope(cfg: ModelConfig) -> Rope:
+  """Returns the rope of the local layers of a canonical `cfg`, or the default if it has none."""
+  return cfg.rope_of(LOCAL) if cfg.window else Rope()
+
+
+def _is_local_qwen(f: Fields, i: int) -> bool:
+  return f["use_sliding_window"] and bool(f["sliding_window"]) and i >= f["max_window_layers"]
+
+
+def _write_qwen(cfg: ModelConfig, types: list[str]) -> Fields:
+  return {
+      "use_sliding_window": bool(cfg.window),
+      "sliding_window": cfg.window or None,
+      "max_window_layers": types.index("sliding_attention") if cfg.window else cfg.num_layers,
+      "layer_types": types,
+  }
+
+
+def _is_local_gemma(f: Fields, i: int) -> bool:
+  return (i + 1) % (f["sliding_window_pattern"] or f["_sliding_window_pattern"] or 6) != 0
+
+
+def _write_gemma(cfg: ModelConfig, types: list[str]) -> Fields:
+  return {
+      "layer_types": types,
+      "sliding_window": cfg.window or 4096,
+      "query_pre_attn_scalar": round((cfg.query_scale or cfg.head_dim**-0.5) ** -2),
+      "rope_local_base_freq": local_rope(cfg).theta,
+      "attn_logit_softcapping": None,
+      "final_logit_softcapping": None,
+  }
+
+
+def _gemma_from_gguf(f: Fields) -> Fields:
+  # Only the 27B model (62 layers) has a query scale that does not follow from its head_dim.
+  share = f["embedding_length"] // f["attention.head_count"]
+  fields = {
+      "query_pre_attn_scalar": share if f["block_count"] == 62 else f["attention.key_length"],
+      "sliding_window": f.get("attention.sliding_window"),
+      "rope_local_base_freq": f["rope.freq_base_swa"],
+  }
+  pattern = f["attention.sliding_window_pattern"]
+  if not isinstance(pattern, list):
+    return fields | {"sliding_window_pattern": pattern}
+  types = ["sliding_attention" if local else "full_attention" for local in pattern]
+  return fields | {"layer_types": types}
+
+
+_QWEN_DEFAULTS: Fields = {
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+    "max_position_embeddings": 32768,
+}
+# A model that fits several families is written as the first of them.
+_FAMILIES = (
+    Family(
+        "llama", "LlamaForCausalLM", GGUFFacts("llama", interleaved=True),
+        constants={"attention_bias": False, "mlp_bias": False},
+    ),
+    Family(
+        "mistral", "MistralForCausalLM",
+        defaults={
+            "sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        },
+        is_local=lambda f, i: bool(f["sliding_window"]),
+        write=lambda cfg, types: {"sliding_window": cfg.window or None},
+    ),
+    Family(
+        "qwen2", "Qwen2ForCausalLM", GGUFFacts("qwen2"), qkv_bias=True,
+        defaults=_QWEN_DEFAULTS, is_local=_is_local_qwen, mixes_layers=True, write=_write_qwen,
+    ),
+    Family(
+        "qwen3", "Qwen3ForCausalLM", GGUFFacts("qwen3"), qk_norm=True,
+        defaults={**_QWEN_DEFAULTS, "head_dim": 128}, is_local=_is_local_qwen, mixes_layers=True,
+        constants={"attention_bias": False}, write=_write_qwen,
+    ),
+    Family(
+        "gemma3_text", "Gemma3ForCausalLM",
+        GGUFFacts(
+            "gemma3", fields=_gemma_from_gguf, raw_spaces="gemma",
+            absent={
+                "attention.key_length": 256, "attention.sliding_window_pattern": 6,
+                "rope.freq_base": 1_000_000.0, "rope.freq_base_swa": 10_000.0,
+            },
+        ),
+        multimodal="gemma3",
+        sandwich_norm=True, qk_norm=True, norm_unit_offset=True, scaled_embeddings=True,
+        defaults={
+            "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4,
+            "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+            "max_position_embeddings": 131072, "tie_word_embeddings": True,
+            "sliding_window": 4096, "sliding_window_pattern": None,
+            "_sliding_window_pattern": None, "query_pre_attn_scalar": 256,
+            "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0,
+        },
+        activation="hidden_activation", query_scalar="query_pre_attn_scalar",
+        local_theta="rope_local_base_freq", is_local=_is_local_gemma, mixes_layers=True,
+        constants={"attention_bias": False}, write=_write_gemma,
+    ),
+)
+FAMILIES = {family.model_type: family for family in _FAMILIES}
+
+
 def family_named(model_type: Any, where: str = "config.json") -> Family:
   """Returns the family of a `model_type`; raises UserError with the known ones if unknown."""
   if not isinstance(model_type, str) or model_type not in FAMILIES:
+    known = {*FAMILIES, *(family.multimodal for family in FAMILIES.values())} - {None}
     raise UserError(
-        f"{where}: model_type={model_type!r} is not implemented; known: gemma3, "
-        f"{', '.join(sorted(FAMILIES))}"
+        f"{where}: model_type={model_type!r} is not implemented; known: {', '.join(sorted(known))}"
     )
   return FAMILIES[model_type]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dpr_jax.errors import UserError
+from dpr_jax.weights.families import FAMILIES
 
 if TYPE_CHECKING:
   from tokenizers import Tokenizer
@@ -69,11 +70,10 @@ def build(metadata: Mapping[str, Any], where: str) -> "PreTrainedTokenizerFast":
       )
     backend, add_bos = _byte_level(tokens, get("merges"), pre, where), _PRE[pre][3]
   elif model == "llama":
-    gemma = str(metadata.get("general.architecture")).startswith("gemma")
-    prefix = get("add_space_prefix", not gemma)
-    backend = _sentencepiece(
-        tokens, get("scores"), gemma, prefix, get("unknown_token_id"), where
-    )
+    prefixes = tuple(x.gguf.raw_spaces for x in FAMILIES.values() if x.gguf and x.gguf.raw_spaces)
+    raw_spaces = str(metadata.get("general.architecture")).startswith(prefixes)
+    prefix, unknown = get("add_space_prefix", not raw_spaces), get("unknown_token_id")
+    backend = _sentencepiece(tokens, get("scores"), raw_spaces, prefix, unknown, where)
     add_bos = True
   else:
     raise UserError(
@@ -118,16 +118,12 @@ def _byte_level(tokens: list[str], merges: Any, pre: str, where: str) -> "Tokeni
   pairs = [tuple(merge.split(" ", 1)) for merge in merges]
   vocab = {token: i for i, token in enumerate(tokens)}
   backend = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=ignore_merges))
-  byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split in (None, "digits"))
+  steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split in (None, "digits"))]
   if split == "digits":
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), byte_level]
-    )
-  elif split is None:
-    backend.pre_tokenizer = byte_level
-  else:
-    isolated = pre_tokenizers.Split(Regex(split), behavior="isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([isolated, byte_level])
+    steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+  elif split is not None:
+    steps.insert(0, pre_tokenizers.Split(Regex(split), behavior="isolated"))
+  backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
   if nfc:
     backend.normalizer = normalizers.NFC()
   backend.decoder = decoders.ByteLevel()
@@ -135,7 +131,7 @@ def _byte_level(tokens: list[str], merges: Any, pre: str, where: str) -> "Tokeni
 
 
 def _sentencepiece(
-    tokens: list[str], scores: Any, gemma: bool, prefix: bool, unknown: int | None, where: str
+    tokens: list[str], scores: Any, raw_spaces: bool, prefix: bool, unknown: int | None, where: str
 ) -> "Tokenizer":
   """SentencePiece BPE: U+2581 for spaces, byte fallback tokens, and merges derived from scores."""
   from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -143,7 +139,7 @@ def _sentencepiece(
   if not isinstance(scores, list) or len(scores) != len(tokens):
     raise UserError(f"{where}: tokenizer.ggml.scores must have one score per token")
   space = "\u2581"
-  if gemma:
+  if raw_spaces:
     # Runs of spaces are stored as spaces, and merges are ordered by id instead of by score.
     tokens = [space * len(t) if t and not t.strip(" ") else t for t in tokens]
     scores = [-i for i in range(len(tokens))]
@@ -158,13 +154,11 @@ def _sentencepiece(
       )
   )
   decode = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()]
-  replace = normalizers.Replace(" ", space)
+  backend.normalizer = replace = normalizers.Replace(" ", space)
   if prefix:
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(space), replace])
     decode.append(decoders.Strip(" ", 1, 0))
-  else:
-    backend.normalizer = replace
-  if gemma:
+  if raw_spaces:
     backend.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
   backend.decoder = decoders.Sequence(decode)
   return backend

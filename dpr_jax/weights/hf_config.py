@@ -12,21 +12,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpr_jax.errors import UserError
-from dpr_jax.models.config import LOCAL, ModelConfig, Rope, pattern_of
-from dpr_jax.weights.families import (
-    ACTIVATIONS,
-    COMMON,
-    FAMILIES,
-    IRRELEVANT,
-    KINDS,
-    LLAMA_DEFAULTS,
-    NEUTRAL,
-    ROPE_FIELDS,
-    Family,
-    Fields,
-    family_named,
-)
+from dpr_jax.models.config import GLOBAL, LOCAL, ModelConfig, Rope, pattern_of
+from dpr_jax.weights import families
+from dpr_jax.weights.families import FAMILIES, Family, Fields
 
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+KINDS = {"full_attention": GLOBAL, "sliding_attention": LOCAL}
+# rope_type -> its parameters, each with its field of `Rope`.
+ROPE_FIELDS = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_max_length",
+    },
+}
+# Sizes in config.json -> fields of ModelConfig.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "mlp_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_length",
+}
 MAX_LAYERS = 10_000  # A larger number is damage, and its list of layers would exhaust the memory.
 
 
@@ -56,25 +69,17 @@ def _rope(params: Fields, theta: float, max_length: int, where: str) -> Rope:
         f"{where}: rope scaling rope_type={kind!r} is not implemented; known: "
         f"{', '.join(ROPE_FIELDS)}"
     )
-  known = {"rope_theta", "rope_type", "type", "original_max_position_embeddings"}
-  known |= {*ROPE_FIELDS[kind]}
+  common = {"rope_theta", "rope_type", "type", "original_max_position_embeddings"}
   for name, value in params.items():
-    if name not in known and not (name == "partial_rotary_factor" and value in (None, 1)):
+    unused = name == "partial_rotary_factor" and value in (None, 1)
+    if name not in common and name not in ROPE_FIELDS[kind] and not unused:
       raise UserError(
           f"{where}: rope scaling {name}={value!r} is not implemented for rope_type={kind!r}"
       )
-  rope = Rope(theta=_number(params, "rope_theta", where, float))
-  if kind == "default":
-    return rope
-  rope = dataclasses.replace(rope, scaling=kind, factor=_number(params, "factor", where, float))
-  if kind == "linear":
-    return rope
-  rope = dataclasses.replace(
-      rope,
-      low_freq_factor=_number(params, "low_freq_factor", where, float),
-      high_freq_factor=_number(params, "high_freq_factor", where, float),
-      original_max_length=_number(params, "original_max_position_embeddings", where),
-  )
+  rope = Rope(_number(params, "rope_theta", where, float), "none" if kind == "default" else kind)
+  for name, ours in ROPE_FIELDS[kind].items():
+    value = _number(params, name, where, type(getattr(rope, ours)))
+    rope = dataclasses.replace(rope, **{ours: value})
   if rope.high_freq_factor <= rope.low_freq_factor:
     raise UserError(
         f"{where}: rope scaling high_freq_factor={rope.high_freq_factor} must exceed "
@@ -94,7 +99,7 @@ def _ropes(family: Family, f: Fields, max_length: int, where: str) -> tuple[Rope
       raise UserError(f"{where}: {name}={f[name]!r} must be an object or null")
   theta, scaling = f["rope_theta"], f.get("rope_scaling") or {}
   params = f.get("rope_parameters") or {}
-  if not family.gemma:
+  if family.local_theta is None:
     return _rope(scaling or params, theta, max_length, where), None
   for name in params:
     if name not in KINDS:
@@ -102,21 +107,22 @@ def _ropes(family: Family, f: Fields, max_length: int, where: str) -> tuple[Rope
   full, sliding = params.get("full_attention") or {}, params.get("sliding_attention") or {}
   return (
       _rope({**full, **scaling}, theta, max_length, where),
-      _rope(sliding, f["rope_local_base_freq"], max_length, where),
+      _rope(sliding, f[family.local_theta], max_length, where),
   )
 
 
 def _refuse_unknown(family: Family, fields: Fields, where: str) -> None:
+  known = families.IRRELEVANT | families.COMMON | {family.activation, *family.defaults}
   for name, value in fields.items():
-    if name in IRRELEVANT or name in COMMON or name in family.fields:
+    if name in known:
       continue
-    if name not in NEUTRAL:
+    if name not in families.NEUTRAL:
       raise UserError(
           f"{where}: {name}={value!r} is not a known field of model_type={family.model_type!r} and "
           "could change what the model computes; remove it if it is irrelevant"
       )
-    if value is not None and value not in NEUTRAL[name]:
-      neutral = " or ".join([*(repr(v) for v in NEUTRAL[name]), "null"])
+    if value is not None and value not in families.NEUTRAL[name]:
+      neutral = " or ".join([*(repr(v) for v in families.NEUTRAL[name]), "null"])
       raise UserError(f"{where}: {name}={value!r} is not implemented; it must be {neutral}")
 
 
@@ -124,25 +130,19 @@ def from_hf(fields: Fields, where: str = "config.json") -> ModelConfig:
   """Converts the fields of a config.json to a ModelConfig.
 
   Args:
-    fields: the parsed file; of a multimodal `gemma3`, only `text_config` is used.
+    fields: the parsed file; of a multimodal config, only `text_config` is used.
     where: name of the file in error messages.
 
   Raises:
     UserError: the `model_type` is unknown, or a field is not implemented or has a bad value.
   """
-  if fields.get("model_type") == "gemma3":
-    text = fields.get("text_config")
-    if not isinstance(text, Mapping):
-      raise UserError(f"{where}: text_config must be an object in a config of model_type='gemma3'")
-    for name in ("quantization_config", "auto_map"):
-      if fields.get(name) is not None:
-        raise UserError(f"{where}: {name}={fields[name]!r} is not implemented; it must be null")
-    outer = {"tie_word_embeddings": fields.get("tie_word_embeddings")}
-    fields = {"model_type": "gemma3_text", **outer, **text}
-    where = f"{where} text_config"
-  family = family_named(fields.get("model_type"), where)
+  outer = fields.get("model_type")
+  for family in FAMILIES.values():
+    if outer is not None and family.multimodal == outer:
+      fields, where = _text_config(fields, family, where), f"{where} text_config"
+  family = families.family_named(fields.get("model_type"), where)
   _refuse_unknown(family, fields, where)
-  f = {**LLAMA_DEFAULTS, **family.defaults}
+  f = {**families.LLAMA_DEFAULTS, **family.defaults}
   # null means the default, except for a window, where it means no window.
   f |= {k: v for k, v in fields.items() if v is not None or k == "sliding_window"}
 
@@ -162,7 +162,7 @@ def from_hf(fields: Fields, where: str = "config.json") -> ModelConfig:
     f["head_dim"] = hidden // heads
   if size("head_dim") % 2:
     raise UserError(f"{where}: head_dim={f['head_dim']} must be even")
-  activation = f.get(family.activation, "gelu_pytorch_tanh" if family.gemma else "silu")
+  activation = f.get(family.activation, "silu")
   if activation not in ACTIVATIONS:
     raise UserError(
         f"{where}: {family.activation}={activation!r} is not implemented; known: "
@@ -171,59 +171,57 @@ def from_hf(fields: Fields, where: str = "config.json") -> ModelConfig:
   for name in ("sliding_window", "sliding_window_pattern", "_sliding_window_pattern"):
     if f.get(name) is not None:
       f[name] = size(name)
+  window = f.get("sliding_window") or 0
   if "use_sliding_window" in f:
-    _flag(f, "use_sliding_window", where)
+    window *= _flag(f, "use_sliding_window", where)
     _number(f, "max_window_layers", where, low=-1)
-  types, window = family.layer_types(f)
-  kinds = _layer_kinds(family, f, types, window, where)
+  kinds = _layer_kinds(family, f, window, where)
   rope, local_rope = _ropes(family, f, size("max_position_embeddings"), where)
-  query_scale = 0.0
-  if family.gemma and _number(f, "query_pre_attn_scalar", where, float) != f["head_dim"]:
-    query_scale = f["query_pre_attn_scalar"] ** -0.5
+  scalar = family.query_scalar and _number(f, family.query_scalar, where, float)
+  shape = {
+      **{ours: size(name) for name, ours in SIZES.items()},
+      "activation": ACTIVATIONS[activation],
+      "norm_eps": _number(f, "rms_norm_eps", where, float),
+      "tied_head": _flag(f, "tie_word_embeddings", where),
+      "query_scale": 0.0 if scalar in (None, f["head_dim"]) else scalar**-0.5,
+      "layer_pattern": pattern_of(kinds),
+      "window": window if LOCAL in kinds else 0,
+      "rope": rope,
+      "local_rope": local_rope if LOCAL in kinds else None,
+  }
   try:
-    return ModelConfig(
-        vocab_size=size("vocab_size"),
-        hidden_size=hidden,
-        mlp_size=size("intermediate_size"),
-        num_layers=f["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=size("num_key_value_heads"),
-        head_dim=size("head_dim"),
-        max_length=size("max_position_embeddings"),
-        activation=ACTIVATIONS[activation],
-        norm_eps=_number(f, "rms_norm_eps", where, float),
-        norm_unit_offset=family.gemma,
-        sandwich_norm=family.gemma,
-        qk_norm=family.qk_norm,
-        qkv_bias=family.qkv_bias,
-        tied_head=_flag(f, "tie_word_embeddings", where),
-        embed_scale=hidden**0.5 if family.gemma else 1.0,
-        query_scale=query_scale,
-        layer_pattern=pattern_of(kinds),
-        window=window if LOCAL in kinds else 0,
-        rope=rope,
-        local_rope=local_rope if LOCAL in kinds else None,
-    )
-  except UserError:
-    raise
+    return ModelConfig(**shape, **family.fixed(hidden))
   except ValueError as error:
     raise UserError(f"{where}: {error}") from None
 
 
-def _layer_kinds(family: Family, f: Fields, types: list[str], window: int, where: str) -> list[str]:
-  given = f.get("layer_types")
-  if given is None:
-    return [KINDS[t] for t in types]
-  if not isinstance(given, list) or len(given) != f["num_hidden_layers"]:
+def _text_config(fields: Fields, family: Family, where: str) -> Fields:
+  """Returns the part of a multimodal config that describes its text model."""
+  text = fields.get("text_config")
+  if not isinstance(text, Mapping):
     raise UserError(
-        f"{where}: layer_types must be a list of num_hidden_layers={f['num_hidden_layers']} entries"
+        f"{where}: text_config must be an object in a config of model_type={family.multimodal!r}"
     )
+  for name in ("quantization_config", "auto_map"):
+    if fields.get(name) is not None:
+      raise UserError(f"{where}: {name}={fields[name]!r} is not implemented; it must be null")
+  tied = fields.get("tie_word_embeddings")
+  return {"model_type": family.model_type, "tie_word_embeddings": tied, **text}
+
+
+def _layer_kinds(family: Family, f: Fields, window: int, where: str) -> list[str]:
+  layers, given = f["num_hidden_layers"], f.get("layer_types")
+  kinds = [LOCAL if family.is_local(f, i) else GLOBAL for i in range(layers)]
+  if given is None:
+    return kinds
+  if not isinstance(given, list) or len(given) != layers:
+    raise UserError(f"{where}: layer_types must be a list of num_hidden_layers={layers} entries")
   for kind in given:
     if kind not in KINDS:
       raise UserError(
           f"{where}: layer_types has {kind!r}, which is not implemented; known: {', '.join(KINDS)}"
       )
-  if family.model_type in ("llama", "mistral") and given != types:
+  if not family.mixes_layers and [KINDS[t] for t in given] != kinds:
     raise UserError(
         f"{where}: layer_types={given!r} is not implemented for model_type={family.model_type!r}"
     )
@@ -255,29 +253,16 @@ def canonical(cfg: ModelConfig) -> ModelConfig:
 
 
 def family_of(cfg: ModelConfig) -> Family:
-  """Returns the family that matches `cfg`; a Mistral without a window matches Llama."""
-  if cfg.sandwich_norm:
-    return FAMILIES["gemma3_text"]
-  if cfg.qk_norm:
-    return FAMILIES["qwen3"]
-  if cfg.qkv_bias:
-    return FAMILIES["qwen2"]
-  return FAMILIES["mistral" if LOCAL in canonical(cfg).layer_pattern else "llama"]
+  """Returns the first family that matches `cfg`, else the closest one, which `to_hf` refuses."""
+  cfg = canonical(cfg)
+  return min(FAMILIES.values(), key=lambda family: family.differences(cfg))
 
 
 def rope_to_hf(rope: Rope) -> dict[str, Any]:
   """Converts a Rope to a `rope_parameters` object."""
-  out = {"rope_type": "default" if rope.scaling == "none" else rope.scaling}
-  out["rope_theta"] = rope.theta
-  if rope.scaling != "none":
-    out["factor"] = rope.factor
-  if rope.scaling == "llama3":
-    out |= {
-        "low_freq_factor": rope.low_freq_factor,
-        "high_freq_factor": rope.high_freq_factor,
-        "original_max_position_embeddings": rope.original_max_length,
-    }
-  return out
+  kind = "default" if rope.scaling == "none" else rope.scaling
+  parameters = {name: getattr(rope, ours) for name, ours in ROPE_FIELDS[kind].items()}
+  return {"rope_type": kind, "rope_theta": rope.theta, **parameters}
 
 
 def to_hf(cfg: ModelConfig, family: Family | None = None) -> dict[str, Any]:
@@ -286,58 +271,29 @@ def to_hf(cfg: ModelConfig, family: Family | None = None) -> dict[str, Any]:
   Raises:
     UserError: no family, or not the given one, matches `cfg`.
   """
-  family = family or family_of(cfg)
-  wanted = canonical(cfg)
+  family, wanted = family or family_of(cfg), canonical(cfg)
   types = [next(t for t, kind in KINDS.items() if kind == k) for k in _kinds(wanted)]
   activation = next(name for name, ours in ACTIVATIONS.items() if ours == cfg.activation)
+  rope, parameters = rope_to_hf(cfg.rope), rope_to_hf(cfg.rope)
+  theta = rope.pop("rope_theta")
+  if family.local_theta is not None:
+    local = rope_to_hf(families.local_rope(wanted))
+    parameters = {"full_attention": parameters, "sliding_attention": local}
   fields = {
       "architectures": [family.architecture],
       "model_type": family.model_type,
-      "vocab_size": cfg.vocab_size,
-      "hidden_size": cfg.hidden_size,
-      "intermediate_size": cfg.mlp_size,
-      "num_hidden_layers": cfg.num_layers,
-      "num_attention_heads": cfg.num_heads,
-      "num_key_value_heads": cfg.num_kv_heads,
-      "head_dim": cfg.head_dim,
-      "max_position_embeddings": cfg.max_length,
+      **{name: getattr(cfg, ours) for name, ours in SIZES.items()},
       family.activation: activation,
       "rms_norm_eps": cfg.norm_eps,
       "tie_word_embeddings": cfg.tied_head,
       "attention_dropout": 0.0,
       "use_cache": True,
+      "rope_theta": theta,
+      "rope_scaling": None if cfg.rope.scaling == "none" else rope,
+      "rope_parameters": parameters,
+      **family.constants,
+      **family.write(wanted, types),
   }
-  rope = rope_to_hf(cfg.rope)
-  scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-  fields |= {
-      "rope_theta": cfg.rope.theta,
-      "rope_scaling": None if cfg.rope.scaling == "none" else scaling,
-      "rope_parameters": rope,
-  }
-  if family.model_type in ("llama", "qwen3", "gemma3_text"):
-    fields["attention_bias"] = False
-  if family.model_type == "llama":
-    fields["mlp_bias"] = False
-  if family.model_type == "mistral":
-    fields["sliding_window"] = wanted.window or None
-  if family.model_type in ("qwen2", "qwen3"):
-    fields |= {
-        "use_sliding_window": bool(wanted.window),
-        "sliding_window": wanted.window or None,
-        "max_window_layers": types.index("sliding_attention") if wanted.window else cfg.num_layers,
-        "layer_types": types,
-    }
-  if family.gemma:
-    local = wanted.local_rope or (cfg.rope if wanted.window else Rope())
-    fields |= {
-        "layer_types": types,
-        "sliding_window": wanted.window or 4096,
-        "query_pre_attn_scalar": round((cfg.query_scale or cfg.head_dim**-0.5) ** -2),
-        "rope_local_base_freq": local.theta,
-        "rope_parameters": {"full_attention": rope, "sliding_attention": rope_to_hf(local)},
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-    }
   _check_same(wanted, canonical(from_hf(fields)), family)
   return fields
 
