@@ -10,16 +10,13 @@ from dpr_jax.errors import UserError
 from dpr_jax.models import ModelConfig
 from dpr_jax.weights import gguf, hf
 from dpr_jax.weights import tokenizer as tokenizer_lib
+from dpr_jax.weights.hf import save_pretrained
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
 
 __all__ = [
-    "load_config",
-    "load_generation_config",
-    "load_pretrained",
-    "load_tokenizer",
-    "save_pretrained",
+    "load_config", "load_generation_config", "load_pretrained", "load_tokenizer", "save_pretrained",
 ]
 
 
@@ -67,9 +64,7 @@ def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
     UserError: there is none, or it has tokens for which the model has no embedding.
   """
   path = _path(path)
-  if path.is_file():
-    return tokenizer_lib.from_gguf(path)
-  return tokenizer_lib.from_folder(path)
+  return (tokenizer_lib.from_gguf if path.is_file() else tokenizer_lib.from_folder)(path)
 
 
 def load_generation_config(path: str | os.PathLike) -> dict[str, Any]:
@@ -81,34 +76,3 @@ def load_generation_config(path: str | os.PathLike) -> dict[str, Any]:
   if path.is_file():
     return tokenizer_lib.generation_from_gguf(path)
   return tokenizer_lib.generation_from_folder(path)
-
-
-def save_pretrained(
-    directory: str | os.PathLike,
-    cfg: ModelConfig,
-    params: Any,
-    tokenizer: Any = None,
-    generation_config: dict[str, Any] | None = None,
-    dtype: str | None = "float32",
-    family: str | None = None,
-) -> None:
-  """Writes a complete Hugging Face folder for transformers and `load_pretrained`.
-
-  Tensors are written one at a time, above 5 GB into several files with an index. Weights of an
-  earlier export in the folder are replaced. In a multi-process run all processes must call this
-  function; process 0 writes.
-
-  Args:
-    params: the parameter tree of `Transformer(cfg)`, on any mesh.
-    tokenizer: written with its chat template; provides the token ids.
-    generation_config: overrides, for example the result of `load_generation_config`.
-    dtype: of the stored tensors: "float32", "bfloat16", "float16", or None to keep theirs.
-    family: `model_type` to write, by default the family that matches `cfg`. A Mistral without a
-      sliding window is written as a Llama unless this is "mistral".
-
-  Raises:
-    UserError: no family, or not the given one, matches `cfg`; `params` do not belong to `cfg`;
-      or the tokenizer has more tokens than the embedding has rows.
-  """
-  directory = pathlib.Path(directory).expanduser()
-  hf.save_hf(directory, cfg, params, tokenizer, generation_config, dtype, family)

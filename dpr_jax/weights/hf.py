@@ -1,6 +1,7 @@
 """Reads and writes Hugging Face folders: parameters in safetensors files, and config.json."""
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -14,7 +15,7 @@ from dpr_jax.errors import UserError
 from dpr_jax.models import ModelConfig
 from dpr_jax.sharding import to_host
 from dpr_jax.weights import families, hf_config
-from dpr_jax.weights.names import TensorSpec, flatten, tensor_specs
+from dpr_jax.weights.names import flatten, tensor_specs
 from dpr_jax.weights.placement import check_names, fill_params
 from dpr_jax.weights.safetensors_file import SafetensorsFile, write_safetensors
 
@@ -63,13 +64,9 @@ class Folder:
     for file, names in _files(folder):
       for name in file.shapes if names is None else names:
         if name not in file.shapes:
-          raise UserError(
-              f"{file.path}: tensor {name!r} is missing, but {INDEX} lists it"
-          )
-        ours = name
-        for old, new in _PREFIXES.items():
-          if name.startswith(old):
-            ours = new + name.removeprefix(old)
+          raise UserError(f"{file.path}: tensor {name!r} is missing, but {INDEX} lists it")
+        old = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
+        ours = _PREFIXES.get(old, "") + name.removeprefix(old)
         if ours in self._place:
           raise UserError(f"{file.path}: tensor {ours!r} is stored twice")
         self._place[ours] = file, name
@@ -147,20 +144,20 @@ def _check_tied(source: Folder) -> None:
     )
 
 
-def _shards(specs: list[TensorSpec], dtypes: dict[str, np.dtype]) -> list[list[TensorSpec]]:
-  shards, size = [[]], 0
-  for spec in specs:
-    n = int(np.prod(spec.shape)) * dtypes[spec.name].itemsize
-    if shards[-1] and size + n > SHARD_BYTES:
+def _shards(sizes: dict[str, int]) -> list[list[str]]:
+  """Splits the tensors, in order, into files of at most SHARD_BYTES (or one tensor)."""
+  shards, total = [[]], 0
+  for name, size in sizes.items():
+    if shards[-1] and total + size > SHARD_BYTES:
       shards.append([])
-      size = 0
-    shards[-1].append(spec)
-    size += n
+      total = 0
+    shards[-1].append(name)
+    total += size
   return shards
 
 
-def save_hf(
-    folder: pathlib.Path,
+def save_pretrained(
+    directory: str | os.PathLike,
     cfg: ModelConfig,
     params: Any,
     tokenizer: Any = None,
@@ -168,7 +165,25 @@ def save_hf(
     dtype: str | None = "float32",
     family: str | None = None,
 ) -> None:
-  """Implements `dpr_jax.weights.save_pretrained`."""
+  """Writes a complete Hugging Face folder for transformers and `load_pretrained`.
+
+  Tensors are written one at a time, above 5 GB into several files with an index. Weights of an
+  earlier export in the folder are replaced. In a multi-process run all processes must call this
+  function; process 0 writes.
+
+  Args:
+    params: the parameter tree of `Transformer(cfg)`, on any mesh.
+    tokenizer: written with its chat template; provides the token ids.
+    generation_config: overrides, for example the result of `load_generation_config`.
+    dtype: of the stored tensors: "float32", "bfloat16", "float16", or None to keep theirs.
+    family: `model_type` to write, by default the family that matches `cfg`. A Mistral without a
+      sliding window is written as a Llama unless this is "mistral".
+
+  Raises:
+    UserError: no family, or not the given one, matches `cfg`; `params` do not belong to `cfg`;
+      or the tokenizer has more tokens than the embedding has rows.
+  """
+  folder = pathlib.Path(directory).expanduser()
   if dtype not in ("float32", "bfloat16", "float16", None):
     raise UserError(f"dtype={dtype!r} must be 'float32', 'bfloat16', 'float16' or None (as stored)")
   if folder.exists() and not folder.is_dir():
@@ -180,42 +195,39 @@ def save_hf(
         f"the tokenizer has {len(tokenizer)} tokens, but the model's embedding has only "
         f"{cfg.vocab_size} rows"
     )
-  leaves, specs = flatten(params), tensor_specs(cfg)
-  wanted = {spec.path: spec for spec in specs}
-  if set(leaves) != set(wanted):
-    odd = sorted("/".join(path) for path in set(leaves) ^ set(wanted))
-    raise UserError(f"params do not belong to this config: {odd[0]!r} is only in one of them")
-  dtypes = {}
-  for spec in specs:
+  leaves, specs = flatten(params), {spec.name: spec for spec in tensor_specs(cfg)}
+  if odd := set(leaves) ^ {spec.path for spec in specs.values()}:
+    name = min("/".join(path) for path in odd)
+    raise UserError(f"params do not belong to this config: {name!r} is only in one of them")
+  entries = {}
+  for spec in specs.values():
     leaf = leaves[spec.path]
-    got = leaf.shape if spec.repeat is None else leaf.shape[1:]
-    if tuple(got) != spec.param_shape:
+    if tuple(leaf.shape if spec.repeat is None else leaf.shape[1:]) != spec.param_shape:
       raise UserError(
           f"params do not belong to this config: {'/'.join(spec.path)} has shape {list(leaf.shape)}"
       )
-    dtypes[spec.name] = np.dtype(jnp.dtype(dtype or leaf.dtype))
-  by_name = {spec.name: spec for spec in specs}
+    entries[spec.name] = np.dtype(jnp.dtype(dtype or leaf.dtype)), spec.shape
 
   def fetch(name: str) -> np.ndarray:
-    spec = by_name[name]
+    spec = specs[name]
     leaf = leaves[spec.path]
     x = to_host(leaf if spec.repeat is None else leaf[spec.repeat])
-    return spec.to_file(x).astype(dtypes[name], copy=False)
+    return spec.to_file(x).astype(entries[name][0], copy=False)
 
   writer = jax.process_index() == 0
   if writer:
     folder.mkdir(parents=True, exist_ok=True)
-  shards, weight_map = _shards(specs, dtypes), {}
+  sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in entries.items()}
+  shards, weight_map = _shards(sizes), {}
   for i, shard in enumerate(shards):
     name = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-    entries = {spec.name: (dtypes[spec.name], spec.shape) for spec in shard}
-    write_safetensors(folder / name, entries, fetch, write=writer)
-    weight_map |= {spec.name: name for spec in shard}
+    write_safetensors(folder / name, {key: entries[key] for key in shard}, fetch, write=writer)
+    weight_map |= dict.fromkeys(shard, name)
   if not writer:
     return
   if len(shards) > 1:
-    total = sum(int(np.prod(s.shape)) * dtypes[s.name].itemsize for s in specs)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    metadata = {"total_size": sum(sizes.values())}
+    write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
   # Files of an earlier export must not be read as part of this one.
   own = {*weight_map.values(), *([INDEX] if len(shards) > 1 else [])}
   for old in folder.iterdir():
@@ -227,7 +239,7 @@ def save_hf(
     ids = {name: getattr(tokenizer, name) for name in ids}
     tokenizer.save_pretrained(folder)
   ids |= {k: v for k, v in (generation_config or {}).items() if k in ids and v is not None}
-  config["dtype"] = str(jnp.result_type(*dtypes.values()))
+  config["dtype"] = str(jnp.result_type(*(dtype for dtype, _ in entries.values())))
   write_json(folder / "config.json", {**config, **ids})
   generation = {**{k: v for k, v in ids.items() if v is not None}, **(generation_config or {})}
   write_json(folder / "generation_config.json", generation)
