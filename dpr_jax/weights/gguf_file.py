@@ -82,18 +82,18 @@ class GGUFFile:
         version or tensor type that is not implemented.
     """
     self.path, self.where = path, str(path)
-    ggml = _package()
+    self._ggml = _package()
     try:
       size = path.stat().st_size
       with path.open("rb") as f:
-        self._parse(_Stream(path, f, size), ggml)
+        self._parse(_Stream(path, f, size))
     except OSError as error:
       raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     self.shapes = {name: entry.shape for name, entry in self._entries.items()}
     self.quantised = any(entry.kind not in PLAIN for entry in self._entries.values())
 
-  def _parse(self, stream: _Stream, ggml: Any) -> None:
-    path = self.path
+  def _parse(self, stream: _Stream) -> None:
+    path, ggml = self.path, self._ggml
     if stream.take(4) != b"GGUF":
       raise UserError(f"{path}: not a GGUF file")
     version = stream.scalar("I")
@@ -138,9 +138,7 @@ class GGUFFile:
       row_bytes = shape[-1] // block * block_bytes
       end = data + offset + math.prod(shape[:-1]) * row_bytes
       if end > stream.size:
-        raise UserError(
-            f"{path}: cut short: tensor {name!r} ends at byte {end} of {stream.size}"
-        )
+        raise UserError(f"{path}: cut short: tensor {name!r} ends at byte {end} of {stream.size}")
       self._entries[name] = _Entry(kind.name, shape, data + offset, row_bytes)
 
   def dtype(self, name: str) -> np.dtype:
@@ -156,12 +154,11 @@ class GGUFFile:
       begin = entry.begin + start * row * dtype.itemsize
       out = self._bytes(name, dtype, begin, (stop - start) * row)
       return out.reshape(stop - start, *entry.shape[1:]).astype(self.dtype(name), copy=False)
-    ggml = _package()
     vector = len(entry.shape) == 1
     first, last = (0, 1) if vector else (start, stop)
     begin, count = entry.begin + first * entry.row_bytes, (last - first) * entry.row_bytes
     rows = self._bytes(name, np.dtype(np.uint8), begin, count).reshape(last - first, -1)
-    out = ggml.quants.dequantize(rows, ggml.GGMLQuantizationType[entry.kind])
+    out = self._ggml.quants.dequantize(rows, self._ggml.GGMLQuantizationType[entry.kind])
     return out[0, start:stop] if vector else out
 
   def _bytes(self, name: str, dtype: np.dtype, offset: int, count: int) -> np.ndarray:

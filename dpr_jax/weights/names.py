@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from dpr_jax.models import ModelConfig, init_variables
 
@@ -77,25 +78,8 @@ def abstract_params(cfg: ModelConfig) -> Any:
   return jax.eval_shape(lambda key: init_variables(cfg, key), jax.random.key(0))["params"]
 
 
-def flatten(tree: Any) -> dict[tuple[str, ...], Any]:
-  """Flattens nested dicts to {path: leaf}; anything that is not a dict is a leaf."""
-  out = {}
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      out |= {(name, *path): leaf for path, leaf in flatten(value).items()}
-    else:
-      out[(name,)] = value
-  return out
-
-
-def unflatten(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
-  out: dict[str, Any] = {}
-  for path, leaf in leaves.items():
-    node = out
-    for name in path[:-1]:
-      node = node.setdefault(name, {})
-    node[path[-1]] = leaf
-  return out
+# Nested dicts <-> {path: leaf}.
+flatten, unflatten = traverse_util.flatten_dict, traverse_util.unflatten_dict
 
 
 def tensor_specs(cfg: ModelConfig, naming: int = HF) -> list[TensorSpec]:
@@ -110,7 +94,7 @@ def tensor_specs(cfg: ModelConfig, naming: int = HF) -> list[TensorSpec]:
     shape = tuple(leaf.value.shape)
     suffix = ".bias" if path[-1] == "bias" else ".weight"
     if not path[0].startswith("group_"):
-      specs.append(TensorSpec(_TOP[path[0]][naming] + suffix, path, None, shape, shape))
+      specs.append((-1, TensorSpec(_TOP[path[0]][naming] + suffix, path, None, shape, shape)))
       continue
     start, period = starts[int(path[0].removeprefix("group_"))]
     offset = start + int(path[1].removeprefix("layer_"))
@@ -122,11 +106,7 @@ def tensor_specs(cfg: ModelConfig, naming: int = HF) -> list[TensorSpec]:
     elif path[-1] == "bias":
       file_shape = (math.prod(one),)
     for r in range(shape[0]):
-      name = f"{_LAYERS[naming]}{offset + r * period}.{below}{suffix}"
-      specs.append(TensorSpec(name, path, r, file_shape, one))
-  return sorted(specs, key=lambda s: (s.repeat is not None, _layer_of(s.name, naming)))
-
-
-def _layer_of(name: str, naming: int) -> int:
-  prefix = _LAYERS[naming]
-  return int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else -1
+      layer = offset + r * period
+      name = f"{_LAYERS[naming]}{layer}.{below}{suffix}"
+      specs.append((layer, TensorSpec(name, path, r, file_shape, one)))
+  return [spec for _, spec in sorted(specs, key=lambda pair: pair[0])]

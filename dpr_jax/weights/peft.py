@@ -15,23 +15,13 @@ from dpr_jax.errors import UserError
 from dpr_jax.models import ModelConfig
 from dpr_jax.sharding import to_host
 from dpr_jax.weights.hf import write_json
-from dpr_jax.weights.names import tensor_specs
+from dpr_jax.weights.names import flatten, tensor_specs
 from dpr_jax.weights.safetensors_file import write_safetensors
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def _leaf(tree: Any, path: tuple[str, ...]) -> Any:
-  for name in path:
-    if name not in tree:
-      return None
-    tree = tree[name]
-  return tree
-
-
-def save_adapter(
-    directory: str | os.PathLike, cfg: ModelConfig, lora: Any, base: str = ""
-) -> None:
+def save_adapter(directory: str | os.PathLike, cfg: ModelConfig, lora: Any, base: str = "") -> None:
   """Writes the adapter alone, for `peft.PeftModel.from_pretrained(base_model, directory)`.
 
   In a multi-process run all processes must call this function; process 0 writes.
@@ -46,15 +36,15 @@ def save_adapter(
   if not cfg.lora.rank:
     raise UserError("this model has no adapter (cfg.lora.rank is 0); export the whole model")
   folder = pathlib.Path(directory).expanduser()
-  tensors, modules = {}, set()
+  leaves, tensors, modules = flatten(lora), {}, set()
   for spec in tensor_specs(cfg):
-    pair = _leaf(lora, spec.path[:-1]) if spec.is_kernel else None
-    if pair is None:
+    factors = [leaves.get((*spec.path[:-1], k)) for k in ("a", "b")]
+    if not spec.is_kernel or factors[0] is None:
       continue
     module = spec.name.removesuffix(".weight")
     modules.add(module.rpartition(".")[2])
     rank = cfg.lora.rank
-    a, b = (to_host(pair[k][spec.repeat]).astype(np.float32) for k in ("a", "b"))
+    a, b = (to_host(x[spec.repeat]).astype(np.float32) for x in factors)
     # PEFT computes B A x and stores both factors as [out, in].
     prefix = f"base_model.model.{module}"
     tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, rank).T)

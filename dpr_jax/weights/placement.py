@@ -83,14 +83,6 @@ def _on(device: jax.Device | None):
   return jax.set_mesh(jax.sharding.Mesh(one, ("one",)))
 
 
-def current_mesh(mesh: jax.sharding.Mesh | None) -> jax.sharding.Mesh | None:
-  """Returns `mesh`, else the mesh set by `jax.set_mesh`, else None."""
-  if mesh is not None:
-    return mesh
-  mesh = jax.sharding.get_mesh()
-  return None if mesh.empty else mesh
-
-
 def check_names(source: Source, specs: list[TensorSpec], ignored: Callable[[str], bool]) -> None:
   """Raises UserError if a tensor is missing, has a wrong shape or would not be used."""
   for spec in specs:
@@ -126,11 +118,11 @@ def fill_params(
   Args:
     specs: the tensors of `source`, checked with `check_names`.
     dtype: of the parameters; None keeps the stored dtype.
-    mesh: None means the current mesh, else the default device.
+    mesh: None means the mesh set by `jax.set_mesh`, else the default device.
   """
-  mesh = current_mesh(mesh)
+  mesh = jax.sharding.get_mesh() if mesh is None else mesh
   boxed = abstract_params(cfg)
-  shardings = flatten(shardings_of(boxed, mesh)) if mesh is not None else {}
+  shardings = flatten(shardings_of(boxed, mesh)) if not mesh.empty else {}
   by_path: dict[tuple[str, ...], list[TensorSpec]] = {}
   for spec in specs:
     by_path.setdefault(spec.path, []).append(spec)

@@ -50,27 +50,22 @@ class SafetensorsFile:
     if not isinstance(header, dict):
       raise UserError(f"{path}: damaged safetensors header")
     header.pop("__metadata__", None)
-    self._entries: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+    self._entries: dict[str, tuple[str, tuple[int, ...], int]] = {}
     data = 8 + length
     for name, entry in header.items():
       try:
         kind, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
         begin, end = (int(n) for n in entry["data_offsets"])
+        if not 0 <= begin <= end or min(shape, default=0) < 0:
+          raise ValueError
       except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: damaged safetensors header at tensor {name!r}") from None
-      if not 0 <= begin <= end or min(shape, default=0) < 0:
-        raise UserError(f"{path}: damaged safetensors header at tensor {name!r}")
       if data + end > size:
-        raise UserError(
-            f"{path}: cut short: tensor {name!r} ends at byte {data + end} of {size}"
-        )
+        raise UserError(f"{path}: cut short: tensor {name!r} ends at byte {data + end} of {size}")
       if kind in DTYPES and end - begin != math.prod(shape) * DTYPES[kind].itemsize:
         raise UserError(f"{path}: tensor {name!r}: its bytes do not match its shape {list(shape)}")
-      self._entries[name] = (kind, shape, data + begin, data + end)
-
-  @property
-  def shapes(self) -> dict[str, tuple[int, ...]]:
-    return {name: entry[1] for name, entry in self._entries.items()}
+      self._entries[name] = (kind, shape, data + begin)
+    self.shapes = {name: shape for name, (_, shape, _) in self._entries.items()}
 
   def dtype(self, name: str) -> np.dtype:
     kind = self._entries[name][0]
@@ -83,7 +78,7 @@ class SafetensorsFile:
 
   def read(self, name: str, start: int, stop: int) -> np.ndarray:
     """Reads rows [start, stop) of a tensor into a new array."""
-    _, shape, begin, _ = self._entries[name]
+    _, shape, begin = self._entries[name]
     dtype, row = self.dtype(name), math.prod(shape[1:])
     count = (stop - start) * row
     offset = begin + start * row * dtype.itemsize

@@ -54,8 +54,10 @@ def fit(
   Raises:
     UserError: an ordinary token, or one with a role (bos, eos, pad, unk), has no row.
   """
-  vocab = tokenizer.get_vocab()
-  beyond = {token: i for token, i in vocab.items() if i >= vocab_size}
+  from tokenizers import Tokenizer
+  from transformers import PreTrainedTokenizerFast
+
+  beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
   if not beyond:
     return tokenizer
   backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -67,24 +69,15 @@ def fit(
           f"{where}: token {token!r} has id {i}, but the model's embedding has only {vocab_size} "
           "rows; this tokenizer belongs to another model, or the embedding was not resized"
       )
-  return _without(tokenizer, set(beyond))
-
-
-def _without(tokenizer: "PreTrainedTokenizerFast", dropped: set[str]) -> "PreTrainedTokenizerFast":
-  from tokenizers import Tokenizer
-  from transformers import PreTrainedTokenizerFast
-
-  backend = json.loads(tokenizer.backend_tokenizer.to_str())
-  backend["added_tokens"] = [t for t in backend["added_tokens"] if t["content"] not in dropped]
+  backend["added_tokens"] = [t for t in backend["added_tokens"] if t["content"] not in beyond]
   named = {
       name: token
       for name, token in tokenizer.special_tokens_map.items()
-      if isinstance(token, str) and token not in dropped
+      if isinstance(token, str) and token not in beyond
   }
-  extra = [t for t in tokenizer.extra_special_tokens if str(t) not in dropped]
   out = PreTrainedTokenizerFast(
       tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
-      extra_special_tokens=extra,
+      extra_special_tokens=[t for t in tokenizer.extra_special_tokens if str(t) not in beyond],
       clean_up_tokenization_spaces=False,
       model_max_length=tokenizer.model_max_length,
       padding_side=tokenizer.padding_side,
@@ -118,8 +111,7 @@ def generation_from_gguf(path: pathlib.Path) -> dict[str, Any]:
   """Reads the token ids of a .gguf file; an end-of-turn token is a second `eos_token_id`."""
   metadata = GGUFFile(path).metadata
   keys = {"bos": "bos", "eos": "eos", "pad": "padding"}
-  get = {role: f"tokenizer.ggml.{key}_token_id" for role, key in keys.items()}
-  ids = {f"{role}_token_id": metadata.get(key) for role, key in get.items()}
+  ids = {f"{role}_token_id": metadata.get(f"tokenizer.ggml.{keys[role]}_token_id") for role in keys}
   eos, eot = ids["eos_token_id"], metadata.get("tokenizer.ggml.eot_token_id")
   if eos is not None and eot is not None and eot != eos:
     ids["eos_token_id"] = [eos, eot]
