@@ -107,6 +107,12 @@ def test_what_a_run_cannot_have_is_refused(reference, fields, message):
     _resolve(reference, **fields)
 
 
+@pytest.mark.parametrize("reference", [Midrun(), Pretrained()], ids=lambda r: r.kind)
+def test_milestones_that_sft_cannot_have_are_its_own_error(reference):
+  with pytest.raises(UserError, match=r"^config\.sft: milestones: 0.1 of 4 steps is step 0"):
+    _resolve(reference, sft__steps=4)
+
+
 @pytest.mark.parametrize("reference, field, value, message", [
     (EMA(), "decay", 1.0, r"\.decay=1.0 is out of range"),
     (EMA(), "decay", 0.0, r"\.decay=0.0 is out of range"),
