@@ -46,6 +46,7 @@ def parse(argv: Sequence[str]):
       required={"config": "configs/smoke.py", "workdir": "runs/smoke"},
   )
   run_config = config_lib.resolve(values.config)
+  cli.check_methods(argv, run_config.methods)
   if values.profile_steps is not None:
     with naming("--profile_steps"):
       parse_steps(values.profile_steps)
@@ -86,7 +87,7 @@ def summary(results: Mapping[str, Any], workdir: str) -> str:
 def _table(results: Mapping[str, Any], columns: Mapping[str, Any]) -> str:
   main = [
       name for name, column in columns.items()
-      if column["main"] and "/" not in name and not name.startswith(("eos_rate", "length_greedy"))
+      if column["main"] and "/" not in name
       and any(name in s for s in results["systems"].values())
   ]
   lines = [f"{'system':<22}" + "".join(f"{m:>28}" for m in main)]

@@ -81,7 +81,7 @@ def sweep_seed(run: Run) -> dict[str, Any]:
     sharding.barrier("ref")
   for name in shared.methods:
     train_method(run, name)
-  evaluate(run, shared.systems)
+  evaluate(run, shared.systems, measured=shared.reference)
   if shared.evaluation and shared.systems:
     write_corruption(run)
   sharding.barrier("shared")

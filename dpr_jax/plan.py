@@ -63,6 +63,7 @@ def parse(argv: Sequence[str]):
   if values.methods:
     values.config.compare = tuple(values.methods)
   config = config_lib.resolve(values.config)
+  cli.check_methods(argv, config.methods)
   for name in values.methods:
     if not config.methods[name].trained:
       raise UserError(f"--methods: {name!r} trains nothing, so that there is nothing to plan")

@@ -155,7 +155,12 @@ def shared(config: RunConfig) -> Shared:
     free = tuple(n for n, m in compared.items() if not m.reads_reference)
     return Shared(True, False, free, ("base", "sft", *free), False) if same else Shared()
   if top == "eval":
-    return Shared(True, True, tuple(compared), (), False)
+    chosen, judged = config.reference.measured, rest.partition(".")[0] == "benchmark"
+    free = tuple(
+        n for n, m in compared.items()
+        if not (chosen and m.reads_reference) and not (judged and m.reads_benchmark)
+    )
+    return Shared(True, not chosen, free, (), False)
   return Shared()
 
 
@@ -172,7 +177,7 @@ def adopt(what: Shared, source: Workdir, point: Workdir) -> None:
   files = [source.system_file(name) for name in what.systems]
   files += [source.frontier / f"{name}.jsonl" for name in what.systems]
   files += [source.reference_file] if what.reference else []
-  if what.systems:
+  if what.systems and what.reference:  # Else each point measures them under its own reference.
     files += [source.measures_file]
   if what.evaluation:
     files += [source.corruption_file]

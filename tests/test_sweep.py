@@ -18,6 +18,7 @@ from dpr_jax.main import parse
 from dpr_jax.methods import DPR, TrainedMethod
 from dpr_jax.references.ema import EMA
 from dpr_jax.references.half_data import HalfData
+from dpr_jax.references.selected import Selected
 from dpr_jax.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -153,6 +154,21 @@ def test_over_the_evaluation_only_training_is_shared():
   assert shared("eval.max_new_tokens", "3") == sweep.Shared(True, True, compare, (), False)
 
 
+def test_over_the_evaluation_what_learns_from_it_is_not_shared():
+  compare = ("low_temperature", "continued_sft", "contrastive", "dpr")
+
+  def under(field, value, **fields):
+    config = dataclasses.replace(RunConfig(), compare=compare, **fields)
+    return sweep.shared(
+        dataclasses.replace(config, sweep=SweepSection(field=field, values=(value,)))
+    )
+  chosen = under("eval.reference_prompts", "3", reference=Selected())
+  assert chosen == sweep.Shared(True, False, ("low_temperature", "continued_sft"), (), False)
+  judged = {**RunConfig().methods, "dpr": DPR(verifier_weight=0.5)}
+  assert under("eval.benchmark", "exact", methods=judged).methods == compare[:-1]
+  assert under("eval.max_new_tokens", "3", methods=judged).methods == compare
+
+
 @pytest.mark.parametrize("field,value", [
     ("data.corrupt", "0"), ("sft.steps", "3"), ("sft.optimizer.b1", "0.5"),
     ("model.lora.rank", "2"),
@@ -191,7 +207,7 @@ def test_adopting_again_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("what,expected", [
     (sweep.Shared(True, False, (), ("sft",), False),
-     {"samples/sft.jsonl", "samples/measures.json"}),
+     {"samples/sft.jsonl"}),  # What was measured may be under another reference.
     (sweep.Shared(True, True, (), (), False), {"reference.json"}),
     (sweep.Shared(evaluation=False), set()),
 ])

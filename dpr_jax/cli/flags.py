@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -34,7 +34,9 @@ def parse_flags(
   define(values)
   flags.DEFINE_bool("help", False, "Shows this text.", short_name="h", flag_values=values)
   wants_help = bool({"--help", "-h", "-help"} & set(arguments))
-  if "config" in required and not wants_help:
+  if wants_help:
+    arguments = ["--help"]
+  elif "config" in required:
     arguments = _define_config(values, entry_point, arguments, required["config"])
   try:
     rest = values([entry_point, *arguments])[1:]
@@ -100,6 +102,15 @@ def _define_config(
     _check_fields({"config": config}, rest)
     raise
   return rest
+
+
+def check_methods(argv: Sequence[str], used: Collection[str]) -> None:
+  """Raises UserError for the first --config.methods.NAME of a method that no run uses."""
+  for arg in argv:
+    name = arg.removeprefix("--config.methods.").partition(".")[0]
+    if arg.startswith("--config.methods.") and name not in used:
+      raise UserError(f"{arg.partition('=')[0]}: {name!r} takes no part in the run; add it to "
+                      "--config.compare")
 
 
 def _quoted(arg: str) -> str:

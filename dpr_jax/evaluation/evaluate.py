@@ -108,8 +108,12 @@ class Evaluation:
     return Reference.of(base)
 
 
-def evaluate(run: Any, only: Collection[str] | None = None) -> None:
-  """Responses and measures of every system, or of those named in `only`; then the frontier."""
+def evaluate(run: Any, only: Collection[str] | None = None, measured: bool = True) -> None:
+  """Responses and measures of every system, or of those named in `only`; then the frontier.
+
+  Args:
+    measured: False leaves out what models say of the systems, which may depend on ref.
+  """
   evaluation = Evaluation(run)
   chosen = [s for s in systems_of(run) if only is None or s.name in only]
   measures = _Measures(run)
@@ -119,7 +123,8 @@ def evaluate(run: Any, only: Collection[str] | None = None) -> None:
       records = _respond(evaluation, system)
       write_lines(path, records)  # Last, and whole: a system whose file exists is done.
     barrier("responses")
-    measures.add(evaluation, system)
+    if measured:
+      measures.add(evaluation, system)
     frontier.measure(evaluation, system)
   if chosen:
     run.log(f"evaluate: {compilations()} programs of decoding were compiled")
@@ -133,7 +138,7 @@ def _respond(evaluation: Evaluation, system: System) -> list[dict[str, Any]]:
       name: m for name, m in run.config.eval.metrics.items() if isinstance(m, ResponseMetric)
   }
   records = []
-  total = len(prompts.tokens) * len(system.modes) * getattr(system, "candidates", 1)
+  total = len(prompts.tokens) * len(system.modes) * system.candidates
   with run.bar(f"evaluate {system.name}", total, "response") as bar:
     for mode in system.modes:
       responses, extra = system.respond(

@@ -177,7 +177,7 @@ class EffectiveSamples(SystemMetric):
   columns = {"effective_samples": Column("Effective samples", compared=False, main=True)}
 
   def applies(self, evaluation, system):
-    return hasattr(system, "candidates")
+    return system.candidates > 1
 
   def measure(self, evaluation, system, records):
     return {"effective_samples": [r["effective_samples"] for r in records]}

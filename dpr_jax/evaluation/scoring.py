@@ -9,7 +9,7 @@ import numpy as np
 
 from dpr_jax import sharding
 from dpr_jax.models.logprobs import token_logprobs
-from dpr_jax.references.base import Reference
+from dpr_jax.references.base import Reference, combine_logps
 
 _token_logprobs = jax.jit(token_logprobs, static_argnums=0)
 
@@ -67,8 +67,9 @@ class Scorer:
   def reference_logps(self, ref: Reference, prompts, responses) -> list[np.ndarray]:
     """`logps` under a reference."""
     members = [self.logps(member, prompts, responses) for member in ref.members]
-    combine = lambda each: np.asarray(Reference(each, ref.combine).logps(lambda x: x))
-    return [combine(each) for each in zip(*members, strict=True)]
+    return [
+        np.asarray(combine_logps(np.stack(each), ref.combine)) for each in zip(*members, strict=True)
+    ]
 
   def score(self, sft: Any, ref: Reference, prompts, responses) -> list[TokenScores]:
     """Token scores of each response under sft and ref."""

@@ -22,6 +22,7 @@ class System:
   weights: tuple[float, ...] = (1.0,)
   temperature: float = 1.0  # of the sampled mode.
   modes: tuple[str, ...] = MODES
+  candidates: int = 1  # responses that each answer is chosen from.
 
   @property
   def single(self) -> bool:

@@ -5,7 +5,7 @@ which all share so that comparisons are fair, or its own where its fields say so
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -13,6 +13,7 @@ import jax
 from dpr_jax import sharding
 from dpr_jax.config.fields import Value, overlay, setting
 from dpr_jax.config.sections import Budget, OptimizerChanges
+from dpr_jax.errors import UserError
 from dpr_jax.evaluation.systems import System
 from dpr_jax.methods.programs import Program, Shapes
 from dpr_jax.training.loop import Stage, Training, run_stage
@@ -27,10 +28,21 @@ class Method(Value):
   trained: ClassVar[bool] = False
   subject: ClassVar[bool] = False  # learns from the reward: compared with every other system.
   reads_reference: ClassVar[bool] = False
+  reads_benchmark: ClassVar[bool] = False  # trains on what it says of responses.
 
   def refers(self) -> tuple[str, ...]:
     """Names of other methods of the config whose settings this one reads."""
     return ()
+
+  def optimum_strength(
+      self, config: Any, name: str, lines: Sequence[Mapping[str, Any]] = ()
+  ) -> float | None:
+    """The alpha with which sft + alpha (sft - ref) is its optimum; None if it has none.
+
+    Args:
+      lines: the metrics that its stage has written.
+    """
+    return None
 
   def system(self, run: Any, name: str) -> System:
     """How it answers, after training."""
@@ -95,6 +107,10 @@ class TrainedMethod(Method):
   def build(self, run: Any, name: str) -> Training:
     """What the stage `name` trains."""
     raise NotImplementedError
+
+  def programs(self, shapes, name):
+    raise UserError(f"config.methods.{name}: {type(self).__name__} declares no programs, so that "
+                    "it cannot be planned; define `programs`, or leave it out with --methods")
 
   def train(self, run: Any, name: str) -> None:
     """Runs the stage to its end, from wherever it stopped."""

@@ -97,13 +97,12 @@ class DPR(TrainedMethod):
                        f"{self.samples_per_prompt}")
     if self.variance_baseline == "leave_one_out" and self.samples_per_prompt < 2:
       raise ValueError("variance_baseline=leave_one_out needs samples_per_prompt of at least 2")
-    asked = needs(self.reward)
     if "expected_rewards" in transforms.needs(self.transforms):
       try:
         check_pointwise(self.reward)
       except ValueError as e:
         raise ValueError(f"transforms: center has no meaning here: {e}") from None
-    if {"sft_logsumexp"} & asked and (self.returns == "per_token" or self.gamma == 0):
+    if not self.reward.per_token and (self.returns == "per_token" or self.gamma == 0):
       # A constant added to the logits of a state moves reward from one token to the one before.
       raise ValueError(f"reward={kind_of(self.reward)} says nothing of one token alone; set "
                        "returns=reward_to_go and a gamma above 0")
@@ -124,16 +123,24 @@ class DPR(TrainedMethod):
   def control(self) -> KLControl:
     return KLControl(self.beta, self.target_kl, self.beta_gain, self.kl_budget)
 
-  def strength(self, run: Any, name: str) -> float:
-    """The strength of the extrapolation that its optimum is, for the plain reward.
+  @property
+  def reads_benchmark(self):
+    return self.verifier_weight > 0
 
-    (1 - beta_ref) / (beta + beta_ref), negative where beta_ref > 1 pulls from sft back to ref. With
-    `target_kl`, beta is that of the last step that the stage `name` made.
+  def optimum_strength(self, config, name, lines=()):
+    """(1 - beta_ref) / (beta + beta_ref), for the plain reward.
+
+    Negative where beta_ref > 1 pulls from sft back to ref. With `target_kl`, beta is that of the
+    last step.
+
+    Raises:
+      ValueError: that step is never made.
     """
-    beta = self.beta
-    if self.target_kl and (lines := run.metrics(name)):
-      beta = lines[-1]["beta"]
-    return (1.0 - self.beta_ref) / (beta + self.beta_ref)
+    if self.target_kl and name not in config.compare:
+      raise ValueError(f"config.methods.{name}.target_kl adapts beta in training, and {name} is "
+                       "not in config.compare; add it, or set strength")
+    beta = lines[-1]["beta"] if self.target_kl and lines else self.beta
+    return (1.0 - self.beta_ref) / (beta + self.beta_ref) if beta + self.beta_ref else None
 
   def _steps(self, context):
     """(rollout step, train step, advantages) of a run, or of its shapes."""

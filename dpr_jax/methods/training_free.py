@@ -38,19 +38,19 @@ class Extrapolation(Method):
     return () if self.strength else (self.optimum_of,)
 
   def check(self, config):
-    if self.strength:
-      return
-    method = config.methods.get(self.optimum_of)
-    if not hasattr(method, "strength"):
-      raise ValueError(f"optimum_of={self.optimum_of!r} is not a DPR method of config.methods; set "
-                       "strength")
-    if not method.beta + method.beta_ref:
-      raise ValueError(f"config.methods.{self.optimum_of}.beta=0 has no matching strength 1 / "
-                       "beta; set strength")
+    name = self.optimum_of
+    if not self.strength and (
+        name not in config.methods or config.methods[name].optimum_strength(config, name) is None
+    ):
+      raise ValueError(f"optimum_of={name!r} is not a DPR method of config.methods with beta + "
+                       "beta_ref above 0; set strength")
 
   def alpha(self, run) -> float:
     """The strength in a run."""
-    return self.strength or run.config.methods[self.optimum_of].strength(run, self.optimum_of)
+    name = self.optimum_of
+    return self.strength or run.config.methods[name].optimum_strength(
+        run.config, name, run.metrics(name)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

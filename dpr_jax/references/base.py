@@ -62,6 +62,7 @@ class ReferenceKind(Value):
   """How a run gets its reference: a frozen dataclass that is called with the run."""
 
   ema_decay: ClassVar[float] = 0.0  # of the moving average that SFT must keep; 0 keeps none.
+  measured: ClassVar[bool] = False  # chosen by what is measured of its candidates.
 
   def __call__(self, run: Any, dtype: str) -> Reference:
     """The reference of a `run.Run`, in `dtype`; after SFT and `prepare`."""

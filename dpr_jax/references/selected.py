@@ -23,6 +23,7 @@ class Selected(ReferenceKind):
   """
 
   kind = "selected"
+  measured = True
   criterion: str = setting("validation", "measure of the best milestone", choices=tuple(CRITERIA))
 
   def check(self, config):

@@ -40,6 +40,8 @@ class Reward(Value):
   # The reward of a token depends on its own log-probs alone, so that the same formula gives the
   # reward of every token of the vocabulary, and with it an expectation.
   pointwise: ClassVar[bool] = False
+  # One token alone has a meaning; False where only sums do, and returns must be rewards-to-go.
+  per_token: ClassVar[bool] = True
 
 
 def needs(reward: RewardFn) -> frozenset[str]:

@@ -18,6 +18,7 @@ class Endogenous(Reward):
 
   kind = "endogenous"
   title = "endogenous"
+  per_token = False
 
   def __call__(self, sft_logp, sft_logsumexp, mask):
     value = jnp.where(mask > 0, sft_logsumexp, 0.0)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dpr_jax.models.logprobs import TokenLogProbs, chunk_columns, chunk_logprobs, in_chunks
-from dpr_jax.references.base import Reference
+from dpr_jax.references.base import Reference, combine_logps
 from dpr_jax.rewards.base import RewardFn, Scores, check_pointwise, needs
 
 
@@ -36,7 +36,8 @@ def score_response(
     (scores without a mask; what the policy says; E_{a ~ policy} r(s_t, a) in nats). float32 [B, N]
     each, finite outside of the responses; None where it was not asked for.
   """
-  members = {"sft": sft, **{f"ref_{i}": member for i, member in enumerate(ref.members)}}
+  of_ref = {f"ref_{i}": member for i, member in enumerate(ref.members)}
+  members = {"sft": sft, **of_ref}
   if policy is not None:
     members["policy"] = policy
   with_entropy = lambda name: name == "policy" or entropies
@@ -65,8 +66,7 @@ def score_response(
         logits_BxCxV = logits(name, h)
         out[name] = chunk_logprobs(logits_BxCxV, y_BxC, with_entropy(name))
         log_p[name] = logits_BxCxV - out[name][1][:, :, None]
-      names = [name for name in members if name.startswith("ref_")]
-      log_p["ref"] = Reference(tuple(names), ref.combine).logps(log_p.__getitem__)
+      log_p["ref"] = combine_logps(jnp.stack([log_p[name] for name in of_ref]), ref.combine)
       reward_BxCxV = expected(**{n: log_p[n.removesuffix("_logp")] for n in needs(expected)})
       return out, jnp.sum(jnp.exp(log_p["policy"]) * reward_BxCxV, axis=-1)
 
@@ -74,14 +74,14 @@ def score_response(
     found, expected_BxN = in_chunks(together, columns(len(members)), targets_BxN, *states)
 
   found = {name: TokenLogProbs(*x) for name, x in found.items()}
-  of_refs = [found[f"ref_{i}"] for i in range(len(ref.members))]
+  refs = [found[name] for name in of_ref]
   policy_scores = found.get("policy")
   scores = Scores(
       sft_logp=found["sft"].logp,
       sft_logsumexp=found["sft"].logsumexp,
       sft_entropy=found["sft"].entropy,
-      ref_logp=Reference(tuple(of_refs), ref.combine).logps(lambda x: x.logp),
-      ref_entropy=sum(x.entropy for x in of_refs) / len(of_refs) if entropies else None,
+      ref_logp=combine_logps(jnp.stack([x.logp for x in refs]), ref.combine),
+      ref_entropy=sum(x.entropy for x in refs) / len(refs) if entropies else None,
       policy_logp=None if policy_scores is None else policy_scores.logp,
   )
   return scores, policy_scores, expected_BxN

@@ -65,11 +65,16 @@ def test_the_matched_strength_is_that_of_the_last_beta(trained, with_config):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_strength_without_an_optimum_is_refused(trained, with_config, kind):
   config = with_config(trained, dpr=DPR(beta=0.0)).config
-  with pytest.raises(ValueError, match=r"config.methods.dpr.beta=0 .* set strength"):
+  with pytest.raises(ValueError, match="optimum_of='dpr' is not .* above 0; set strength"):
     kind().check(config)
   with pytest.raises(ValueError, match="optimum_of='nothing' is not a DPR method"):
     kind(optimum_of="nothing").check(config)
   kind(strength=1.0, optimum_of="nothing").check(config)
+  with pytest.raises(ValueError, match="optimum_of='contrastive' is not a DPR method"):
+    kind(optimum_of="contrastive").check(config)
+  config = dataclasses.replace(with_config(trained, dpr=DPR(target_kl=1.0)).config, compare=())
+  with pytest.raises(ValueError, match=r"methods.dpr.target_kl adapts beta .* add it, or set str"):
+    kind().check(config)
 
 
 def test_contrastive_decoding_weighs_the_members_of_the_reference(trained, with_config, weights):
