@@ -96,7 +96,7 @@ def test_values_take_the_type_of_their_field(field, value, parsed):
      ["at 'sometimes': config.methods.dpr.returns='sometimes'"]),
     ("methods.dpr.beta", ("1", "1.0"), ["'1' and '1.0' are the same value"]),
     ("data.template", ("a/b", "a_b"), ["do not give folders of different names"]),
-    ("reference.fraction", ("0.5", "0.3"), ["at '0.3'", "add it to milestones of SFT"]),
+    ("reference.fraction", ("0.5", "0.3"), ["at '0.3'", "add it to sft.milestones"]),
 ])
 def test_what_cannot_be_swept_is_refused(field, values, named):
   with pytest.raises(UserError) as caught:

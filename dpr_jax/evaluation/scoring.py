@@ -67,9 +67,8 @@ class Scorer:
   def reference_logps(self, ref: Reference, prompts, responses) -> list[np.ndarray]:
     """`logps` under a reference."""
     members = [self.logps(member, prompts, responses) for member in ref.members]
-    return [
-        np.asarray(combine_logps(np.stack(each), ref.combine)) for each in zip(*members, strict=True)
-    ]
+    each_response = zip(*members, strict=True)
+    return [np.asarray(combine_logps(np.stack(x), ref.combine)) for x in each_response]
 
   def score(self, sft: Any, ref: Reference, prompts, responses) -> list[TokenScores]:
     """Token scores of each response under sft and ref."""

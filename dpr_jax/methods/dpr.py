@@ -21,7 +21,7 @@ from dpr_jax.losses.reinforce import LOSS_AGGREGATIONS
 from dpr_jax.methods.base import TrainedMethod, make_training
 from dpr_jax.methods.programs import Program, RolloutWork, TrainWork, device_bytes
 from dpr_jax.rewards import Endogenous, LogLikelihood, transforms
-from dpr_jax.rewards.base import check_pointwise, needs
+from dpr_jax.rewards.base import check_pointwise
 from dpr_jax.rewards.control import KLControl
 from dpr_jax.rewards.returns import RETURNS, VARIANCE_BASELINES
 from dpr_jax.rollout import Rollout, Sampling, make_rollout_step

@@ -232,6 +232,7 @@ def test_a_users_bounds_hold(user):
       ("methods.dpr.transforms=center,clip:2", "config.methods.dpr: transforms: center"),
       ("methods.halved.factr=0.5", "'factr' is not a field; did you mean 'factor'"),
       (f"methods.halved.kind={module}:Margin", "is not a subclass of Method"),
+      ("methods.spin.beta=0.5", "--config.methods.spin.beta: 'spin' takes no part in the run"),
   ):
     with pytest.raises(UserError) as caught:
       parse([f"--config={path}", "--workdir=unused", f"--config.{flag}"])
