@@ -4,7 +4,7 @@ Anything that is wrong with a file, a flag, a config field or a checkpoint is
 raised as `UserError` with a single line that names the place (field, flag, or
 file and line) and says what would be right. The entry points (`main`, `score`,
 ...) print that line and exit with code 2; in a notebook it is an ordinary exception. Library code
-names its own arguments; whoever read them from a config or a flag adds that name (`naming`).
+names its own arguments; the caller that read them from a config or a flag adds that name (`naming`).
 """
 
 import contextlib
@@ -27,7 +27,7 @@ class StageEnded(RuntimeError):
 
 
 class Preempted(RuntimeError):
-  """The machines were told to end (SIGTERM); a checkpoint of this step is saved."""
+  """A process received SIGTERM; a checkpoint of this step is saved."""
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ your own: module:Class or path/to/file.py:Class. Its fields are flags too, as in
 --metrics=file.py:Class,... measures something else of each response.
 
 DIR/responses.jsonl has one line per prompt and sample, DIR/results.json the means over prompts with
-95% intervals; with --samples=N also pass@k. An evaluation that was stopped goes on with the same
-command and ends with the same files.
+95% intervals; with --samples=N also pass@k. Rerun the same command to resume an interrupted
+evaluation; the files are the same as those of an uninterrupted one.
 
 --stop=STRING, which may be repeated, ends a response before STRING, for example
 --stop=$'\n\nQuestion:'.
@@ -38,7 +38,7 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string("benchmark", None, "A kind, module:Class or file.py:Class.",
                       flag_values=values)
   flags.DEFINE_string("data", "", "JSONL, JSON or Parquet.", flag_values=values)
-  flags.DEFINE_string("output", None, "Folder to write, or to go on with.", flag_values=values)
+  flags.DEFINE_string("output", None, "Folder to write, or to resume.", flag_values=values)
   flags.DEFINE_integer("samples", 1, "Responses per prompt.", lower_bound=1, flag_values=values)
   flags.DEFINE_float("temperature", 0.0, "0 is greedy.", flag_values=values)
   flags.DEFINE_integer("top_k", 0, "0 keeps all tokens.", flag_values=values)

@@ -170,7 +170,7 @@ def load_checkpoint(
     beside: a model loaded before; a LoRA stage of the same run takes the base from it.
 
   Raises:
-    UserError: nothing of that kind is there.
+    UserError: nothing of that kind is found.
   """
   from dpr_jax import weights
   from dpr_jax.data.templates import stop_ids

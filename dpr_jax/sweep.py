@@ -55,7 +55,7 @@ def points(config: RunConfig) -> list[Point]:
 
   Raises:
     UserError: the field is unknown or cannot be swept, a value is not of its type or out of its
-      range, or stands there twice. Nothing has been written then.
+      range, or is listed twice. Nothing has been written then.
   """
   path, values = config.sweep.field, config.sweep.values
   kind = _kind_of(config, path)

@@ -142,7 +142,7 @@ class Workdir:
     if found:
       raise UserError(
           f"--workdir={self.path} belongs to a run with another config ({found}); use a new "
-          "folder, or that config to go on"
+          "folder, or rerun with that config to resume"
       )
 
   def claim(self, config: config_lib.RunConfig, **facts: Any) -> None:

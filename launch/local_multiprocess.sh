@@ -49,11 +49,11 @@ free_port() {
 }
 
 prefix() {
-  trap '' INT TERM # Goes on to the last line of a process that is being stopped.
+  trap '' INT TERM # Keeps printing until the last line of a process that is being stopped.
   local line
   while IFS= read -r line || [[ -n $line ]]; do
-    # One at a time, for a long line is several writes. The timeout only matters if whoever had the
-    # turn was killed.
+    # One at a time, because a long line takes several writes. The timeout only matters if the
+    # process that had the turn was killed.
     read -r -n 1 -t 5 -u 4 || true
     printf '[%d] %s\n' "$1" "$line"
     printf . >&4
@@ -66,7 +66,7 @@ fifo_dir=$(mktemp -d)
 mkfifo "$fifo_dir/reports" "$fifo_dir/turn"
 exec 3<>"$fifo_dir/reports" 4<>"$fifo_dir/turn"
 rm -r "$fifo_dir"
-printf . >&4 # Whoever takes it may write a line.
+printf . >&4 # The process that takes it may write a line.
 
 port=$(free_port)
 export JAX_PLATFORMS=cpu DPR_COORDINATOR=127.0.0.1:$port DPR_NUM_PROCESSES=$n
@@ -105,7 +105,7 @@ disown -a # Bash need not say that it saw one killed.
 status=0
 deadline=0
 while ((${#running[@]})); do
-  # Whoever is dead now without a report, and has sent none by the end of `read`, was killed.
+  # A process that is dead now, and has sent no report by the end of `read`, was killed.
   dead=()
   for i in "${running[@]}"; do
     kill -0 "${pids[i]}" 2>/dev/null || dead+=("$i")

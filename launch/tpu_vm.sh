@@ -22,7 +22,7 @@ Nothing is deleted for you: end with --delete.
   --dry-run            print every command, ready to be pasted, and run nothing
   --logs               follow the log of worker 0 again
   --stop               end the run on every host: SIGTERM, upon which a stage that trains saves and
-                       ends, then SIGKILL a minute later; the same command goes on
+                       ends, then SIGKILL a minute later; rerun the same command to resume
   --delete             delete the VM
 
 ARGS are those of dpr_jax.main. The workdir of several hosts must be a folder that all of them see,

@@ -2,7 +2,7 @@
 
     beta: float = setting(1.0, "weight of the KL to SFT, per nat", low=0)
 
-Whoever declares a field declares all of this with it; validation, the command line and
+The declaration of a field holds all of this; validation, the command line and
 docs/configuration.md read it from there.
 """
 
@@ -75,7 +75,7 @@ def slots(package: str, meaning: str = "") -> Any:
 
 
 class Value:
-  """Base class of whatever users add: a frozen dataclass, declared in one file.
+  """Base class of what a config can name and a user can add: a frozen dataclass in one file.
 
   Its fields are its settings. A class of the project has a `kind`, by which config files and the
   command line name it; that of any other class is "module:Class".

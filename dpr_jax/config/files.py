@@ -88,7 +88,7 @@ def parse_arg(name: str, arg: str, **defaults: Any) -> ml_collections.ConfigDict
     defaults: the arguments there are; a value is converted to the type of its default.
 
   Raises:
-    UserError: an argument that is not there, or a value of another type.
+    UserError: an unknown argument, or a value of another type.
   """
   out = ml_collections.ConfigDict(defaults)
   for part in filter(None, arg.split(",")):

@@ -77,7 +77,7 @@ def resolve(config: Config | Mapping[str, Any]) -> RunConfig:
       raise UserError(f"config.compare: {name!r} is not one of config.methods: "
                       f"{', '.join(sorted(run.methods))}")
     if name in run.compare[:i]:
-      raise UserError(f"config.compare: {name!r} stands there twice")
+      raise UserError(f"config.compare: {name!r} is listed twice")
   reserved = {"base", "ref", "sft"} & set(run.methods)
   if reserved:
     raise UserError(f"config.methods.{min(reserved)}: base, ref and sft are systems of every run; "
@@ -105,7 +105,7 @@ def _check_sections(run: RunConfig) -> None:
   if run.data.demos:
     for name, neutral in (("corrupt", 0.0), ("tasks", ())):
       if getattr(run.data, name) != neutral:
-        raise UserError(f"config.data.{name} is of the built-in tasks; it has no meaning with "
+        raise UserError(f"config.data.{name} applies to the built-in tasks only, not to "
                         f"config.data.demos={run.data.demos}")
   if run.eval.skip_prompts + max(run.eval.num_prompts, 1) > run.data.holdout:
     skipped = f" beyond config.eval.skip_prompts={run.eval.skip_prompts}"

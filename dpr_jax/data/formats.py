@@ -30,7 +30,7 @@ class Demo:
   task: str = ""  # name of the built-in task, "" for files that do not say.
   meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what a built-in task adds.
   source: str = ""  # "file:line" or "file[index]"; for messages, never parsed.
-  ended: bool = True  # False: whoever wrote the last message was cut off; it gets no EOS.
+  ended: bool = True  # False: the last message was cut off; it gets no EOS.
 
   @property
   def prompt(self) -> tuple[Message, ...]:

@@ -15,7 +15,7 @@ from dpr_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
-  """Packed demonstrations and what became of the examples."""
+  """Packed demonstrations, and how many examples were packed, cut or dropped."""
 
   tokens: np.ndarray  # int32 [R, T], 0 where padded.
   segment_ids: np.ndarray  # int32 [R, T], 0 padding, 1, 2, ... the examples of a row.

@@ -95,8 +95,10 @@ def _all_areas(per_seed, seed: int) -> tuple[np.ndarray, np.ndarray]:
   return np.array([area for area, _ in found]), np.stack([areas for _, areas in found])
 
 
-def _interval(areas: np.ndarray, draws: np.ndarray, count: int, lowest: float) -> dict[str, object]:
-  ends = np.clip(bootstrapped(areas, draws, count)["ci95"], lowest, 1.0)
+def _interval(
+    areas: np.ndarray, resampled: np.ndarray, count: int, lowest: float
+) -> dict[str, object]:
+  ends = np.clip(bootstrapped(areas, resampled, count)["ci95"], lowest, 1.0)
   return {"mean": float(areas.mean()), "ci95": ends.tolist(), "n": count * len(areas)}
 
 

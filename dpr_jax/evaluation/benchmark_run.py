@@ -1,12 +1,12 @@
-"""A benchmark asked of one model: a folder that is filled block by block.
+"""One model evaluated on a benchmark: a folder that is filled block by block.
 
     config.json      settings and contents that decide the responses
     responses.jsonl  one line per prompt and sample, in the order of the data
     results.json     means and intervals; a function of responses.jsonl
 
 The random key of a block depends on the seed and on the index of the block alone, and the lines of
-a block are appended as a whole. So an evaluation that was stopped anywhere goes on to the same
-files, byte for byte, and asks nothing twice.
+a block are appended as a whole. So an evaluation that was interrupted anywhere resumes, yields the
+same files, byte for byte, and samples no response twice.
 """
 
 import dataclasses
@@ -94,7 +94,7 @@ class EvaluationFolder:
         if a != b:
           raise UserError(
               f"--output={self.path} belongs to an evaluation with {words} --{flag} ({a!r} there, "
-              f"{b!r} here); name a new folder, or go on with what that one had"
+              f"{b!r} here); use a new folder, or the same value as there"
           )
 
   def resume(self, blocks: Sequence[Sequence[tuple[int, int]]]) -> int:

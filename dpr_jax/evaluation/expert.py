@@ -1,6 +1,6 @@
 """How far a system is from the known expert that made the demonstrations.
 
-Where demonstrations were sampled from a model that is there, no judge is needed: on a system's own
+Where demonstrations were sampled from a model at hand, no judge is needed: on a system's own
 samples the full-vocabulary KL(system || expert) of every state, on held-out demonstrations
 KL(expert || system). Summed over the states of a response both are unbiased estimates of the KL
 of sequences up to the budget of tokens (its chain rule), as a rule with less variance than the

@@ -235,8 +235,8 @@ def _points(seeds: Sequence[_Counts]) -> list[dict[str, Any]]:
 def _weights(prompts: int) -> np.ndarray:
   """How often each prompt counts: once in the first row, resampled in all others, [B + 1, P]."""
   rng = np.random.default_rng(0)
-  drawn = rng.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES)
-  return np.concatenate([np.ones((1, prompts)), drawn])
+  resampled = rng.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES)
+  return np.concatenate([np.ones((1, prompts)), resampled])
 
 
 def _at_equal(what: str, system: Sequence[_Counts], sft: Sequence[_Counts]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Responder:
 
   model: Any
   mesh: jax.sharding.Mesh
-  # Rows decoded at a time. A row whose response has ended makes place for the next one; prompts of
+  # Rows decoded at a time. A row whose response has ended makes room for the next one; prompts of
   # similar length are answered together.
   batch_size: int
   prompt_length: int  # tokens of the longest prompt.

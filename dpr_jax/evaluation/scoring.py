@@ -48,7 +48,7 @@ class Scorer:
   model: Any
   mesh: jax.sharding.Mesh
   batch_size: int  # rows scored at a time; rows of similar length share a batch.
-  on_batch: Callable[[int], None] = lambda n: None  # told the number of responses just scored.
+  on_batch: Callable[[int], None] = lambda n: None  # called with the number of responses just scored.
 
   def logps(
       self, variables: Any, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]

@@ -116,7 +116,7 @@ def compare(
   return {"difference": difference, "ci95": [center - half, center + half], "p": p}
 
 
-def bootstrapped(estimates: np.ndarray, draws: np.ndarray, prompts: int) -> dict[str, Any]:
+def bootstrapped(estimates: np.ndarray, resampled: np.ndarray, prompts: int) -> dict[str, Any]:
   """Interval and p of the mean over seeds of a statistic, from bootstrap samples of the prompts.
 
   One seed: percentiles of the samples, which speak of that one trained model; p is twice the
@@ -127,14 +127,14 @@ def bootstrapped(estimates: np.ndarray, draws: np.ndarray, prompts: int) -> dict
 
   Args:
     estimates: of each seed, [S].
-    draws: of the samples of each seed, [S, B], the same prompts in every seed; a sample that is not
-      finite is left out.
-    prompts: that are sampled.
+    resampled: of the bootstrap samples of each seed, [S, B], the same prompts in every seed; a
+      sample that is not finite is left out.
+    prompts: the number of prompts that are resampled.
 
   Returns:
     ci95 [low, high]; p of the difference from 0, two-sided. NaN where unknown.
   """
-  means = draws.mean(axis=0)
+  means = resampled.mean(axis=0)
   means = means[np.isfinite(means)]
   mean, s, n = float(np.mean(estimates)), len(estimates), len(means)
   if math.isnan(mean) or prompts < 2 or not n:

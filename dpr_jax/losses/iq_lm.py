@@ -16,7 +16,7 @@ from dpr_jax.models.logprobs import token_logprobs
 
 
 def next_values(values_BxT: jax.Array, mask_BxT: jax.Array, segments_BxT: jax.Array) -> jax.Array:
-  """V(s_{t+1}) [B, T]: the value of the next column where it goes on with the same response.
+  """V(s_{t+1}) [B, T]: the value of the next column where it belongs to the same response.
 
   0 at the last token of a response: at EOS, before the next turn or packed demonstration, and
   where a demonstration was cut.

@@ -1,7 +1,7 @@
-"""The ways to answer that a run can compare: one method a file.
+"""The methods that a run can compare: one per file.
 
 A file declares a frozen dataclass with the fields, the label and the programs of its method, and
-maps default names to values in `DEFAULTS`. Nothing else has to be told of it.
+maps default names to values in `DEFAULTS`. Nothing else has to list it.
 """
 
 from dpr_jax.methods.base import Method, TrainedMethod

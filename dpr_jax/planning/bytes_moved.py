@@ -1,4 +1,4 @@
-"""Bytes a device must move through its HBM, at the least: weights, state, saved activations, cache.
+"""Bytes that each device must move through its HBM, at least: weights, state, saved activations, cache.
 
 A lower bound by counting what cannot stay on the chip between two uses; what a compiler spills
 beyond it is not counted.
@@ -12,7 +12,7 @@ WORD = 2  # bytes of the compute dtype, bfloat16.
 
 
 def weights(cfg: ModelConfig, tensor: int) -> float:
-  """Bytes of all weights in the compute dtype as a device uses them: split over tensor alone."""
+  """Bytes per device of all weights in the compute dtype when used: split over tensor alone."""
   return WORD * cfg.num_params / tensor
 
 
@@ -31,7 +31,7 @@ def train(
 
 
 def cache_bytes(cfg: ModelConfig, tensor: int, rows: float, tokens: int) -> float:
-  """Keys and values of `tokens` columns a row, or of a window: what a step of decoding reads."""
+  """Keys and values of `tokens` columns per row, or of a window: what a decoding step reads."""
   kinds = [cfg.layer_pattern[i % len(cfg.layer_pattern)] for i in range(cfg.num_layers)]
   ways = tensor if cfg.num_kv_heads % tensor == 0 else 1
   slots = sum(min(tokens, cfg.window) if kind == LOCAL else tokens for kind in kinds)

@@ -11,7 +11,7 @@ from dpr_jax.models.config import LOCAL, ModelConfig
 
 
 def layer_params(cfg: ModelConfig) -> int:
-  """Multiplications a token of all projections of all layers, adapters included."""
+  """Multiplications per token of all projections of all layers, adapters included."""
   q, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
   d, f, r = cfg.hidden_size, cfg.mlp_size, cfg.lora.rank
   shapes = {"query": (d, q), "key": (d, kv), "value": (d, kv), "out": (q, d),
@@ -23,7 +23,7 @@ def layer_params(cfg: ModelConfig) -> int:
 
 
 def pairs(queries: int, past: int = 0, window: int = 0, full: bool = False) -> int:
-  """(query, key) pairs a row of `queries` tokens after `past` ones; `full`: masked ones too."""
+  """(query, key) pairs per row of `queries` tokens after `past` ones; `full`: with masked ones."""
   if full:
     return queries * (past + queries)
   seen = range(past + 1, past + queries + 1)

@@ -163,7 +163,7 @@ def _worth(planned: dict[str, Any]) -> tuple[float, ...]:
 
 
 def _outcome(planned: dict[str, Any] | None) -> dict[str, Any]:
-  """What became of a candidate: {"fits", "peak_bytes", "bound_seconds"}.
+  """The outcome of a candidate: {"fits", "peak_bytes", "bound_seconds"}.
 
   The largest peak with what is resident beside it, None where the compiler ran out of memory, and
   the sum of the longest bounds, None unless all fit. All None if it was not compiled.

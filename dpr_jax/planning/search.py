@@ -25,7 +25,7 @@ class Estimate:
   """Of one mesh, before anything is compiled."""
 
   shape: Shape
-  peak_bytes: float  # a device, of the largest program with what is resident beside it.
+  peak_bytes: float  # per device, of the largest program with what is resident beside it.
   seconds: float  # of one execution of every program.
 
 

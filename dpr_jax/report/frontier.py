@@ -1,4 +1,4 @@
-"""The frontier of results.json: sentences, a table, and what its plot draws."""
+"""The frontier of results.json: sentences, a table, and the data of its plot."""
 
 from collections.abc import Mapping
 from typing import Any

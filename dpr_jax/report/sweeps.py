@@ -1,4 +1,4 @@
-"""results.json of a sweep -> its table, and what its plot draws."""
+"""results.json of a sweep -> its table, and the data of its plot."""
 
 from collections.abc import Mapping
 from typing import Any

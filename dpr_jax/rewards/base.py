@@ -3,8 +3,8 @@
     def confident(sft_logp, ref_logp, sft_entropy):
       return jnp.where(sft_entropy < 1.0, sft_logp - ref_logp, 0.0)
 
-Whoever computes the reward reads off its signature what has to be computed; a score that is not
-there is an error, never zeros. A reward that a config can name is a `Reward` with a `__call__`.
+The caller reads off its signature which scores to compute; a score that was not
+computed is an error, never zeros. A reward that a config can name is a `Reward` with a `__call__`.
 """
 
 import inspect

@@ -79,7 +79,7 @@ def zscore_by_position(epsilon: float = 1e-6) -> Transform:
 def mask_unsure(nats: float) -> Transform:
   """Zero where the entropies of sft and of ref both exceed `nats`.
 
-  Where neither model knows how to go on, the difference of two flat distributions is noise
+  Where neither model knows how to continue, the difference of two flat distributions is noise
   about which of many equals was sampled. One confident model is enough to keep the reward:
   a sure sft against an unsure ref is what was learnt in between.
   """
@@ -94,7 +94,7 @@ def mask_unsure(nats: float) -> Transform:
 def center() -> Transform:
   """r(s_t, a_t) - E_{a ~ policy} r(s_t, a): what the choice of the token earned.
 
-  The mean reward of a state is taken away, and with it the pressure to go on that
+  The mean reward of a state is taken away, and with it the pressure to continue that
   E_{a ~ sft} r = KL(sft || ref) >= 0 exerts. Beware of what that means for returns: centered
   rewards of later tokens have mean 0 given the past, so under on-policy sampling the expected
   gradient of a reward-to-go is that of `returns="per_token"` (gamma = 0), whose optimum is

@@ -4,7 +4,7 @@ A state is a prompt and the tokens written so far; an action appends a token; th
 ends after EOS, or with token `max_length`. Everything is numpy float64, so that identities
 hold to rounding and a violation is a mistake, not noise.
 
-Dims: P prompts, S states (prefixes that go on, of all prompts), A vocabulary (actions),
+Dims: P prompts, S states (unfinished prefixes, of all prompts), A vocabulary (actions),
 Y complete responses (of all prompts), T tokens of the longest response. A policy is a table of
 logits [S, A]; a reward is a table [S, A] in nats. State S, one past the table, is the end.
 """

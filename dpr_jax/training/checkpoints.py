@@ -37,8 +37,8 @@ class Checkpoints:
   def __init__(
       self, directory, *, keep: int = 1, keep_steps: Sequence[int] = (), read_only: bool = False
   ):
-    """Args: keep, latest checkpoints kept; keep_steps, steps kept for ever (milestones)."""
-    # Orbax tells of every file it opens, and warns of what read_only means.
+    """Args: keep, latest checkpoints kept; keep_steps, steps never deleted (milestones)."""
+    # Orbax logs every file it opens, and warns about what read_only means.
     logging.getLogger("absl").setLevel(logging.ERROR if read_only else logging.WARNING)
     self.directory = epath.Path(directory)
     if "://" not in str(directory):
@@ -84,7 +84,7 @@ class Checkpoints:
       raise RuntimeError(f"{self.directory}: step {step} was not saved; it holds {self.steps()}")
 
   def reached_preemption(self, step: int) -> bool:
-    """Whether a process was told to end (SIGTERM) and this is the step at which all of them save.
+    """Whether a process received SIGTERM and this is the step at which all of them save.
 
     Every process must ask at every step. False without `jax.distributed.initialize`.
     """

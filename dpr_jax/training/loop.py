@@ -61,7 +61,7 @@ class Stage:
   directory: pathlib.Path  # checkpoints/ and metrics.jsonl go here.
   mesh: jax.sharding.Mesh
   steps: int
-  keep_steps: Sequence[int] = ()  # whose checkpoint is kept for ever.
+  keep_steps: Sequence[int] = ()  # whose checkpoints are never deleted.
   checkpoint: CheckpointSection = CheckpointSection()
   log: LogSection = LogSection(tensorboard=False)
   tensorboard_dir: pathlib.Path | None = None
@@ -135,7 +135,7 @@ def run_stage(stage: Stage, build: Callable[[], Training]) -> TrainState | None:
         if preempted:
           checkpoints.wait()
           raise Preempted(
-              f"{stage.name}: told to end; step {step} is saved; rerun the same command to resume"
+              f"{stage.name}: stopped by SIGTERM; step {step} is saved; rerun the same command to resume"
           )
     checkpoints.wait()
   return state

@@ -2,7 +2,7 @@
 
     {"step": 40, "steps": 100, "reason": "..."}
 
-The stage's result is its checkpoint of `step`. It is finished: a run that goes on leaves it so.
+The stage's result is its checkpoint of `step`. It is finished: a resumed run does not continue it.
 """
 
 import json

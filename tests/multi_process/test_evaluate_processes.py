@@ -1,4 +1,4 @@
-"""An evaluation does not depend on the number of processes, and goes on with another one."""
+"""An evaluation does not depend on the number of processes, and resumes with another one."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_two_processes_go_on_with_what_one_wrote(model, tmp_path):
            "--max_prompts=20", "--max_new_tokens=6"]
   one, two = tmp_path / "one", tmp_path / "two"
   run(1, one, *flags)
-  # Two go on where one was stopped, in the middle of a line.
+  # Two resume where one was stopped, in the middle of a line.
   whole = (one / "responses.jsonl").read_bytes()
   two.mkdir()
   (two / "config.json").write_bytes((one / "config.json").read_bytes())

@@ -129,7 +129,7 @@ def test_the_best_candidate_becomes_the_reference(under, criterion, key):
   step = (1, 2, 5, 8)[record["chosen"]]
   _assert_equal(run.reference().members, (run.checkpoint("sft", step, "float32"),))
   before = run.workdir.reference_file.read_text()
-  make_reference(run)  # Measured once: a run that goes on keeps its reference.
+  make_reference(run)  # Measured once: a resumed run keeps its reference.
   assert run.workdir.reference_file.read_text() == before
 
 

@@ -196,7 +196,7 @@ def test_a_diverged_stage_raises_and_saves_nothing_of_that_step(stage, tmp_path,
   assert all(step < at for step in kept)
   text = (tmp_path / "metrics.jsonl").read_text()
   assert [json.loads(line)["step"] for line in text.splitlines()] == list(range(1, at))
-  # With the batch mended, the stage goes on to the same end.
+  # With the batch mended, the stage resumes and ends the same.
   state = stage(tmp_path)
   assert int(state.step) == 11
 

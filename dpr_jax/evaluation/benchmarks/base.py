@@ -28,7 +28,7 @@ class Benchmark(Value):
   # Figures that are not the mean of a score over prompts, such as a ratio of sums; see `summarize`.
   summaries: ClassVar[Mapping[str, Column]] = {}
   needs_data: ClassVar[bool] = True  # False: it makes its own examples, and `read` is given "".
-  max_new_tokens: ClassVar[int] = 256  # what `evaluate` generates unless told otherwise.
+  max_new_tokens: ClassVar[int] = 256  # what `evaluate` generates by default.
   stop_strings: ClassVar[tuple[str, ...]] = ()
   likelihood: ClassVar[bool] = False  # scores demonstrated responses by their log-probs instead.
 
@@ -73,7 +73,7 @@ class Benchmark(Value):
     return {}
 
   def groups(self, demo: Demo) -> tuple[str, ...]:
-    """Groups of examples whose accuracy is told apart."""
+    """Groups of examples whose accuracy is reported separately."""
     return (demo.task,) if demo.task else ()
 
   def answer(self, demo: Demo, text: str) -> str:

@@ -54,7 +54,7 @@ class GSM8K(Benchmark):
 
   @property
   def stop_strings(self):
-    # A base model goes on with a problem of its own. The longer string leaves no blank lines.
+    # A base model continues with a problem of its own. The longer string leaves no blank lines.
     return ("\n\nQuestion:", "Question:") if self.shots else ()
 
   @functools.cached_property

@@ -27,7 +27,7 @@ class Tasks(Benchmark):
       raise ValueError("tasks are those of config.data.tasks in a run, and chosen here only for "
                        "python -m dpr_jax.evaluate")
     if config.data.demos:
-      raise ValueError("tasks is of the built-in tasks; use exact or gsm8k with config.data.demos="
+      raise ValueError("tasks scores the built-in tasks only; use exact or gsm8k with config.data.demos="
                        f"{config.data.demos}")
 
   def read(self, path, limit=0):
