@@ -161,7 +161,7 @@ TASKS: Mapping[str, Task] = {task.name: task for task in _TASKS}
 
 
 def get_task(name: str) -> Task:
-  """The task of that name; UserError lists the names there are."""
+  """The task of that name; UserError lists the known names."""
   if name not in TASKS:
     raise UserError(f"task {name!r} is unknown; known: {', '.join(TASKS)}")
   return TASKS[name]

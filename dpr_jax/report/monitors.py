@@ -149,7 +149,7 @@ def _reward(trend: Callable[[str], Trend | None]) -> dict[str, str] | None:
 
 
 def _goal(trend, results: Mapping[str, Any], stage: str) -> dict[str, str] | None:
-  """The reward is a proxy: what did the task say?"""
+  """The reward is a proxy: did the task improve as well?"""
   reward, metric = trend("reward"), next(iter(goals(results)), "")
   c = difference(results, stage, "sft", metric)
   if reward is None or c is None:

@@ -55,7 +55,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """Where a stage runs, for how long, and what it keeps and tells."""
+  """Where a stage runs, for how long, and what it keeps and logs."""
 
   name: str
   directory: pathlib.Path  # checkpoints/ and metrics.jsonl go here.
