@@ -133,7 +133,7 @@ def memory(record: Record) -> str:
 def scaling(record: Record) -> str:
   rows = [
       [str(r["devices"]), number(r["tokens_per_s"]), f"{r['efficiency']:.2f}",
-       gigabytes(r["program_bytes_a_device"]),
+       gigabytes(r["program_bytes_per_device"]),
        ", ".join(f"{n} {k}" for k, n in r["collectives"].items()) or "none"]
       for r in record["runs"]
   ]

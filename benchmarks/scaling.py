@@ -70,8 +70,8 @@ def main(argv):
         "mfu": ours.setup["flops"] / seconds / peak_flops,
         "compile_seconds": ours.setup["compile_seconds"]["main"],
         "peak_bytes": ours.facts["peak_bytes"],
-        "program_bytes_a_device": program["total"],
-        "argument_bytes_a_device": program["arguments"],
+        "program_bytes_per_device": program["total"],
+        "argument_bytes_per_device": program["arguments"],
         "collectives": program["collectives"],
     })
   for run in runs:

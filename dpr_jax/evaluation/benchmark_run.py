@@ -185,7 +185,7 @@ class BenchmarkRun:
       _ = self._responder.stops  # Made here, where nothing is written yet.
 
   def fingerprint(self) -> str:
-    """Of all that is asked and of the answers that are expected, as the model sees them."""
+    """Of all prompts and expected answers, as the model sees them."""
     parts = [self.prompts, self.demonstrated if self.benchmark.likelihood else []]
     return digest([[d.answer for d in self.demos], *([x.tolist() for x in p] for p in parts)])
 

@@ -52,7 +52,7 @@ def heldout_prompts(run: Any) -> Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """What metrics may look at."""
+  """What metrics may read."""
 
   run: Any
 

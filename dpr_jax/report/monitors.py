@@ -104,7 +104,7 @@ def monitors(
 
   Args:
     stages: stage -> lines of its metrics.jsonl, for each seed.
-    results: results.json, for what the tasks said, and for labels.
+    results: results.json, for the scores of the task, and for labels.
   """
   out = []
   for stage, seeds in stages.items():

@@ -135,7 +135,8 @@ def run_stage(stage: Stage, build: Callable[[], Training]) -> TrainState | None:
         if preempted:
           checkpoints.wait()
           raise Preempted(
-              f"{stage.name}: stopped by SIGTERM; step {step} is saved; rerun the same command to resume"
+              f"{stage.name}: stopped by SIGTERM; step {step} is saved; rerun the same command to "
+              "resume"
           )
     checkpoints.wait()
   return state
