@@ -74,7 +74,7 @@ class Workload(common.Workload):
     cfg = self.model.cfg
     common.check_length(cfg, args.prompt + args.new)
     self.stops = (skewed_stops(cfg.vocab_size, args.skew, args.seed) if args.skew
-                  else (cfg.vocab_size,))  # An id that there is not: nothing ends a response.
+                  else (cfg.vocab_size,))  # An id that no token has: nothing ends a response.
     self.optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6), 1000)
     trainable, frozen = split_trainable(variables)
     del variables

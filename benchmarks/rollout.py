@@ -140,7 +140,8 @@ def flags():
   parser.add_argument("--skew", type=float, default=0.0, help="mean length; 0: without")
   parser.add_argument("--slots", type=common.positive, default=8, help="rows decoded at a time")
   parser.add_argument("--skew_rows", type=common.positive, default=32)
-  parser.add_argument("--samples", type=common.positive, default=1, help="per prompt; 1: no shared prefill")
+  parser.add_argument("--samples", type=common.positive, default=1,
+                      help="per prompt; 1: no shared prefill")
   parser.add_argument("--samples_new", type=common.positive, default=16, help="tokens of these")
   return parser
 

@@ -64,7 +64,7 @@ class Corruption:
   index: int  # of its demonstration.
   position: int  # of the wrong token in the response.
   tokens: np.ndarray  # int32 [T], as demonstrated but for that one.
-  original: int  # the token that stood there.
+  original: int  # the token that was replaced.
 
 
 def corrupt_responses(

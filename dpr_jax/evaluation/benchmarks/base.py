@@ -1,7 +1,7 @@
 """What a benchmark is: prompts with what is known of them, and scores of responses.
 
-A file of this package, or of a user, declares one. It reads its data, declares what to generate, and
-scores responses; `python -m dpr_jax.evaluate` and the evaluation of a run do the rest.
+A file of this package, or of a user, declares one. It reads its data, declares what to generate,
+and scores responses; `python -m dpr_jax.evaluate` and the evaluation of a run do the rest.
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Contains(Benchmark):
