@@ -41,7 +41,7 @@ class GSM8K(Benchmark):
       "accuracy_flexible": Column("Accuracy, last number", "%", better=1),
   }
   shots: int = setting(0, "worked examples before each problem: the first of `shots_file`", low=0)
-  shots_file: str = setting("", "of problems other than the evaluated ones, such as the training set")
+  shots_file: str = setting("", "file of the worked examples, such as that of the training set")
 
   def __post_init__(self):
     if bool(self.shots) != bool(self.shots_file):
