@@ -157,7 +157,7 @@ def peak_bytes() -> int:
 
 
 def program_bytes(compiled: Any) -> dict[str, int]:
-  """What the compiler says a program needs, bytes a device."""
+  """Memory that a program needs according to the compiler, bytes per device."""
   m = compiled.memory_analysis()
   return {
       "arguments": m.argument_size_in_bytes,

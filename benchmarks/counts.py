@@ -1,4 +1,4 @@
-"""Arithmetic and traffic of a task, counted by hand: the floors that times are held against.
+"""Operations and bytes moved of a task, counted by hand: the limits that times are compared with.
 
 The operations are those of `dpr_jax.planning.flops`, where a multiply-add is two and only matrix
 products count, but for what is computed again (remat, chunked logits): that is our choice, not

@@ -74,7 +74,7 @@ class Workload(common.Workload):
     cfg = self.model.cfg
     common.check_length(cfg, args.prompt + args.new)
     self.stops = (skewed_stops(cfg.vocab_size, args.skew, args.seed) if args.skew
-                  else (cfg.vocab_size,))  # An id that there is not: nothing ends a response.
+                  else (cfg.vocab_size,))  # An id that no token has: nothing ends a response.
     self.optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6), 1000)
     trainable, frozen = split_trainable(variables)
     del variables
@@ -230,19 +230,19 @@ def check(args):
     raise UserError(f"--skew={args.skew} is a mean length: at least 1, or 0 for none")
 
 
-def report(ours, floors):
+def report(ours, peak_rates):
   setup, facts, devices = ours.setup, ours.facts, ours.setup["devices"]["count"]
-  flops_s, bytes_s = floors["flops_per_s"] * devices, floors["bytes_per_s"] * devices
+  flops_s, bytes_s = peak_rates["flops_per_s"] * devices, peak_rates["bytes_per_s"] * devices
   seconds = ours.median("main")
   steps, tokens = facts["decode_steps"], sum(facts["lengths"])
   dense = setup["prefill_flops"] + setup["score_flops"] + setup["train_flops"]
   decode_step = max(setup["step_flops"] / flops_s, setup["step_bytes"] / bytes_s)
-  floor = dense / flops_s + steps * decode_step
+  bound = dense / flops_s + steps * decode_step
   out = {
       "tokens_per_s": tokens / seconds, "sampled_tokens": tokens, "decode_steps": steps,
       "longest": max(facts["lengths"]),
       "mfu": (dense + steps * setup["step_flops"]) / seconds / flops_s,
-      "floor_seconds": floor, "floor_share": floor / seconds,
+      "roofline_seconds": bound, "roofline_share": bound / seconds,
   }
   if "decode" in ours.rounds[0]:
     parts = {name: ours.median(name) for name in ("decode", "score", "backward")}

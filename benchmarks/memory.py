@@ -62,7 +62,7 @@ def cases(args: argparse.Namespace) -> list[dict]:
     if what not in MODULES:
       raise UserError(f"--what={what} is not one of {', '.join(MODULES)}")
     tried = [base] + [{**base, n: v} for n, values in lists.items() for v in values[1:]]
-    # Scoring trains nothing: adapters and remat are beside the point there.
+    # Scoring trains nothing: adapters and remat do not matter.
     alike = lambda case: all(case[n] == base[n] for n in ("lora_ranks", "remats"))
     out += [{"what": what, **case} for case in tried if what != "score" or alike(case)]
   return out

@@ -1,4 +1,4 @@
-"""How a benchmark drives its sides: one process each, which do one round when told to.
+"""How a benchmark drives its sides: one process each, which does one round per request.
 
 A side is a workload with three methods:
 
@@ -80,7 +80,7 @@ def serve(make_workload: Callable[[], Any]) -> None:
       send({"facts": workload.finish()})
       channel.close()
       sys.stderr.flush()
-      os._exit(0)  # Threads of a peer's trainer may be waiting for a next step for ever.
+      os._exit(0)  # Threads of a peer's trainer may be waiting for a next step indefinitely.
 
 
 class InProcess:

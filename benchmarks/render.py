@@ -54,9 +54,9 @@ def source(record: Record) -> str:
   parts += [f"jax {record['versions']['jax']}", f"{record['repeats']} rounds"]
   if record.get("load_average") is not None:
     parts.append(f"load average before {record['load_average']:.1f}")
-  if floors := record.get("floors"):
-    parts.append(f"matmul {floors['flops_per_s'] / 1e9:,.0f} GFLOP/s, "
-                 f"memory {floors['bytes_per_s'] / 1e9:,.0f} GB/s")
+  if peak_rates := record.get("peak_rates"):
+    parts.append(f"matmul {peak_rates['flops_per_s'] / 1e9:,.0f} GFLOP/s, "
+                 f"memory {peak_rates['bytes_per_s'] / 1e9:,.0f} GB/s")
   if "bandwidth_share" in record and record.get("peers"):
     parts.append(f"decoding reads at {percent(record['bandwidth_share'])} of it")
   return "; ".join(parts) + "."
@@ -64,7 +64,7 @@ def source(record: Record) -> str:
 
 def against_peers(record: Record) -> str:
   """Throughput, share of the roofline bound, memory and compile time, next to each peer's."""
-  share = record.get("floor_share", record.get("mfu"))
+  share = record.get("roofline_share", record.get("mfu"))
   rows = [["dpr_jax", number(record["tokens_per_s"]), "", percent(share),
            gigabytes(record["peak_bytes"]), number(record["compile_seconds"])]]
   for name, peer in record["peers"].items():
@@ -133,7 +133,7 @@ def memory(record: Record) -> str:
 def scaling(record: Record) -> str:
   rows = [
       [str(r["devices"]), number(r["tokens_per_s"]), f"{r['efficiency']:.2f}",
-       gigabytes(r["program_bytes_a_device"]),
+       gigabytes(r["program_bytes_per_device"]),
        ", ".join(f"{n} {k}" for k, n in r["collectives"].items()) or "none"]
       for r in record["runs"]
   ]

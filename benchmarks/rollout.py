@@ -140,7 +140,8 @@ def flags():
   parser.add_argument("--skew", type=float, default=0.0, help="mean length; 0: without")
   parser.add_argument("--slots", type=common.positive, default=8, help="rows decoded at a time")
   parser.add_argument("--skew_rows", type=common.positive, default=32)
-  parser.add_argument("--samples", type=common.positive, default=1, help="a prompt; 1: without")
+  parser.add_argument("--samples", type=common.positive, default=1,
+                      help="per prompt; 1: no shared prefill")
   parser.add_argument("--samples_new", type=common.positive, default=16, help="tokens of these")
   return parser
 
@@ -161,12 +162,12 @@ def plain_steps(lengths, slots):
   return sum(max(lengths[i:i + slots]) - 1 for i in range(0, len(lengths), slots))
 
 
-def report(ours, floors):
+def report(ours, peak_rates):
   setup, facts, devices = ours.setup, ours.facts, ours.setup["devices"]["count"]
-  flops_s, bytes_s = floors["flops_per_s"] * devices, floors["bytes_per_s"] * devices
+  flops_s, bytes_s = peak_rates["flops_per_s"] * devices, peak_rates["bytes_per_s"] * devices
   seconds, prefill = ours.median("main"), ours.median("prefill")
   decode = max(seconds - prefill, 1e-9)
-  floor = setup["prefill_flops"] / flops_s + max(
+  bound = setup["prefill_flops"] / flops_s + max(
       setup["decode_flops"] / flops_s, setup["decode_bytes"] / bytes_s
   )
   out = {
@@ -174,8 +175,8 @@ def report(ours, floors):
       "decode_tokens_per_s": (setup["tokens"] - setup["shape"]["batch"]) / decode,
       "bandwidth_share": setup["decode_bytes"] / decode / bytes_s,
       "mfu": (setup["prefill_flops"] + setup["decode_flops"]) / seconds / flops_s,
-      "floor_seconds": floor,
-      "floor_share": floor / seconds,
+      "roofline_seconds": bound,
+      "roofline_share": bound / seconds,
   }
   lengths, steps, slots = facts["lengths"], facts["steps"], setup["shape"]["slots"]
   if "refilled" in lengths:

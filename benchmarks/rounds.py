@@ -1,7 +1,7 @@
 """The measured rounds of a benchmark, and its JSON line.
 
-Rounds of a script's workload alternate with those of the floors (`benchmarks.floors`) and of one
-peer after the other, each in a process of its own.
+Rounds of a script's workload alternate with measurements of the peak rates
+(`benchmarks.peak_rates`) and with rounds of one peer after the other, each in a process of its own.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks import common, protocol
-from benchmarks import floors as floors_lib
+from benchmarks import peak_rates as peak_rates_lib
 from dpr_jax.errors import UserError
 from dpr_jax.models import ModelConfig
 from dpr_jax.weights.hf_config import rope_to_hf
@@ -51,10 +51,10 @@ def open_side(module: str, argv: Sequence[str], in_process: bool, env=None) -> A
   return protocol.Process([sys.executable, "-m", module, *argv, "--worker"], env)
 
 
-def open_floors(args: argparse.Namespace) -> Any:
+def open_peak_rates(args: argparse.Namespace) -> Any:
   if args.in_process:
-    return protocol.InProcess(floors_lib.Floors(args.dtype))
-  command = [sys.executable, "-m", "benchmarks.floors", f"--dtype={args.dtype}", "--worker"]
+    return protocol.InProcess(peak_rates_lib.PeakRates(args.dtype))
+  command = [sys.executable, "-m", "benchmarks.peak_rates", f"--dtype={args.dtype}", "--worker"]
   return protocol.Process(command)
 
 
@@ -119,10 +119,11 @@ def llama_shape(cfg: ModelConfig) -> dict[str, Any]:
   }
 
 
-def arithmetic(ours, floors) -> dict[str, Any]:
+def arithmetic(ours, peak_rates) -> dict[str, Any]:
   """What a program that is bound by arithmetic reports: its least time, and the share of it."""
-  floor = ours.setup["flops"] / floors["flops_per_s"] / ours.setup["devices"]["count"]
-  return {"flops": ours.setup["flops"], "floor_seconds": floor, "mfu": floor / ours.median("main")}
+  bound = ours.setup["flops"] / peak_rates["flops_per_s"] / ours.setup["devices"]["count"]
+  mfu = bound / ours.median("main")
+  return {"flops": ours.setup["flops"], "roofline_seconds": bound, "mfu": mfu}
 
 
 def run(
@@ -133,10 +134,10 @@ def run(
     report: Callable[[Side, Mapping[str, float]], dict[str, Any]],
     task: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-  """Measures and prints the JSON line; or, told to be the worker, serves the workload.
+  """Measures and prints the JSON line; with --worker, serves the workload instead.
 
   Args:
-    report: (our side, floors) -> the fields of this benchmark. `tokens` of the setup facts over
+    report: (our side, peak_rates) -> the fields of this benchmark. `tokens` of the setup facts over
       the seconds of `main` is the throughput of every side.
     task: what a peer gets beside the shape of the model.
   """
@@ -149,14 +150,15 @@ def run(
   groups: list[tuple[str | None, dict[str, Side]]] = []
   if not args.peers:
     groups.append((None, alternate(
-        {"floors": lambda: open_floors(args), "ours": ours_opener}, args.repeats, args.sequential
+        {"peak_rates": lambda: open_peak_rates(args), "ours": ours_opener},
+        args.repeats, args.sequential,
     )))
   for name, python in args.peers.items():
     cfg = peer_shape(args)
     full = {**task, "model": cfg, "dtype": args.dtype, "seed": args.seed}
     groups.append((name, alternate(
         {
-            "floors": lambda: open_floors(args),
+            "peak_rates": lambda: open_peak_rates(args),
             "ours": ours_opener,
             name: lambda: protocol.Process(peer_command(name, python, full)),  # noqa: B023
         },
@@ -167,7 +169,7 @@ def run(
       rounds=[r for _, sides in groups for r in sides["ours"].rounds],
       facts=groups[0][1]["ours"].facts,
   )
-  floors = floors_lib.best([r for _, sides in groups for r in sides["floors"].rounds])
+  peak_rates = peak_rates_lib.best([r for _, sides in groups for r in sides["peak_rates"].rounds])
   seconds = ours.median("main")
   record = {
       "benchmark": module.rpartition(".")[2],
@@ -182,8 +184,8 @@ def run(
       "peak_bytes": ours.facts["peak_bytes"],
       "peak_of": "all sides in one process" if args.in_process else "own process or device",
       "compile_seconds": ours.setup["compile_seconds"]["main"],
-      "floors": floors,
-      **report(ours, floors),
+      "peak_rates": peak_rates,
+      **report(ours, peak_rates),
       "peers": {
           name: compare(sides[name], sides["ours"], ours.setup["tokens"])
           for name, sides in groups if name

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All figures of docs/performance.md, for an idle machine; a JSON line a benchmark.
+# All figures of docs/performance.md, for an idle machine; one JSON line per benchmark.
 #
 #   benchmarks/run_all.sh RESULTS.jsonl
 #

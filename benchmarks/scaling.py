@@ -47,31 +47,31 @@ def main(argv):
   load = os.getloadavg()[0]
   passed = ("model", "config", "vocab_size", "dtype", "remat", "logits_budget", "lora_rank",
             "seed", "batch", "length")
-  runs, floors = [], None
+  runs, peak_rates = [], None
   for count in numbers:
     mesh = ",".join(str(count if axis == args.axis else 1) for axis in ("data", "fsdp", "tensor"))
     argv_ = [*(f"--{n}={getattr(args, n)}" for n in passed), f"--mesh={mesh}", "--programs"]
     sides = rounds.alternate(
         {
-            "floors": lambda: rounds.open_floors(args),
+            "peak_rates": lambda: rounds.open_peak_rates(args),
             "ours": lambda: rounds.open_side(
                 "benchmarks.sft_step", argv_, False, environment(count, args.gpus)  # noqa: B023
             ),
         },
         args.repeats, args.sequential,
     )
-    ours, floors = sides["ours"], rounds.floors_lib.best(sides["floors"].rounds)
+    ours, peak_rates = sides["ours"], rounds.peak_rates_lib.best(sides["peak_rates"].rounds)
     program = ours.facts["programs"]["step"]
     seconds = ours.median("main")
-    # Host devices share what the floors measured; each GPU has it to itself.
-    peak_flops = floors["flops_per_s"] * (count if args.gpus else 1)
+    # Host devices share the measured peak rates; each GPU has it to itself.
+    peak_flops = peak_rates["flops_per_s"] * (count if args.gpus else 1)
     runs.append({
         "devices": count, "seconds": seconds, "tokens_per_s": ours.setup["tokens"] / seconds,
         "mfu": ours.setup["flops"] / seconds / peak_flops,
         "compile_seconds": ours.setup["compile_seconds"]["main"],
         "peak_bytes": ours.facts["peak_bytes"],
-        "program_bytes_a_device": program["total"],
-        "argument_bytes_a_device": program["arguments"],
+        "program_bytes_per_device": program["total"],
+        "argument_bytes_per_device": program["arguments"],
         "collectives": program["collectives"],
     })
   for run in runs:
@@ -80,7 +80,7 @@ def main(argv):
   record = {
       "benchmark": "scaling", "model": ours.setup["model"], "shape": ours.setup["shape"],
       "axis": args.axis, "forced_host_devices": not args.gpus, "dtype": ours.setup["dtype"],
-      "repeats": args.repeats, "floors": floors, "runs": runs,
+      "repeats": args.repeats, "peak_rates": peak_rates, "runs": runs,
       "peak_of": "process of all devices" if not args.gpus else "one device",
       "load_average": load, "versions": rounds.versions(),
   }

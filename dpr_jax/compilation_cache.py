@@ -18,7 +18,7 @@ def check_folder(path: str) -> None:
 
 
 def keep_compilations(path: str | None, default: pathlib.Path | None = None) -> None:
-  """Compiled programs go to `path`; without one, where jax was told; else to `default`.
+  """Compiled programs go to `path`, else to the folder JAX is configured with, else to `default`.
 
   Raises:
     UserError: `path` cannot be a folder.

@@ -1,10 +1,10 @@
 """The exceptions that end a run in one line.
 
-Anything that is wrong with a file, a flag, a config field or a checkpoint is
-raised as `UserError` with a single line that names the place (field, flag, or
-file and line) and says what would be right. The entry points (`main`, `score`,
-...) print that line and exit with code 2; in a notebook it is an ordinary exception. Library code
-names its own arguments; the caller that read them from a config or a flag adds that name (`naming`).
+Anything that is wrong with a file, a flag, a config field or a checkpoint is raised as
+`UserError` with a single line that names the place (field, flag, or file and line) and states
+what would be right. The entry points (`main`, `score`, ...) print that line and exit with code 2;
+in a notebook it is an ordinary exception. Library code names its own arguments; the caller that
+read them from a config or a flag adds that name (`naming`).
 """
 
 import contextlib

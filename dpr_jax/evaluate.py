@@ -1,4 +1,4 @@
-r"""A benchmark asked of a model: its responses with their scores, means and intervals.
+r"""Evaluates a model on a benchmark: its responses with their scores, means and intervals.
 
     python -m dpr_jax.evaluate --model=CKPT --benchmark=NAME --data=FILE --output=DIR
 

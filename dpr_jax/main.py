@@ -2,8 +2,8 @@
 
     python -m dpr_jax.main --config=configs/smoke.py --workdir=DIR [--config.sft.steps=200 ...]
 
-Rerun the same command after an interruption to resume. --config.reference.kind=ema replaces the
-reference by one of another kind. --profile_steps=3:5 writes a profiler trace of these steps of every
+Rerun the same command after an interruption to resume. --config.reference.kind=ema takes
+another kind of reference. --profile_steps=3:5 writes a profiler trace of these steps of every
 trained stage to DIR/profile. --compilation_cache=FOLDER keeps compiled programs where other runs
 find them; otherwise they are in the workdir.
 """

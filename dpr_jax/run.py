@@ -152,7 +152,7 @@ class Run:
 
   @functools.cached_property
   def benchmark(self) -> Any:
-    """What judges responses: that of the config, else what fits the demonstrations."""
+    """The benchmark that scores responses: that of the config, else one that fits the data."""
     return self.config.eval.benchmark or kind_class(BENCHMARKS, self.data.benchmark)()
 
   @property
@@ -171,7 +171,7 @@ class Run:
     """The lines of a stage's metrics.jsonl."""
     return read_metrics(self.workdir.stage(stage) / "metrics.jsonl")
 
-  # --- Telling -----------------------------------------------------------------------------------
+  # --- Logging -----------------------------------------------------------------------------------
 
   def log(self, text: str) -> None:
     """A line beside the progress bars, from process 0."""

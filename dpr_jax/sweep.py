@@ -167,7 +167,7 @@ def shared(config: RunConfig) -> Shared:
 def adopt(what: Shared, source: Workdir, point: Workdir) -> None:
   """Puts what is shared into a point's folder: stages as links, samples as copies.
 
-  To be called by one process, after the point's config.json is there; again, it changes nothing.
+  Called by one process, after the point's config.json is written; a second call changes nothing.
   """
   stages = [*(["sft"] if what.sft else []), *(["ref"] if what.reference else []), *what.methods]
   for name in stages:

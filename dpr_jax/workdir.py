@@ -127,7 +127,7 @@ class Workdir:
     if not self.path.is_dir():
       raise UserError(f"--workdir={self.path} is a file; it must be a folder, or not exist yet")
     if not self.config_file.exists():
-      # Written before config.json is there, by a run that died in between.
+      # Written before config.json, by a run that was killed in between.
       ours = {self.compilations.name, self.config_file.name + ".tmp"}
       foreign = sorted(p.name for p in self.path.iterdir() if p.name not in ours)
       if foreign:

@@ -39,7 +39,7 @@ free_port() {
   local port
   for _ in {1..100}; do
     port=$((20000 + RANDOM % 12000))
-    # A connection that is refused: nobody listens.
+    # A refused connection: no process listens on the port.
     if ! (exec 9<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
       echo "$port"
       return

@@ -1,4 +1,4 @@
-"""The return that weighs a token: of what follows, of the whole response, of the token.
+"""The return that weights a token: its reward-to-go, that of the whole response, or its own reward.
 
 python -m dpr_jax.main --config=configs/sweeps/returns.py --workdir=runs/returns
 """

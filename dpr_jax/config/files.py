@@ -59,7 +59,7 @@ def set_kind(config: Config, path: str, kind: str) -> None:
   """Puts a value of another kind, at its defaults, where a config has one: --config.PATH.kind=KIND.
 
   Raises:
-    UserError: no value can stand there, or no such kind.
+    UserError: the field takes no value, or there is no such kind.
   """
   *parents, last = path.split(".")
   section, cls = config, RunConfig
@@ -80,7 +80,7 @@ def set_kind(config: Config, path: str, kind: str) -> None:
 
 
 def parse_arg(name: str, arg: str, **defaults: Any) -> ml_collections.ConfigDict:
-  """Reads "corrupt=0.2,sft=early,debug"; a switch may stand alone. As big_vision's parse_arg.
+  """Reads "corrupt=0.2,sft=early,debug"; a switch needs no value. As big_vision's parse_arg.
 
   Args:
     name: of the config file, for errors.

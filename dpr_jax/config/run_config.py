@@ -124,7 +124,7 @@ def debug_config(config: Config) -> Config:
   model, shape = config.model, config.model.shape
   model.pretrained, model.keep_layers = "", 0
   ratio = min(2, shape.num_heads // shape.num_kv_heads)
-  # One whole pattern and a rest, so that both scanned groups are there.
+  # One whole pattern and a rest, so that there are both scanned groups.
   shape.num_layers = len(shape.layer_pattern) + 1
   shape.vocab_size, shape.hidden_size, shape.mlp_size, shape.head_dim = 0, 32, 64, 16
   shape.num_heads, shape.num_kv_heads = 2, 2 // ratio

@@ -169,7 +169,7 @@ def build_value(package: str, value: Any, where: str) -> Value:
 
 
 def get_path(value: Any, path: str) -> Any:
-  """What stands at a dotted path of dataclasses and mappings."""
+  """The entry at a dotted path of dataclasses and mappings."""
   for name in path.split("."):
     value = value[name] if isinstance(value, Mapping) else getattr(value, name)
   return value

@@ -1,4 +1,4 @@
-"""What a run learns from and is judged on, from the `data` section of its config."""
+"""What a run is trained and evaluated on, from the `data` section of its config."""
 
 import dataclasses
 import hashlib
@@ -15,8 +15,8 @@ from dpr_jax.data.templates import encode_demo
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
 
-# The held-out prompts do not depend on the seed of the run: all seeds are judged on the same ones,
-# and none is trained on by any.
+# The held-out prompts do not depend on the seed of the run: all seeds are evaluated on the same
+# ones, and no seed trains on any of them.
 HOLDOUT_SEED = 0
 
 

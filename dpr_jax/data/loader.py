@@ -189,7 +189,7 @@ def make_prompts(
 
   Args:
     overlong: a prompt of more than `prompt_length` tokens is refused ("error") or left out
-      ("drop"). It is never cut: a cut prompt asks something else.
+      ("drop"). It is never cut: a cut prompt is another question.
 
   Raises:
     UserError: an overlong prompt, naming its source and length; nothing left; or as

@@ -161,7 +161,7 @@ TASKS: Mapping[str, Task] = {task.name: task for task in _TASKS}
 
 
 def get_task(name: str) -> Task:
-  """The task of that name; UserError lists the names there are."""
+  """The task of that name; UserError lists the known names."""
   if name not in TASKS:
     raise UserError(f"task {name!r} is unknown; known: {', '.join(TASKS)}")
   return TASKS[name]
@@ -188,7 +188,7 @@ def _sample_prompts(task: Task, n: int, rng: random.Random, heldout: bool) -> li
   while len(prompts) < n:
     attempts += 1
     if attempts > 10_000 + 200 * n:
-      raise UserError(f"task {task.name}: asked for {n} distinct held-out prompts, found "
+      raise UserError(f"task {task.name}: {n} distinct held-out prompts are needed, found "
                       f"{len(prompts)}; ask for fewer")
     prompt = task.sample_prompt(rng)
     if is_heldout(prompt) != heldout or (heldout and prompt in seen):

@@ -69,7 +69,7 @@ class EvaluationFolder:
                         f"({foreign[0]}, ...); name a new folder")
 
   def claim(self, settings: Mapping[str, Any], contents: Mapping[str, Any]) -> None:
-    """Writes config.json, or compares with the one that is there. Call `check` first.
+    """Writes config.json, or compares with the existing one. Call `check` first.
 
     Args:
       settings: flag -> value.
@@ -141,7 +141,7 @@ class EvaluationFolder:
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkRun:
-  """A benchmark, a model, and how the one is asked of the other."""
+  """A benchmark, a model, and how the model answers the benchmark."""
 
   benchmark: Benchmark
   metrics: Mapping[str, ResponseMetric]
@@ -185,7 +185,7 @@ class BenchmarkRun:
       _ = self._responder.stops  # Made here, where nothing is written yet.
 
   def fingerprint(self) -> str:
-    """Of all that is asked and of the answers that are expected, as the model sees them."""
+    """Of all prompts and expected answers, as the model sees them."""
     parts = [self.prompts, self.demonstrated if self.benchmark.likelihood else []]
     return digest([[d.answer for d in self.demos], *([x.tolist() for x in p] for p in parts)])
 
@@ -310,7 +310,7 @@ def pass_at(k: int, right: np.ndarray) -> np.ndarray:
 def fill(
     run: BenchmarkRun, folder: EvaluationFolder, bar: Callable[[int], Any]
 ) -> tuple[list[dict[str, Any]], int]:
-  """Answers what is not answered yet.
+  """Samples the responses that are still missing.
 
   Args:
     bar: of the number of responses that are missing -> a progress bar, as `tqdm`.

@@ -5,11 +5,11 @@ that its form alone does not give it away. All rewards of the package are compar
 under sft and ref give: the baseline-relative one, log pi_sft, the endogenous one.
 
   auc             P(reward of a wrong token < reward of a right one), a tie counts half. The right
-                  ones are all tokens that stand before the wrong one in its answer: they are as
+                  ones are all tokens before the wrong one in its answer: they are as
                   demonstrated, and so is what they follow. Tokens after the wrong one are left out,
                   because each is conditioned on it, and so is EOS with them.
   lowest          share of answers in which the wrong token's reward is strictly the lowest up to
-                  there; of those in which a token stands before it.
+                  there; of those in which a token precedes it.
   chance          what `lowest` would be at random: the mean of 1 / (tokens up to there).
   auc_gain        auc of the baseline-relative reward minus that of this one, on the same answers.
   below_original  share in which the wrong token's reward is below that of the token it replaced, in
@@ -64,7 +64,7 @@ class Corruption:
   index: int  # of its demonstration.
   position: int  # of the wrong token in the response.
   tokens: np.ndarray  # int32 [T], as demonstrated but for that one.
-  original: int  # the token that stood there.
+  original: int  # the token that was replaced.
 
 
 def corrupt_responses(

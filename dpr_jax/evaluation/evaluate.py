@@ -1,7 +1,7 @@
 """The evaluation of a run: every system on the held-out prompts; samples/ of the workdir.
 
   SYSTEM.jsonl     one line per prompt and mode: the response with its scores.
-  measures.json    what models say of the systems, per prompt; and what all columns are.
+  measures.json    what models measure of the systems, per prompt; and the meaning of all columns.
   frontier/        SYSTEM.jsonl: how many of several responses are right, by temperature.
   corruption.jsonl, heatmap_*.jsonl
 
@@ -52,7 +52,7 @@ def heldout_prompts(run: Any) -> Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """What metrics may look at."""
+  """What metrics may read."""
 
   run: Any
 
@@ -86,7 +86,7 @@ class Evaluation:
     return load_checkpoint(self.run.config.eval.expert, self.run.mesh, self.run.dtype)
 
   def members(self, system: System) -> tuple[Any, ...]:
-    """The variables of a system; of the last one that was asked for they are held."""
+    """The variables of a system; those of the last system are held."""
     if self._loaded.get("name") != system.name:
       self._loaded.clear()
       self._loaded.update(name=system.name, members=system.load())

@@ -50,7 +50,7 @@ Curve = tuple[np.ndarray, np.ndarray]  # x and y of its knots, float64 [..., T].
 
 
 def measure(evaluation: Any, system: Any) -> None:
-  """Writes samples/frontier/SYSTEM.jsonl, unless it is there or the system has no temperature.
+  """Writes samples/frontier/SYSTEM.jsonl, unless it exists or the system has no temperature.
 
   A line per temperature and prompt: temperature (0: greedy), prompt (index), groups, samples,
   right (how many), distinct (different right answers).

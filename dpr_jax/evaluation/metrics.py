@@ -33,7 +33,7 @@ class Column:
   unit: str = ""  # "%" of a share in [0, 1], "nats per response", "tokens", ...
   better: int = 0  # 1: higher is better; -1: lower; 0: neither.
   compared: bool = True  # paired differences between systems are reported.
-  main: bool = False  # stands in the first table of the report.
+  main: bool = False  # is in the first table of the report.
   # The value of a prompt is a list, one number per token. It is averaged over as many tokens as
   # the shorter one of the two compared responses has, so that length alone cannot win.
   per_token: bool = False
@@ -74,7 +74,7 @@ class ResponseMetric(Value):
 
 
 class SystemMetric(Value):
-  """A figure of each prompt that needs models: the system's own, or others that judge it."""
+  """A figure of each prompt that needs models: the system's own, or others that score it."""
 
   columns: ClassVar[Mapping[str, Column]] = {}
 
@@ -147,8 +147,8 @@ class HeldoutNLL(SystemMetric):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleNLL(SystemMetric):
-  """What base and ref make of a system's samples: a policy that games a log-ratio writes text that
-  other models find odd."""
+  """The NLL of a system's samples under base and ref: a policy that games a log-ratio writes text
+  that is unlikely under other models."""
 
   kind = "sample_nll"
   columns = {

@@ -48,7 +48,7 @@ class Scorer:
   model: Any
   mesh: jax.sharding.Mesh
   batch_size: int  # rows scored at a time; rows of similar length share a batch.
-  on_batch: Callable[[int], None] = lambda n: None  # called with the number of responses just scored.
+  on_batch: Callable[[int], None] = lambda n: None  # called with the number just scored.
 
   def logps(
       self, variables: Any, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]
@@ -79,7 +79,7 @@ class Scorer:
   def per_response(
       self, score: Callable[[jax.Array, jax.Array], Any], prompts, responses
   ) -> list[Any]:
-    """What `score` says of each token of each response.
+    """The output of `score` for each token of each response.
 
     Args:
       score: (tokens [B, T], segment ids [B, T]) -> a tree of [B, T], aligned with the tokens.

@@ -1,6 +1,6 @@
 """Intervals and paired comparisons for results over prompts and seeds.
 
-Two things vary in a result: which prompts were asked, and which seed trained the model. With one
+Two things vary in a result: which prompts were sampled, and which seed trained the model. With one
 seed only the prompts can be generalised over, and the numbers speak of that one trained model.
 With several seeds both count. The variance of a mean over S seeds and P prompts is then taken
 from the two-way table of values (seeds are rows, prompts are columns):

@@ -115,7 +115,7 @@ def make_reinforce_loss(model, *, loss_aggregation: str = "tokens"):
         start=batch.tokens.shape[1] - length,
         rngs=rngs,
     )
-    # where, not a product: whatever stands outside of the mask must not turn into a NaN.
+    # where, not a product: values outside of the mask must not turn into a NaN.
     on = batch.mask > 0
     weighted = jnp.where(on, jax.lax.stop_gradient(batch.advantages) * out.logp, 0.0)
     rows = jnp.sum(jnp.any(on, axis=1).astype(jnp.float32))

@@ -104,8 +104,8 @@ class DPR(TrainedMethod):
         raise ValueError(f"transforms: center has no meaning here: {e}") from None
     if not self.reward.per_token and (self.returns == "per_token" or self.gamma == 0):
       # A constant added to the logits of a state moves reward from one token to the one before.
-      raise ValueError(f"reward={kind_of(self.reward)} does not determine the reward of a single token; set "
-                       "returns=reward_to_go and a gamma above 0")
+      raise ValueError(f"reward={kind_of(self.reward)} does not determine the reward of a single "
+                       "token; set returns=reward_to_go and a gamma above 0")
     if self.gamma != 1 and self.returns != "reward_to_go":
       raise ValueError(f"gamma={self.gamma} discounts a reward-to-go, not returns={self.returns}; "
                        "set reward_to_go")

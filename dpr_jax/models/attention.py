@@ -155,7 +155,7 @@ def resolve_backend(cfg: ModelConfig, length: int) -> str:
     return backend
   if cfg.attention == "auto":
     return "xla"
-  raise UserError(f"attention={backend} {refused}; auto takes what is there")
+  raise UserError(f"attention={backend} {refused}; auto takes one that is available")
 
 
 def self_attention(

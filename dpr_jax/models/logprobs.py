@@ -95,7 +95,7 @@ def in_chunks(body: Callable[..., Any], chunk_size: int, *arrays_BxT: jax.Array)
 def per_token(
     score: Callable[[slice, slice], Any], segment_ids_BxT: jax.Array, start: int = 0
 ) -> Any:
-  """What `score` says of the state in which each token is chosen, aligned with that token.
+  """The output of `score` for the state in which each token is chosen, aligned with that token.
 
   Args:
     score: (columns of the states, columns of the tokens chosen in them) -> a tree of [B, columns].

@@ -1,6 +1,6 @@
-"""Bytes that each device must move through its HBM, at least: weights, state, saved activations, cache.
+"""Bytes that each device must move through its HBM: weights, state, saved activations, cache.
 
-A lower bound by counting what cannot stay on the chip between two uses; what a compiler spills
+A lower bound that counts what cannot stay on the chip between two uses; what a compiler spills
 beyond it is not counted.
 """
 

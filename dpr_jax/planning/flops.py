@@ -31,7 +31,7 @@ def pairs(queries: int, past: int = 0, window: int = 0, full: bool = False) -> i
 
 
 def attention(cfg: ModelConfig, queries: int, past: int = 0, full: bool = False) -> int:
-  """FLOPs a row of all layers: q.k and p.v."""
+  """FLOPs per row of all layers: q.k and p.v."""
   kinds = [cfg.layer_pattern[i % len(cfg.layer_pattern)] for i in range(cfg.num_layers)]
   per_pair = 4 * cfg.num_heads * cfg.head_dim
   of_kind = {
@@ -48,7 +48,7 @@ def head(cfg: ModelConfig, tokens: int) -> int:
 def forward(
     cfg: ModelConfig, rows: int, tokens: int, past: int = 0, logits: int = 0, full: bool = False
 ) -> int:
-  """One pass over `tokens` tokens a row after `past` ones, with `logits` columns of logits."""
+  """One pass over `tokens` tokens per row after `past` ones, with `logits` columns of logits."""
   layers = 2 * rows * tokens * layer_params(cfg) + rows * attention(cfg, tokens, past, full)
   return layers + head(cfg, rows * logits)
 

@@ -39,12 +39,12 @@ class Collectives:
   """Of one execution of the program, for one device."""
 
   count: dict[str, int]  # by kind.
-  bytes: dict[str, float]  # received by a device, by kind.
+  bytes: dict[str, float]  # received per device, by kind.
   unknown_loops: int  # loops whose trip count is not in the text.
 
 
 def _split_op(rhs: str) -> tuple[str, str]:
-  """(shape, op) of what stands right of the equals sign."""
+  """(shape, op) on the right of the equals sign."""
   if rhs.startswith("("):  # A tuple, whose shapes may hold parentheses of their own.
     depth, end = 0, len(rhs)
     for at, c in enumerate(rhs):
@@ -195,7 +195,7 @@ def _callees(i: Instruction) -> list[str]:
 def _executed(
     comps: dict[str, list[Instruction]], entry: str, unknown_trips: int
 ) -> Iterator[tuple[Instruction, int, str, bool]]:
-  """(instruction, times it runs, the computation it stands in, whether it is an unknown loop)."""
+  """(instruction, times it runs, the computation that holds it, whether it is an unknown loop)."""
   holding: dict[str, bool] = {}
 
   def holds_unknown(name):

@@ -83,7 +83,7 @@ def compile_program(program: Program, topology: Topology) -> dict[str, Any]:
 def add_bounds(
     entry: dict[str, Any], program: Program, cfg: ModelConfig, topology: Topology, shape: Shape
 ) -> None:
-  """Adds the work of a compiled program, and how long each kind of it takes at the least."""
+  """Adds the work of a compiled program, and how long each kind of it takes at least."""
   work, chip = program.work, topology.chip
   done = work_lib.total_flops(work, cfg) / topology.size
   state_bytes = entry["argument_bytes"] + entry["output_bytes"]

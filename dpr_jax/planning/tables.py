@@ -122,7 +122,7 @@ def _bound(program: dict[str, Any] | None) -> str:
 
 
 def markdown(lines: Sequence[Line]) -> str:
-  """One row per plan: memory, roofline bounds, throughput; the warnings stand below the table."""
+  """One row per plan: memory, roofline bounds, throughput; the warnings are below the table."""
   batches, programs = _keys(lines, "batch"), _keys(lines, "programs")
   tokens = _keys(lines, "tokens_per_second")
   head = ["config", "topology", "mesh d,f,t", "attention", *(f"{b} rows" for b in batches),
@@ -218,7 +218,7 @@ def minimum_markdown(lines: Sequence[Line]) -> str:
 
 
 def update(summary: pathlib.Path, document: pathlib.Path) -> None:
-  """Replaces what stands between the marks of `document` with the tables of the plans.
+  """Replaces the text between the marks of `document` with the tables of the plans.
 
   Raises:
     UserError: a pair of marks is missing.

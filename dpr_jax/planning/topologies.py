@@ -15,7 +15,7 @@ from dpr_jax.planning.compiler_log import captured
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What one device has. Peak figures of the maker; nothing here was measured."""
+  """What one device has. Peak figures of the manufacturer; nothing here was measured."""
 
   platform: str  # tpu | gpu.
   hbm_bytes: int  # that a program may use: of a TPU what its compiler allows.

@@ -1,4 +1,4 @@
-"""Which parameters are pi_ref: one kind a file."""
+"""Which parameters are pi_ref: one kind per file."""
 
 from dpr_jax.references.base import Reference, ReferenceKind, combine_logps
 

@@ -104,7 +104,7 @@ def monitors(
 
   Args:
     stages: stage -> lines of its metrics.jsonl, for each seed.
-    results: results.json, for what the tasks said, and for labels.
+    results: results.json, for the scores of the task, and for labels.
   """
   out = []
   for stage, seeds in stages.items():
@@ -149,7 +149,7 @@ def _reward(trend: Callable[[str], Trend | None]) -> dict[str, str] | None:
 
 
 def _goal(trend, results: Mapping[str, Any], stage: str) -> dict[str, str] | None:
-  """The reward is a proxy: what did the task say?"""
+  """The reward is a proxy: did the task improve as well?"""
   reward, metric = trend("reward"), next(iter(goals(results)), "")
   c = difference(results, stage, "sft", metric)
   if reward is None or c is None:

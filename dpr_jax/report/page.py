@@ -1,6 +1,6 @@
 """The report of a workdir: a page that needs no other file, a pure function of the files there.
 
-Whatever is missing (no DPR stage yet, no samples) is left out, so the page can be written at
+What is missing (no DPR stage yet, no samples) is left out, so the page can be written at
 any time of a run, and again.
 """
 
@@ -162,7 +162,7 @@ def _facts(record, results, stages, seeds) -> list[tuple[str, str]]:
   sweep = config.get("sweep") or {}
   if sweep.get("field"):
     values = ", ".join(str(v) for v in sweep.get("values") or ())
-    facts.append(("Sweep", f"{sweep['field']} takes {values}, in place of what stands below"))
+    facts.append(("Sweep", f"{sweep['field']} takes {values}, instead of the value below"))
   compared = (record.get("described") or {}).get("labels") or {}
   if compared:
     facts.append(("Compared with SFT", "; ".join(compared.values())))
@@ -200,7 +200,7 @@ def _settings(section: Mapping[str, Any]) -> str:
 
 
 def _reference_facts(described, record: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """What the reference is, and what reference.json says of it; of the first of several seeds."""
+  """What the reference is, with the figures of reference.json; of the first of several seeds."""
   found = record.get("candidates") or [{}]
   c = found[record.get("chosen") or 0]
   text = described.get("reference") or ""

@@ -26,7 +26,7 @@ def sweep_table(results: Results, links: bool) -> dict[str, Any] | None:
   for a run that is no sweep. Marks are those of the difference to SFT.
 
   Args:
-    links: whether the points' pages stand beside this one.
+    links: whether the points' pages are beside this one.
   """
   points, primary = _points(results), primary_metric(results)
   if primary is None:

@@ -96,7 +96,7 @@ def task_tables(results: Results) -> list[dict[str, Any]]:
 
 
 def comparisons_table(results: Results) -> list[dict[str, Any]]:
-  """Differences with interval, p and what they say; the bar is drawn on a scale of its unit."""
+  """Differences with interval, p and verdict; the bar is drawn on a scale of its unit."""
   found = [
     c for c in results.get("comparisons") or () if len(c.get("pair") or ()) == 2 and "metric" in c
   ]

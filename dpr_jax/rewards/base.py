@@ -20,7 +20,7 @@ from dpr_jax.config.fields import Value, kind_of
 
 @struct.dataclass
 class Scores:
-  """What a reward may ask for, float32 [B, T], aligned with the token; None: not computed."""
+  """Scores that a reward may need, float32 [B, T], aligned with the token; None: not computed."""
 
   sft_logp: jax.Array | None = None  # log pi_sft(y_t | s_t), nats.
   sft_logsumexp: jax.Array | None = None  # V(s_t) under sft: logsumexp of its logits.
@@ -45,7 +45,7 @@ class Reward(Value):
 
 
 def needs(reward: RewardFn) -> frozenset[str]:
-  """The scores that a reward asks for.
+  """The scores that a reward needs.
 
   Raises:
     ValueError: a parameter that is no score; lists the scores.

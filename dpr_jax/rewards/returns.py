@@ -1,6 +1,6 @@
 """Returns and advantages of masked token rewards, float32 [B, T]: undiscounted, critic-free.
 
-Padding never leaks: what stands outside of the mask is ignored, whatever it holds.
+Padding never leaks: values outside of the mask are ignored.
 """
 
 import jax
@@ -63,7 +63,7 @@ def advantages(
                      have a token there; independent of the row's own actions, hence
                      unbiased. 0 where no other sample reaches t.
       whiten         (G - mean) / std over all response tokens of the batch.
-    group_size: samples of a prompt; they stand in adjacent rows.
+    group_size: samples per prompt, in adjacent rows.
 
   Raises:
     ValueError: unknown variance_baseline, or leave_one_out with group_size < 2 or not dividing B.

@@ -1,7 +1,7 @@
 """Reward transforms: small functions (rewards, context) -> rewards, applied in a stated order.
 
 They trade fidelity to the log-ratio for robustness: one token with a reward of -12 can
-otherwise outweigh a whole batch. All give 0 where the mask is 0, whatever stands there.
+otherwise outweigh a whole batch. All give 0 where the mask is 0, whatever the input is there.
 
 A config names them as a list, applied from first to last: ("center", "clip:2", "scale:0.5").
 In code, any function of the same shape is one more:
@@ -24,7 +24,7 @@ from flax import struct
 
 @struct.dataclass
 class RewardContext:
-  """What a transform may look at beside the rewards. Float32 [B, T], None where not computed."""
+  """What a transform may read beside the rewards. Float32 [B, T], None where not computed."""
 
   mask: jax.Array  # 1 on the response tokens that are trained, EOS included.
   expected_rewards: Any = None  # E_{a ~ policy(. | s_t)} r(s_t, a) of untransformed rewards, nats.

@@ -1,4 +1,4 @@
-"""The product's own losses and rewards on a tabular policy, under exact expectation.
+"""The package's own losses and rewards on a tabular policy, under exact expectation.
 
 `TabularModel` looks like a `Transformer` to `token_logprobs`, to the losses and to the
 sampler, but its logits are a table. A batch that enumerates every response and weighs it
@@ -109,7 +109,7 @@ class TabularModel:
 def enumerate_rollout(
     model: TabularModel, policy, sft, ref, reward: RewardFn = BASELINE_RELATIVE
 ) -> Rollout:
-  """Every response to every prompt as a `Rollout`, scored by the product's code. Jittable.
+  """Every response to every prompt as a `Rollout`, scored by the package's code. Jittable.
 
   policy, sft, ref: variables of `model`.
   """
@@ -169,7 +169,7 @@ def ascend(
     every: int = 50,
     **kwargs,
 ) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-  """Dense-Path REINFORCE with the product's loss and train step, without sampling noise.
+  """Dense-Path REINFORCE with the package's loss and train step, without sampling noise.
 
   Args:
     steps, learning_rate: of Adam with a cosine decay to 0, logits per step.

@@ -68,7 +68,7 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def save(self, state: TrainState, step: int, data_state: dict[str, Any]) -> None:
-    """Starts saving (asynchronously) unless this step is there already."""
+    """Starts saving (asynchronously) unless this step is saved already."""
     if step in self._manager.all_steps():
       return
     items = _items(state)

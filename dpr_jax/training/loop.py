@@ -55,7 +55,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """Where a stage runs, for how long, and what it keeps and tells."""
+  """Where a stage runs, for how long, and what it keeps and logs."""
 
   name: str
   directory: pathlib.Path  # checkpoints/ and metrics.jsonl go here.
@@ -135,7 +135,8 @@ def run_stage(stage: Stage, build: Callable[[], Training]) -> TrainState | None:
         if preempted:
           checkpoints.wait()
           raise Preempted(
-              f"{stage.name}: stopped by SIGTERM; step {step} is saved; rerun the same command to resume"
+              f"{stage.name}: stopped by SIGTERM; step {step} is saved; rerun the same command to "
+              "resume"
           )
     checkpoints.wait()
   return state

@@ -21,16 +21,17 @@ def importable():
 
 @pytest.fixture(scope="session")
 def quick():
-  """Small floors, and programs that are hardly optimised, in processes as well."""
+  """Small arrays for the peak rates, and hardly optimised programs, in processes as well."""
   import jax
 
-  from benchmarks import floors
+  from benchmarks import peak_rates
 
   patch = pytest.MonkeyPatch()
   before = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", True)
   patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-  patch.setattr(floors, "Floors", functools.partial(floors.Floors, size=64, megabytes=1))
+  small = functools.partial(peak_rates.PeakRates, size=64, megabytes=1)
+  patch.setattr(peak_rates, "PeakRates", small)
   yield
   jax.config.update("jax_disable_most_optimizations", before)
   patch.undo()

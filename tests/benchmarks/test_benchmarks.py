@@ -16,8 +16,8 @@ from dpr_jax.errors import UserError
 ROOT = pathlib.Path(__file__).parents[2]
 COMMON = {
     "benchmark", "model", "shape", "dtype", "devices", "repeats", "seconds", "seconds_all",
-    "tokens_per_s", "peak_bytes", "peak_of", "compile_seconds", "floors", "mfu", "floor_seconds",
-    "peers", "load_average", "versions",
+    "tokens_per_s", "peak_bytes", "peak_of", "compile_seconds", "peak_rates", "mfu",
+    "roofline_seconds", "peers", "load_average", "versions",
 }
 
 
@@ -26,7 +26,7 @@ def test_prints_the_documented_fields(lines, name):
   line = lines(name)
   assert COMMON <= set(line)
   assert line["benchmark"] == name and line["repeats"] == 2
-  assert line["floors"]["flops_per_s"] > 0 and line["floors"]["bytes_per_s"] > 0
+  assert line["peak_rates"]["flops_per_s"] > 0 and line["peak_rates"]["bytes_per_s"] > 0
   assert line["seconds"] == np.median(line["seconds_all"]) and line["peak_bytes"] > 2**20
   tokens = {"sft_step": 24, "score": 24, "rollout": 32}.get(name)
   if tokens:

@@ -203,5 +203,5 @@ def test_errors():
     make_demos([], 3, 0)
   with pytest.raises(UserError, match="n=-1 must be at least 0"):
     make_demos(["add"], -1, 0)
-  with pytest.raises(UserError, match=r"task add: asked for 5000 distinct held-out prompts, found"):
+  with pytest.raises(UserError, match=r"task add: 5000 distinct held-out prompts are needed"):
     make_demos(["add"], 5000, 0, split="heldout")

@@ -59,7 +59,8 @@ def test_sigterm_saves_in_every_process_and_the_run_goes_on(entry_point, finishe
   assert process.returncode == 143, out[-3000:]
   steps = {int(p.name) for p in (workdir / "sft" / "checkpoints").iterdir() if p.name.isdigit()}
   saved = max(steps)
-  assert saved < 20 and len(re.findall(rf"sft: stopped by SIGTERM; step {saved} is saved", out)) == 2
+  message = rf"sft: stopped by SIGTERM; step {saved} is saved"
+  assert saved < 20 and len(re.findall(message, out)) == 2
   # One process resumes from what two have saved.
   entry_point.finish(entry_point.start(workdir))
   one, two = (read_metrics(w / "sft" / "metrics.jsonl") for w in (whole, workdir))

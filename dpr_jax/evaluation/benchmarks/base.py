@@ -1,7 +1,7 @@
 """What a benchmark is: prompts with what is known of them, and scores of responses.
 
-A file of this package, or of a user, declares one. It reads its data, says what to generate, and
-scores responses; `python -m dpr_jax.evaluate` and the evaluation of a run do the rest.
+A file of this package, or of a user, declares one. It reads its data, declares what to generate,
+and scores responses; `python -m dpr_jax.evaluate` and the evaluation of a run do the rest.
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Contains(Benchmark):
@@ -49,7 +49,7 @@ class Benchmark(Value):
     return read_demos(path, limit=limit).demos
 
   def prompt(self, demo: Demo) -> tuple[Message, ...]:
-    """What `evaluate` asks: messages that end with a user turn."""
+    """The prompt that `evaluate` uses: messages that end with a user turn."""
     return demo.prompt
 
   def score(self, demo: Demo, text: str) -> Mapping[str, float]:

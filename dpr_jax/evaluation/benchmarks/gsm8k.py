@@ -41,7 +41,7 @@ class GSM8K(Benchmark):
       "accuracy_flexible": Column("Accuracy, last number", "%", better=1),
   }
   shots: int = setting(0, "worked examples before each problem: the first of `shots_file`", low=0)
-  shots_file: str = setting("", "of problems that are not asked, such as the training set's file")
+  shots_file: str = setting("", "file of the worked examples, such as that of the training set")
 
   def __post_init__(self):
     if bool(self.shots) != bool(self.shots_file):
@@ -49,8 +49,8 @@ class GSM8K(Benchmark):
 
   def check(self, config):
     if self.shots:
-      raise ValueError(f"shots={self.shots}: a run asks the prompts that it trains on, without "
-                       "worked examples; python -m dpr_jax.evaluate asks with them")
+      raise ValueError(f"shots={self.shots}: a run evaluates on prompts like those it trains on, "
+                       "without worked examples; python -m dpr_jax.evaluate adds them")
 
   @property
   def stop_strings(self):

@@ -19,7 +19,7 @@ class Tasks(Benchmark):
   needs_data = False
   max_new_tokens = 24
   tasks: tuple[str, ...] = setting(
-      (), "names of data/tasks.py, asked in turn; () takes all", choices=lambda: tuple(TASKS)
+      (), "names of data/tasks.py, used in turn; () takes all", choices=lambda: tuple(TASKS)
   )
 
   def check(self, config):
@@ -27,8 +27,8 @@ class Tasks(Benchmark):
       raise ValueError("tasks are those of config.data.tasks in a run, and chosen here only for "
                        "python -m dpr_jax.evaluate")
     if config.data.demos:
-      raise ValueError("tasks scores the built-in tasks only; use exact or gsm8k with config.data.demos="
-                       f"{config.data.demos}")
+      raise ValueError("tasks scores the built-in tasks only; use exact or gsm8k with "
+                       f"config.data.demos={config.data.demos}")
 
   def read(self, path, limit=0):
     """The first held-out prompts of a run on these tasks; 256 unless `limit` says otherwise."""

@@ -1,6 +1,6 @@
 """What this device can do at best: matmul FLOP/s and memory bytes/s, measured beside the rest.
 
-    python -m benchmarks.floors --dtype=float32
+    python -m benchmarks.peak_rates --dtype=float32
 """
 
 import argparse
@@ -14,7 +14,7 @@ from benchmarks import protocol
 from dpr_jax.loading import compute_dtype
 
 
-class Floors:
+class PeakRates:
   """A square matmul for arithmetic; a copy and a sum over a large array for memory."""
 
   def __init__(self, dtype: str, size: int = 0, megabytes: int = 0):
@@ -68,13 +68,13 @@ def main(argv=None) -> None:
   parser.add_argument("--megabytes", type=int, default=0, help="of the array; 0: by platform")
   parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
-  make = lambda: Floors(args.dtype, args.size, args.megabytes)
+  make = lambda: PeakRates(args.dtype, args.size, args.megabytes)
   if args.worker:
     protocol.serve(make)
     return
-  floors = make()
-  floors.setup()
-  print(json.dumps({"benchmark": "floors", **best([floors.round() for _ in range(3)])}))
+  peak_rates = make()
+  peak_rates.setup()
+  print(json.dumps({"benchmark": "peak_rates", **best([peak_rates.round() for _ in range(3)])}))
 
 
 if __name__ == "__main__":
