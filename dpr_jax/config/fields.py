@@ -120,7 +120,7 @@ def kinds(package: str) -> dict[str, type[Value]]:
   }
 
 
-def _base_classes(package: str) -> list[type[Value]]:
+def base_classes(package: str) -> list[type[Value]]:
   """What the values of a package are, such as `methods.Method`."""
   found = [cls for module in _modules(package) for cls in vars(module).values()]
   return list(dict.fromkeys(c for c in found if isinstance(c, type) and Value in c.__bases__))
@@ -147,7 +147,7 @@ def kind_class(package: str, kind: str) -> type[Value]:
       found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as e:
       raise ValueError(f"kind={kind!r} cannot be imported ({e})") from None
-    bases = tuple(_base_classes(package))
+    bases = tuple(base_classes(package))
     if isinstance(found, type) and issubclass(found, bases):
       return found
     names = " or ".join(base.__name__ for base in bases)

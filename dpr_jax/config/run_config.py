@@ -1,11 +1,12 @@
 """A run's config: made by `default_config`, changed by files and flags, checked by `resolve`."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dpr_jax.config.fields import kind_class, section, setting, slot, slots
+from dpr_jax.config.fields import Value, kind_class, kinds, section, setting, slot, slots
 from dpr_jax.config.sections import (
+    BENCHMARKS,
     Budget,
     CheckpointSection,
     DataSection,
@@ -83,10 +84,8 @@ def resolve(config: Config | Mapping[str, Any]) -> RunConfig:
     raise UserError(f"config.methods.{min(reserved)}: base, ref and sft are systems of every run; "
                     "use another name")
   _check_sections(run)
-  values = {"reference": run.reference, **{f"methods.{n}": m for n, m in run.compared().items()}}
-  if run.eval.benchmark is not None:
-    values["eval.benchmark"] = run.eval.benchmark
-  for where, value in values.items():
+  _check_columns(run)
+  for where, value in values_in(dataclasses.replace(run, methods=run.compared())):
     try:
       value.check(run)
     except ValueError as e:
@@ -95,6 +94,37 @@ def resolve(config: Config | Mapping[str, Any]) -> RunConfig:
   read = {n for name, m in run.compared().items() for n in (name, *m.refers())}
   methods = {name: run.methods[name] for name in run.methods if name in read}
   return dataclasses.replace(run, methods=methods)
+
+
+def values_in(config: Any, prefix: str = "") -> Iterator[tuple[str, Value]]:
+  """(path, value) of every `Value` in the fields of a dataclass, each before those in it."""
+  for field in dataclasses.fields(config):
+    item = getattr(config, field.name)
+    below = item if "slots" in field.metadata else {"": item}
+    for name, value in below.items():
+      path = f"{prefix}{field.name}{'.' if name else ''}{name}"
+      if isinstance(value, Value):
+        yield path, value
+      if dataclasses.is_dataclass(value):
+        yield from values_in(value, f"{path}.")
+
+
+def _check_columns(run: RunConfig) -> None:
+  """Raises UserError where two columns of results.json would have one name."""
+  # Without a benchmark it is one of the package, chosen when the demonstrations are read.
+  chosen = [run.eval.benchmark] if run.eval.benchmark else kinds(BENCHMARKS).values()
+  taken = {
+      name: "a score of the benchmark"
+      for b in chosen if "accuracy" in b.scores for name in b.scores
+  }
+  for name, metric in run.eval.metrics.items():
+    where = f"config.eval.metrics.{name}"
+    for column in metric.column_names(name):
+      if "/" in column:
+        raise UserError(f"{where}: {column!r} must be without '/', which separates a group")
+      if column in taken:
+        raise UserError(f"{where}: {column} is {taken[column]} already; use another name")
+    taken |= dict.fromkeys(metric.column_names(name), f"a column of {where}")
 
 
 def _check_sections(run: RunConfig) -> None:

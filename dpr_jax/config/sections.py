@@ -7,6 +7,8 @@ from dpr_jax.config.fields import setting, slot, slots
 from dpr_jax.models.config import ATTENTION, ModelConfig
 from dpr_jax.models.lora import LoRA
 
+BENCHMARKS = "dpr_jax.evaluation.benchmarks"
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
@@ -180,7 +182,7 @@ class EvalSection:
   batch_size: int = setting(64, "responses decoded or scored at a time", low=1)
   max_new_tokens: int = setting(24, "tokens per response", low=1)
   benchmark: object = slot(
-      "dpr_jax.evaluation.benchmarks", None,
+      BENCHMARKS, None,
       "scores the responses; None: the one that fits the demonstrations",
   )
   metrics: dict = slots("dpr_jax.evaluation.metrics", "what is measured of every system, by name")
@@ -207,6 +209,13 @@ class EvalSection:
   reference_prompts: int = setting(
       64, "training prompts on which references are measured; 0: none", low=0
   )
+
+  def __post_init__(self):
+    if len(set(self.temperatures)) < len(self.temperatures):
+      raise ValueError(f"temperatures={self.temperatures} must differ from each other")
+    if self.frontier_samples and not self.temperatures:
+      raise ValueError(f"temperatures=() leaves frontier_samples={self.frontier_samples} nothing "
+                       "to sample at; name one at least, or set frontier_samples=0")
 
 
 @dataclasses.dataclass(frozen=True)

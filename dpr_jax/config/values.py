@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from dpr_jax.config.fields import Value, kind_class, kind_of
+from dpr_jax.config.fields import Value, base_classes, kind_class, kind_of
 from dpr_jax.errors import UserError
 
 
@@ -27,6 +27,8 @@ class Config(ml_collections.ConfigDict):
       if self.is_locked and key not in self:
         super().__setitem__(key, None)  # Raises the error of a locked config.
       self._fields[key] = to_config(value)
+    elif key in self and (callable(value) or isinstance(value, Value)):
+      self._fields[key] = value  # A function or class by mistake: `build` refuses it by its path.
     else:
       super().__setitem__(key, value)
 
@@ -133,7 +135,7 @@ def build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
       continue
     value, where = values[name], f"{prefix}{name}"
     kind, may_be_none = optional(types_[name])
-    if value is None and (may_be_none or field.metadata.get("slot")):
+    if value is None and (may_be_none or ("slot" in field.metadata and field.default is None)):
       out[name] = None
       continue
     if "slot" in field.metadata:
@@ -158,6 +160,11 @@ def build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
 
 def build_value(package: str, value: Any, where: str) -> Value:
   """A section with a "kind" -> the value."""
+  if callable(value) or isinstance(value, Value):
+    bases = " or ".join(base.__name__ for base in base_classes(package))
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    raise UserError(f"config.{where}={name} must be an instance of a frozen dataclass derived from "
+                    f"{bases}")
   if not isinstance(value, Mapping) or not isinstance(value.get("kind"), str):
     raise UserError(f"config.{where}={value!r} is not a value of {package}; assign one, as in "
                     f"config.{where} = Class(field=...)")

@@ -23,11 +23,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpr_jax.config.fields import kind_of
 from dpr_jax.data.formats import Demo
 from dpr_jax.data.templates import encode_response, render_prompt
 from dpr_jax.errors import UserError
 from dpr_jax.evaluation.benchmarks.base import Benchmark
-from dpr_jax.evaluation.metrics import Column, ResponseMetric
+from dpr_jax.evaluation.metrics import Column, ResponseMetric, score_response
 from dpr_jax.evaluation.responses import Responder, response_text
 from dpr_jax.evaluation.scoring import Scorer
 from dpr_jax.evaluation.statistics import interval
@@ -173,7 +174,10 @@ class BenchmarkRun:
     ]
 
   def check(self) -> None:
-    """Raises UserError for a prompt that the model has no room for, or an unusable stop string."""
+    """Raises UserError for no prompts, one that the model has no room for, or a bad stop string."""
+    if not self.demos:
+      raise UserError(f"--benchmark={kind_of(self.benchmark)}: its `read` returned no examples; it "
+                      "must return one at least")
     limit, likelihood = self.loaded.model.cfg.max_length, self.benchmark.likelihood
     for i, (demo, prompt) in enumerate(zip(self.demos, self.prompts, strict=True)):
       new = len(self.demonstrated[i]) if likelihood else self.max_new_tokens
@@ -246,13 +250,8 @@ class BenchmarkRun:
         "token_ids": [int(t) for t in tokens], "length": len(tokens), "hit_eos": bool(hit_eos),
         **more,
     }
-    scores = {name: float(scores[name]) for name in self.benchmark.scores}
-    scores |= {name: float(metric.score(line)) for name, metric in self.metrics.items()}
-    for name, value in scores.items():
-      if not math.isfinite(value):
-        raise UserError(f"prompt {index + 1}: {name} of the response {text[:40]!r} is {value}; a "
-                        "score must be a finite number")
-    return {**line, "scores": scores}
+    where = demo.source or f"prompt {index + 1}"
+    return score_response(line, scores, self.benchmark.scores, self.metrics, where)
 
   def results(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The figures of results.json: n, metrics and columns.

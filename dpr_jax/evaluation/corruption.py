@@ -18,7 +18,7 @@ under sft and ref give: the baseline-relative one, log pi_sft, the endogenous on
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,6 @@ from dpr_jax.config.fields import kinds, title_of
 from dpr_jax.data.formats import Demo
 from dpr_jax.evaluation.auc import auc_difference, auc_interval
 from dpr_jax.evaluation.benchmarks.base import Benchmark
-from dpr_jax.evaluation.benchmarks.exact import Exact
-from dpr_jax.evaluation.benchmarks.tasks import Tasks
 from dpr_jax.evaluation.metrics import GROUPS
 from dpr_jax.evaluation.responses import response_text
 from dpr_jax.evaluation.scoring import TokenScores, token_texts
@@ -79,9 +77,10 @@ def corrupt_responses(
 
   The other token is sampled by its frequency in the responses to the same task (of a file, in all
   of them), among those of the same kind of characters where one is wrong there, else among all.
-  Wrong is what the task's checker refuses; in a file, what differs from the response after
-  the normalization of SQuAD. Of GSM8K a token with a digit is replaced, where there
-  is one. Special tokens stay. A response of which no token can be made wrong is left out.
+  Wrong is what the benchmark says (`Benchmark.is_wrong`): what the checker of a built-in task
+  refuses; in a file, what differs from the response after the normalization of SQuAD. With
+  `Benchmark.corrupts_numbers` a token with a digit is replaced, where there is one. Special tokens
+  stay. A response of which no token can be made wrong is left out.
 
   Args:
     demos, responses: demonstrations and their token ids, int32 [T_i], EOS included.
@@ -99,9 +98,9 @@ def corrupt_responses(
     rng = np.random.default_rng([seed, i])
     places = [t for t, token in enumerate(tokens) if int(token) not in special]
     numbers = [t for t in places if kinds_of[int(tokens[t])][1] == "digit"]
-    places = numbers if numbers and benchmark.kind == "gsm8k" else places
+    places = numbers if numbers and benchmark.corrupts_numbers else places
     read = lambda ids: response_text(tokenizer, ids, int(ids[-1]) in stop_ids, stop_ids)
-    wrong = _wrong(demo, read, benchmark)
+    wrong = lambda ids, demo=demo, read=read: benchmark.is_wrong(demo, read(ids))
     found = _first_wrong(tokens, places, pools[demo.task], kinds_of, rng, wrong)
     if found is not None:
       out.append(Corruption(i, found[0], found[1], int(tokens[found[0]])))
@@ -116,13 +115,6 @@ def _kind(text: str) -> tuple[bool, str]:
   if body.isalpha():
     return text[:1].isspace(), "upper" if body.isupper() else "lower" if body.islower() else "word"
   return text[:1].isspace(), "other"
-
-
-def _wrong(demo: Demo, read: Callable, benchmark: Benchmark) -> Callable[[np.ndarray], bool]:
-  if isinstance(benchmark, Tasks):
-    return lambda ids: not benchmark.score(demo, read(ids))["accuracy"]
-  demonstrated = dataclasses.replace(demo, answer=demo.response)
-  return lambda ids: not Exact().score(demonstrated, read(ids))["accuracy"]
 
 
 def _first_wrong(tokens, places, pool, kinds, rng, wrong) -> tuple[int, np.ndarray] | None:

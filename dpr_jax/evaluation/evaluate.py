@@ -20,7 +20,12 @@ from dpr_jax.data.loader import Prompts
 from dpr_jax.data.templates import encode_response
 from dpr_jax.evaluation import frontier
 from dpr_jax.evaluation.corruption import corrupt_responses, corruption_records
-from dpr_jax.evaluation.metrics import ResponseMetric, SystemMetric
+from dpr_jax.evaluation.metrics import (
+    ResponseMetric,
+    SystemMetric,
+    checked_measures,
+    score_response,
+)
 from dpr_jax.evaluation.responses import compilations, response_text
 from dpr_jax.evaluation.scoring import Scorer, fitting, score_record
 from dpr_jax.evaluation.systems import System
@@ -150,9 +155,10 @@ def _respond(evaluation: Evaluation, system: System) -> list[dict[str, Any]]:
           seed=run.config.seed,
           on_batch=bar.update,
       )
-      for demo, response, more in zip(prompts.demos, responses, extra, strict=True):
+      for i, (demo, response, more) in enumerate(
+          zip(prompts.demos, responses, extra, strict=True), start=1
+      ):
         text = response_text(run.tokenizer, response.tokens, response.hit_eos, run.stop_ids)
-        scores = dict(run.benchmark.score(demo, text))
         record = {
             "prompt": demo.prompt[-1]["content"],
             "task": demo.task,
@@ -160,16 +166,16 @@ def _respond(evaluation: Evaluation, system: System) -> list[dict[str, Any]]:
             "answer": demo.answer,
             "mode": mode,
             "response": text,
-            "correct": bool(scores["accuracy"]),
-            "scores": scores,
+            "correct": False,  # Both as scored below.
+            "scores": {},
             "token_ids": [int(t) for t in response.tokens],
             "length": len(response.tokens),
             "hit_eos": response.hit_eos,
             "seed": run.config.seed,
             **more,
         }
-        scores |= {name: float(m.score(record)) for name, m in metrics.items()}
-        records.append(record)
+        found, declared = run.benchmark.score(demo, text), run.benchmark.scores
+        records.append(score_response(record, found, declared, metrics, f"prompt {i}"))
   return records
 
 
@@ -201,7 +207,9 @@ class _Measures:
     for metric in self._metrics:
       missing = not set(metric.columns) & set(values)
       if missing and metric.applies(evaluation, system):
-        values.update(metric.measure(evaluation, system, records))
+        found = metric.measure(evaluation, system, records)
+        n = len(evaluation.prompts.tokens)
+        values.update(checked_measures(metric, found, system.name, n))
         changed = True
     if changed or not self._path.exists():
       write_json(self._path, {"columns": self._columns, "values": self._values})

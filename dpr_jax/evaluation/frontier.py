@@ -39,6 +39,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpr_jax.evaluation.metrics import checked_scores
 from dpr_jax.evaluation.responses import response_text
 from dpr_jax.evaluation.statistics import bootstrapped, compare, interval
 from dpr_jax.workdir import read_lines, write_lines
@@ -76,7 +77,10 @@ def measure(evaluation: Any, system: Any) -> None:
             response_text(run.tokenizer, r.tokens, r.hit_eos, run.stop_ids)
             for r in responses[j * k : (j + 1) * k]
         ]
-        right = [t for t in texts if run.benchmark.score(demo, t)["accuracy"]]
+        score = lambda t, demo=demo, j=j: checked_scores(
+            run.benchmark.score(demo, t), run.benchmark.scores, f"prompt {j + 1}: {t[:40]!r}"
+        )
+        right = [t for t in texts if score(t)["accuracy"]]
         records.append({
             "temperature": temperature, "prompt": j, "groups": list(run.benchmark.groups(demo)),
             "samples": k, "right": len(right),

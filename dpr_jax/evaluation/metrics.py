@@ -14,13 +14,16 @@ model's opinion is a `SystemMetric`. `DEFAULTS` is the table of those that every
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
-from dpr_jax.config.fields import Value, title_of
+from dpr_jax.config.fields import Value, kind_of, title_of
+from dpr_jax.errors import UserError
 
+MODES = ("sampled", "greedy")  # of answering; a column of each response has one of each.
 # Groups of prompts of which every benchmark may make use, in words.
 GROUPS = {"unique": "one right answer", "varied": "many right answers"}
 
@@ -72,11 +75,21 @@ class ResponseMetric(Value):
   def column(self) -> Column:
     return Column(title_of(self), self.unit, self.better, self.compared, self.main)
 
+  def column_names(self, name: str) -> tuple[str, ...]:
+    """What its columns are called where the metric is called `name`."""
+    return name, *(f"{name}_{mode}" for mode in MODES)
+
 
 class SystemMetric(Value):
   """A figure of each prompt that needs models: the system's own, or others that score it."""
 
   columns: ClassVar[Mapping[str, Column]] = {}
+  # Those with a value for each demonstration that fits the models, instead of for each prompt.
+  of_demos: ClassVar[Collection[str]] = ()
+
+  def column_names(self, name: str) -> tuple[str, ...]:
+    """What its columns are called, whatever the metric is called."""
+    return tuple(self.columns)
 
   def applies(self, evaluation: Any, system: Any) -> bool:
     """Whether it can be measured of a system."""
@@ -85,13 +98,101 @@ class SystemMetric(Value):
   def measure(
       self, evaluation: Any, system: Any, records: Sequence[Mapping[str, Any]]
   ) -> Mapping[str, Sequence[Any]]:
-    """Column -> a value for each prompt (or demonstration).
+    """Column -> a value for each prompt, or demonstration (`of_demos`).
+
+    A column that cannot be measured is left out.
 
     Args:
       evaluation: an `evaluate.Evaluation`: the run, prompts, demonstrated responses, a scorer.
       records: the lines of samples/SYSTEM.jsonl.
     """
     raise NotImplementedError
+
+
+def checked_scores(found: Any, declared: Collection[str], where: str) -> dict[str, float]:
+  """The scores of a response, in the order in which they are declared.
+
+  Args:
+    found: what a benchmark returned, or name -> what a metric returned.
+    where: the prompt and its response, for errors.
+
+  Raises:
+    UserError: a score is missing, undeclared, or no finite number; names it.
+  """
+  if not isinstance(found, Mapping):
+    raise UserError(f"{where}: the scores are {found!r}; they must be a mapping of "
+                    f"{', '.join(declared)}")
+  for name in [*declared, *found]:
+    if name not in found or name not in declared:
+      problem = "was not returned" if name not in found else "is not declared in `scores`"
+      raise UserError(f"{where}: the score {name} {problem}; declared: {', '.join(declared)}")
+  out = {}
+  for name in declared:
+    try:
+      out[name] = float(found[name])
+    except (TypeError, ValueError):
+      out[name] = math.nan
+    if not math.isfinite(out[name]):
+      raise UserError(f"{where}: {name} is {found[name]!r}; a score must be a finite number")
+  return out
+
+
+def score_response(
+    record: dict[str, Any],
+    found: Any,
+    declared: Collection[str],
+    metrics: Mapping[str, ResponseMetric],
+    where: str,
+) -> dict[str, Any]:
+  """`record` with its `scores`: those that a benchmark found, then those of metrics.
+
+  Args:
+    record: a line of samples/SYSTEM.jsonl or responses.jsonl, but for its scores. Where it has
+      `correct`, as in a run, this is set too.
+    found, declared: the scores that a benchmark returned, and its `scores`.
+    where: names the prompt in errors.
+
+  Raises:
+    UserError: as `checked_scores`.
+  """
+  where = f"{where}: response {record['response'][:40]!r}"
+  scores = checked_scores(found, declared, where)
+  record = {**record, "scores": scores}
+  if "correct" in record:
+    record["correct"] = bool(scores["accuracy"])
+  measured = {name: metric.score(record) for name, metric in metrics.items()}
+  return {**record, "scores": {**scores, **checked_scores(measured, metrics, where)}}
+
+
+def checked_measures(
+    metric: SystemMetric, found: Any, system: str, num_prompts: int
+) -> dict[str, list[Any]]:
+  """What a system metric measured, without empty columns of demonstrations.
+
+  Raises:
+    UserError: an undeclared column, or one without a value for each prompt; names both.
+  """
+  where = f"metric {kind_of(metric)} of {system}"
+  if not isinstance(found, Mapping):
+    raise UserError(f"{where}: `measure` returned {found!r}; it must return a mapping of "
+                    f"{', '.join(metric.columns)}")
+  out = {}
+  for name, values in found.items():
+    if name not in metric.columns:
+      raise UserError(f"{where}: {name} is not declared in `columns`; declared: "
+                      f"{', '.join(metric.columns)}")
+    values = list(values)
+    if name in metric.of_demos:
+      if len(values) > num_prompts:
+        raise UserError(f"{where}: {name} has {len(values)} values; there are {num_prompts} "
+                        "demonstrations")
+      if not values:  # None of them fits.
+        continue
+    elif len(values) != num_prompts:
+      raise UserError(f"{where}: {name} has {len(values)} values; it must have one for each of the "
+                      f"{num_prompts} prompts")
+    out[name] = values
+  return out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +235,7 @@ class HeldoutNLL(SystemMetric):
           "Held-out NLL", "nats per response", better=-1, compared=False, main=True
       )
   }
+  of_demos = ("heldout_nll",)
 
   def applies(self, evaluation, system):
     return system.single
@@ -202,6 +304,7 @@ class Expert(SystemMetric):
           "SFT's where that is shorter; certainty alone raises it, even above the expert's own.",
       ),
   }
+  of_demos = ("forward_kl",)
 
   def applies(self, evaluation, system):
     return bool(evaluation.run.config.eval.expert) and system.is_distribution
@@ -222,12 +325,11 @@ class Expert(SystemMetric):
         [*sampled, *(e.demonstrated[i] for i in fits)],
     )
     total = lambda x: float(x.astype(np.float64).sum())
-    out = {
+    return {
         "reverse_kl": [total(s.reverse_kl) for s in scores[:n]],
         "forward_kl": [total(s.forward_kl) for s in scores[n:]],
         "expert_logp": [[round(float(x), 6) for x in s.expert_logp] for s in scores[:n]],
     }
-    return {name: values for name, values in out.items() if values}  # No demonstration may fit.
 
 
 DEFAULTS = {

@@ -16,7 +16,6 @@ from dpr_jax.errors import UserError
 from dpr_jax.evaluation.auc import auc
 from dpr_jax.evaluation.corruption import corrupt_responses
 from dpr_jax.evaluation.scoring import fitting
-from dpr_jax.references.selected import CRITERIA, Selected
 from dpr_jax.workdir import write_json
 
 
@@ -40,31 +39,18 @@ def reward_statistics(rewards: Sequence[np.ndarray]) -> dict[str, float]:
   }
 
 
-def choose(candidates: Sequence[dict[str, Any]], criterion: str) -> int:
-  """Index of the candidate with the largest value of a criterion; the earliest of equals.
-
-  Raises:
-    ValueError: no candidate has a finite value.
-  """
-  key = CRITERIA[criterion]
-  values = np.asarray([c[key] for c in candidates], np.float64)
-  if not np.isfinite(values).any():
-    raise ValueError(f"no candidate has a finite {key}; use longer demonstrations, more prompts to "
-                     "measure on, or another criterion")
-  return int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
-
-
 def measure_reference(run: Any) -> None:
   """Writes reference.json: what was measured of each candidate, and which is chosen."""
   if not run.config.eval.reference_prompts or run.workdir.reference_file.exists():
     return
   kind, candidates = run.config.reference, _measure(run)
   record = {"candidates": candidates}
-  if isinstance(kind, Selected):
-    try:
-      record["chosen"] = choose(candidates, kind.criterion)
-    except ValueError as e:
-      raise UserError(f"config.reference.criterion={kind.criterion}: {e}") from None
+  try:
+    chosen = kind.choose(candidates)
+  except ValueError as e:
+    raise UserError(f"config.reference: {e}") from None
+  if chosen is not None:
+    record["chosen"] = int(chosen)
   write_json(run.workdir.reference_file, record)
   if jax.process_index() == 0:
     for i, c in enumerate(candidates):

@@ -7,10 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpr_jax.evaluation.metrics import MODES
 from dpr_jax.evaluation.responses import Responder, Response
 from dpr_jax.rollout.sampling import Sampling
-
-MODES = ("sampled", "greedy")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,6 +76,10 @@ class TrainedMethod(Method):
 
   def __post_init__(self):
     if isinstance(self.optimizer, Mapping):
+      known = [f.name for f in dataclasses.fields(OptimizerChanges)]
+      for name in self.optimizer:
+        if name not in known:
+          raise ValueError(f"optimizer.{name} is not a field; known: {', '.join(sorted(known))}")
       object.__setattr__(self, "optimizer", OptimizerChanges(**self.optimizer))
 
   def budget(self, config: Any) -> Budget:

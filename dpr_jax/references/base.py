@@ -1,7 +1,7 @@
 """A reference policy as one pytree, and what a kind of reference is."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -79,6 +79,16 @@ class ReferenceKind(Value):
   def candidates(self, run: Any) -> list["ReferenceKind"]:
     """What is measured on training prompts: the reference, or those it is chosen among."""
     return [self]
+
+  def choose(self, candidates: Sequence[Mapping[str, Any]]) -> int | None:
+    """Index of the candidate that reference.json names as chosen; None where there is no choice.
+
+    Args:
+      candidates: what was measured of each: text, kl, kl_se, reward_mean, reward_std, snr, auc.
+
+    Raises:
+      ValueError: none can be chosen.
+    """
 
   def describe(self) -> str:
     """For the report, as in "ref at 50% of SFT"."""

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import numpy as np
+
 from dpr_jax.config.fields import setting
 from dpr_jax.references.base import ReferenceKind
 from dpr_jax.references.midrun import Midrun
@@ -38,6 +40,15 @@ class Selected(ReferenceKind):
 
   def candidates(self, run):
     return [Midrun(fraction=f) for f in self._fractions(run.config)]
+
+  def choose(self, candidates):
+    """The one with the largest value of the criterion; the earliest of equals."""
+    key = CRITERIA[self.criterion]
+    values = np.asarray([c[key] for c in candidates], np.float64)
+    if not np.isfinite(values).any():
+      raise ValueError(f"criterion={self.criterion}: no candidate has a finite {key}; use longer "
+                       "demonstrations, more prompts to measure on, or another criterion")
+    return int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
 
   def __call__(self, run, dtype):
     record = json.loads(run.workdir.reference_file.read_text(encoding="utf-8"))

@@ -32,6 +32,9 @@ class Benchmark(Value):
   stop_strings: ClassVar[tuple[str, ...]] = ()
   likelihood: ClassVar[bool] = False  # scores demonstrated responses by their log-probs instead.
 
+  # Where a demonstration gets a wrong token (`evaluation.corruption`): one with a digit, if any.
+  corrupts_numbers: ClassVar[bool] = False
+
   def check(self, config):
     if "accuracy" not in self.scores:
       raise ValueError(f"a run needs a benchmark with accuracy; {title_of(self)} has "
@@ -63,6 +66,10 @@ class Benchmark(Value):
       logps: float32 [T], of its tokens, EOS included, nats.
     """
     raise NotImplementedError
+
+  def is_wrong(self, demo: Demo, text: str) -> bool:
+    """Whether a demonstrated response of which one token was replaced is wrong for it."""
+    return not self.score(demo, text)["accuracy"]
 
   def summarize(self, records: Sequence[Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
     """The `summaries`, {"mean", "ci95", "n"} each.

@@ -5,6 +5,7 @@ import dataclasses
 import re
 import string
 
+from dpr_jax.data.formats import Demo
 from dpr_jax.evaluation.benchmarks.base import Benchmark
 from dpr_jax.evaluation.metrics import ACCURACY, Column
 
@@ -13,6 +14,11 @@ def words(text: str) -> list[str]:
   """Lower-case words without punctuation and English articles (SQuAD's normalization)."""
   text = "".join(c for c in text.lower() if c not in string.punctuation)
   return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def differs(demo: Demo, text: str) -> bool:
+  """Whether the words of a response are others than those of the demonstrated one."""
+  return words(text) != words(demo.response)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,9 @@ class Exact(Benchmark):
     else:
       f1 = 2 * common / (len(predicted) + len(target))
     return {"accuracy": float(predicted == target), "token_f1": f1}
+
+  def is_wrong(self, demo, text):
+    return differs(demo, text)
 
   def answer(self, demo, text):
     return " ".join(words(text))

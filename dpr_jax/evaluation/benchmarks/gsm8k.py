@@ -8,6 +8,7 @@ from dpr_jax.config.fields import setting
 from dpr_jax.data.formats import prompt_key, read_demos
 from dpr_jax.errors import UserError
 from dpr_jax.evaluation.benchmarks.base import Benchmark
+from dpr_jax.evaluation.benchmarks.exact import differs
 from dpr_jax.evaluation.metrics import ACCURACY, Column
 
 _NUMBER = r"-?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
@@ -36,6 +37,7 @@ class GSM8K(Benchmark):
 
   kind = "gsm8k"
   title = "GSM8K"
+  corrupts_numbers = True
   scores = {
       "accuracy": ACCURACY,
       "accuracy_flexible": Column("Accuracy, last number", "%", better=1),
@@ -90,6 +92,9 @@ class GSM8K(Benchmark):
         "accuracy": float(bool(strict) and normal_number(strict[1]) == target),
         "accuracy_flexible": float(bool(numbers) and normal_number(numbers[-1]) == target),
     }
+
+  def is_wrong(self, demo, text):
+    return differs(demo, text)
 
   def answer(self, demo, text):
     strict = _STRICT.search(text)

@@ -6,6 +6,7 @@ import math
 import numpy as np
 
 from dpr_jax.evaluation.benchmarks.base import Benchmark
+from dpr_jax.evaluation.benchmarks.exact import differs
 from dpr_jax.evaluation.metrics import Column
 from dpr_jax.evaluation.statistics import interval
 
@@ -34,6 +35,9 @@ class Perplexity(Benchmark):
     nll = -float(np.asarray(logps, np.float64).sum())
     per_token = nll / len(logps)
     return {"nll": nll, "nll_per_token": per_token, "perplexity": math.exp(per_token)}
+
+  def is_wrong(self, demo, text):
+    return differs(demo, text)
 
   def summarize(self, records):
     nll = np.array([r["scores"]["nll"] for r in records])
