@@ -217,6 +217,8 @@ def test_a_model_that_cannot_be_is_refused_by_section_and_field(path, value):
     ({"sft.milestones": (0.5, 1.5)}, ["config.sft: milestones: 1.5 of 600 steps"]),
     ({"model.keep_layers": 2}, ["config.model.keep_layers=2", "config.model.pretrained"]),
     ({"log.profile_steps": "3"}, ["config.log", "'3' must be FIRST:LAST"]),
+    ({"eval.temperatures": ()}, ["config.eval", "temperatures=()", "frontier_samples=8"]),
+    ({"eval.temperatures": (0.5, 1.0, 0.5)}, ["config.eval", "temperatures=(0.5, 1.0, 0.5)"]),
 ])
 def test_fields_that_contradict_each_other_are_both_named(changes, named):
   config = config_lib.default_config()
@@ -234,6 +236,7 @@ def test_fields_that_contradict_each_other_are_both_named(changes, named):
     ({"kind": "half_data", "fraction": 1e-4}, ["fraction=0.0001", "at least one"]),
     ({"kind": "checkpoint"}, ["path is missing"]),
     ({"kind": "early"}, ["kind='early' is not one of", "midrun"]),
+    (None, ["config.reference=None is not a value of dpr_jax.references"]),
 ])
 def test_a_reference_that_cannot_be_is_refused(fields, named):
   message = _refused(("reference", fields))
@@ -266,6 +269,7 @@ def test_lists_become_tuples_and_whole_numbers_floats():
     ([("compare", ["dpr", "spin", "dpr"])], ["config.compare: 'dpr'", "twice"]),
     *[([(f"methods.{name}", {"kind": "dpr"})], [f"config.methods.{name}", "another name"])
       for name in ("base", "ref", "sft")],
+    ([("methods.dpr.reward", None)], ["config.methods.dpr.reward=None is not a value of"]),
     ([("methods.mine", {"kind": "drp"})], ["config.methods.mine.kind='drp' is not one of", "dpr"]),
 ])
 def test_what_cannot_be_compared_is_refused(changes, named):
@@ -363,3 +367,23 @@ def test_a_difference_in_a_value_is_named(path, value, named):
     section = section[parent]
   section[name] = value
   assert config_lib.first_difference(old, new).startswith(named)
+
+
+def test_without_a_frontier_there_need_be_no_temperatures():
+  assert config_lib.EvalSection(frontier_samples=0, temperatures=()).temperatures == ()
+
+
+@pytest.mark.parametrize("name,benchmark,named", [
+    ("accuracy", None, "accuracy is a score of the benchmark already"),
+    ("token_f1", {"kind": "exact"}, "token_f1 is a score of the benchmark already"),
+    ("length_sampled", None, "length_sampled is a column of config.eval.metrics.length already"),
+    ("heldout_nll_2", None, "heldout_nll is a column of config.eval.metrics.heldout_nll already"),
+    ("a/b", None, "'a/b' must be without '/'"),
+])
+def test_two_columns_of_one_name_are_refused(name, benchmark, named):
+  kind = "heldout_nll" if name == "heldout_nll_2" else "length"
+  values = config_lib.to_json(config_lib.RunConfig())
+  values["eval"]["metrics"][name] = {"kind": kind}
+  values["eval"]["benchmark"] = benchmark
+  with pytest.raises(UserError, match=f"^config.eval.metrics.{name}: .*{named}"):
+    config_lib.resolve(values)

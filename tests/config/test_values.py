@@ -13,6 +13,7 @@ from dpr_jax import methods, references, rewards
 from dpr_jax.config.fields import kind_of
 from dpr_jax.config.files import load_config
 from dpr_jax.errors import UserError
+from dpr_jax.evaluation.metrics import Length
 from dpr_jax.main import parse
 from dpr_jax.methods.gsil import GSIL
 from dpr_jax.methods.spin import SPIN
@@ -72,6 +73,64 @@ def test_a_value_of_another_package_is_refused():
     section[name] = value
     with pytest.raises(UserError, match=rf"^config\.{path}\.kind='{kind_of(value)}' is not one of"):
       config_lib.resolve(config)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Picky(rewards.LogLikelihood):
+  """A reward that goes together with nothing."""
+
+  def check(self, config):
+    raise ValueError(f"seed={config.seed} is not to its taste")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PickyMetric(Length):
+  def check(self, config):
+    raise ValueError("never")
+
+
+def test_every_value_of_what_is_compared_is_checked():
+  config = config_lib.default_config()
+  config.methods.mine = methods.DPR(reward=Picky())
+  config_lib.resolve(config)  # It is not compared.
+  config.compare = ("mine",)
+  with pytest.raises(UserError, match=r"^config\.methods\.mine\.reward: seed=0 is not to its"):
+    config_lib.resolve(config)
+  config.compare = ("dpr",)
+  config.eval.metrics.mine = PickyMetric()
+  with pytest.raises(UserError, match=r"^config\.eval\.metrics\.mine: never$"):
+    config_lib.resolve(config)
+
+
+class Plain(rewards.base.Reward):
+  """A reward that is no dataclass."""
+
+  def __call__(self, sft_logp):
+    return sft_logp
+
+
+def plain_function(sft_logp):
+  return sft_logp
+
+
+@pytest.mark.parametrize("value,name", [
+    (plain_function, "plain_function"), (Plain(), "Plain"),
+    (rewards.LogLikelihood, "LogLikelihood"),
+])
+def test_what_is_no_instance_of_a_dataclass_is_refused_with_its_field(value, name):
+  message = rf"{name} must be an instance of a frozen dataclass derived from Reward$"
+  config = config_lib.default_config().lock()
+  config.methods.dpr.reward = value
+  with pytest.raises(UserError, match=rf"^config\.methods\.dpr\.reward={message}"):
+    config_lib.resolve(config)
+  config.methods.dpr = methods.DPR(reward=value)
+  with pytest.raises(UserError, match=rf"^config\.methods\.dpr\.reward={message}"):
+    config_lib.resolve(config)
+
+
+def test_an_optimizer_with_an_unknown_field_is_refused_by_name():
+  with pytest.raises(ValueError, match=r"^optimizer\.learning_rat is not a field; known: b1"):
+    methods.DPR(optimizer=dict(learning_rat=1))
 
 
 # --- On the command line -------------------------------------------------------------------------

@@ -120,8 +120,13 @@ def test_blocks_cover_the_prompts_in_order(samples, size):
 
 def test_a_score_that_is_no_number_is_named():
   line = (0, 0, np.array([1]), "x", True, {"accuracy": float("nan")})
-  with pytest.raises(UserError, match="accuracy of the response 'x' is nan"):
+  with pytest.raises(UserError, match="^prompt 1: response 'x': accuracy is nan; a score must be"):
     make_run(1)._line(*line)
+
+
+def test_data_without_examples_is_refused():
+  with pytest.raises(UserError, match="^--benchmark=tasks: its `read` returned no examples"):
+    make_run(0).check()
 
 
 def test_lines_are_json_of_plain_types():

@@ -1,5 +1,6 @@
 """One wrong token a response: what is replaced, and what the summary says of its rewards."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,6 +10,7 @@ from dpr_jax.data.formats import Demo
 from dpr_jax.data.tasks import TASKS, make_demos, verify
 from dpr_jax.data.templates import encode_response, stop_ids
 from dpr_jax.evaluation import corruption
+from dpr_jax.evaluation.benchmarks.base import Benchmark
 from dpr_jax.evaluation.benchmarks.exact import Exact
 from dpr_jax.evaluation.benchmarks.gsm8k import GSM8K
 from dpr_jax.evaluation.benchmarks.tasks import Tasks
@@ -80,6 +82,29 @@ def test_of_gsm8k_a_number_is_changed(tokenizer):
   for c in found:
     assert tokenizer.decode([c.original]).isdigit()
     assert tokenizer.decode([int(c.tokens[c.position])]).isdigit()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Numbers(Exact):
+  """A benchmark of a user: right are all responses with the same last character."""
+
+  corrupts_numbers = True
+
+  def is_wrong(self, demo, text):
+    return text[-1:] != demo.response[-1:]
+
+
+def test_a_benchmark_of_a_user_says_what_is_corrupted_and_what_is_wrong(tokenizer):
+  demos = [file_demo("a", "so 12 and 34"), file_demo("b", "half of 90 is 45")]
+  found = corrupt_responses(
+      demos, encode(demos, tokenizer), tokenizer, stop_ids(tokenizer, {}), Numbers()
+  )
+  assert len(found) == 2
+  for c in found:
+    text = tokenizer.decode(c.tokens[:-1])
+    assert text[:-1] == demos[c.index].response[:-1] and text != demos[c.index].response
+  own = Benchmark.is_wrong(Exact(), file_demo("a", "The cat"), "cat.")
+  assert not own and Benchmark.is_wrong(Exact(), file_demo("a", "The cat"), "dog")
 
 
 def test_a_response_that_cannot_be_wrong_is_left_out(tokenizer):

@@ -9,8 +9,17 @@ import pytest
 
 from dpr_jax.config.fields import setting
 from dpr_jax.data.loader import Prompts
+from dpr_jax.errors import UserError
 from dpr_jax.evaluation.evaluate import Evaluation, evaluate, heldout_prompts, systems_of
-from dpr_jax.evaluation.metrics import Column, ResponseMetric, SystemMetric
+from dpr_jax.evaluation.metrics import (
+    ACCURACY,
+    Column,
+    HeldoutNLL,
+    ResponseMetric,
+    SystemMetric,
+    checked_measures,
+    score_response,
+)
 from dpr_jax.evaluation.systems import System
 from dpr_jax.pipeline import make_reference, report
 from dpr_jax.references.ensemble import Ensemble
@@ -151,6 +160,59 @@ def test_without_metrics_there_is_accuracy(run, with_config):
     assert {*read_lines(run.workdir.system_file("base"))[0]["scores"]} == {"accuracy"}
     found = json.loads(run.workdir.measures_file.read_text())
     assert set(found["columns"]) == {"accuracy"} and found["values"] == {"base": {}}
+  finally:
+    run.workdir.system_file("base").write_text(kept[0])
+    run.workdir.measures_file.write_text(kept[1])
+
+
+@pytest.mark.parametrize("found,named", [
+    ({"accuracy": 1, "other": 1}, "the score other is not declared in `scores`"),
+    ({}, "the score accuracy was not returned"),
+    ({"accuracy": float("inf")}, "accuracy is inf; a score must be a finite number"),
+    ({"accuracy": "no"}, "accuracy is 'no'; a score must be a finite number"),
+    (None, "the scores are None"),
+])
+def test_scores_other_than_declared_are_refused(found, named):
+  record = {"response": "x", "correct": False}
+  with pytest.raises(UserError, match=f"^prompt 3: response 'x': {named}"):
+    score_response(record, found, {"accuracy": ACCURACY}, {}, "prompt 3")
+
+
+def test_a_metric_that_gives_no_number_is_named():
+  metric = types.SimpleNamespace(score=lambda record: record["scores"]["accuracy"] * float("nan"))
+  with pytest.raises(UserError, match="^prompt 3: response 'x': mine is nan"):
+    score_response({"response": "x"}, {"accuracy": 1}, {"accuracy": ACCURACY}, {"mine": metric},
+                   "prompt 3")
+
+
+def test_measures_other_than_declared_are_refused():
+  check = lambda found: checked_measures(HeldoutNLL(), found, "sft", 3)
+  assert check({"heldout_nll": [1.0, 2.0]}) == {"heldout_nll": [1.0, 2.0]}  # One does not fit.
+  assert check({"heldout_nll": []}) == {}
+  assert checked_measures(Surprise(), {"surprise": range(3)}, "sft", 3) == {"surprise": [0, 1, 2]}
+  with pytest.raises(UserError, match="Surprise of sft: surprise has 2 values.* of the 3 prompts"):
+    checked_measures(Surprise(), {"surprise": [1.0, 2.0]}, "sft", 3)
+  with pytest.raises(UserError, match="of sft: other is not declared in `columns`"):
+    checked_measures(Surprise(), {"other": [1.0, 2.0, 3.0]}, "sft", 3)
+  with pytest.raises(UserError, match="of sft: heldout_nll has 4 values"):
+    check({"heldout_nll": [1.0] * 4})
+
+
+def test_a_run_checks_what_a_benchmark_and_a_metric_return(run, with_config, monkeypatch):
+  kept = run.workdir.system_file("base").read_text(), run.workdir.measures_file.read_text()
+  run.workdir.system_file("base").unlink()
+  try:
+    with monkeypatch.context() as patch:
+      patch.setattr(Vowels, "score", lambda self, record: float("nan"))
+      with pytest.raises(UserError, match="^prompt 1: response .*: vowels is nan"):
+        evaluate(run, ["base"])
+    assert not run.workdir.system_file("base").exists()
+    run.workdir.system_file("base").write_text(kept[0])
+    run.workdir.measures_file.unlink()
+    with monkeypatch.context() as patch:
+      patch.setattr(Surprise, "measure", lambda self, *args: {"surprise": [0.0]})
+      with pytest.raises(UserError, match="Surprise of base: surprise has 1 values"):
+        evaluate(run, ["base"])
   finally:
     run.workdir.system_file("base").write_text(kept[0])
     run.workdir.measures_file.write_text(kept[1])

@@ -176,7 +176,7 @@ def test_p_is_never_zero():
 
 @pytest.mark.parametrize("seeds, seed_sd", [(1, 0.0), (3, 0.4)])
 def test_p_is_uniform_when_there_is_no_difference(seeds, seed_sd, monkeypatch):
-  monkeypatch.setattr(statistics, "DRAWS", 399)  # keeps the p-values on a grid of 1 / 400.
+  monkeypatch.setattr(statistics, "FLIPS", 399)  # keeps the p-values on a grid of 1 / 400.
   rng = np.random.default_rng(10 + seeds)
   ps = []
   for i in range(2_000):
