@@ -219,11 +219,16 @@ def _prompts(rng):
 def test_responses_end_where_the_host_loop_ends_them(make_model, rng, slots, samples):
   """The same tokens as without stop strings, up to the one that completes a string."""
   model, variables = make_model(int(rng.integers(1 << 30)), vocab_size=19)
-  tokenizer, strings = _letters(), ("abba", "a b", "€")
-  stops = build_stop_strings(tokenizer, 19, strings)
   prompts, key = _prompts(rng), jax.random.key(int(rng.integers(1 << 30)))
   how = dict(max_new_tokens=N, stop_ids=(0,), samples_per_prompt=samples)
   free = sample(model, (variables,), prompts, key, **how)
+  # One of the strings is part of a response, before its last token: some response must get shorter.
+  tokenizer, ids = _letters(), np.asarray(free.tokens)[:, P:]
+  texts = [decode(tokenizer, [i for i in row[: n - 1] if i < len(tokenizer)])
+           for row, n in zip(ids, np.asarray(free.lengths)) if n]
+  longest = max(texts, key=lambda text: len(text.replace("\ufffd", "")))
+  strings = ("abba", "a b", "€", _part(rng, longest))
+  stops = build_stop_strings(tokenizer, 19, strings)
   out = sample(model, (variables,), prompts, key, slots=slots, stop_strings=stops, **how)
   for b, (row, length) in enumerate(zip(np.asarray(free.tokens)[:, P:], np.asarray(free.lengths))):
     ids = row[:length].tolist()
