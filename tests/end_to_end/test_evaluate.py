@@ -87,7 +87,7 @@ def test_samples_are_scored_and_averaged_over_prompts(model, tmp_path, capsys):
 
 def test_greedy_responses_are_those_of_generate(model, data, tmp_path):
   given = [f"--model={model}", "--max_new_tokens=12", "--temperature=0"]
-  run = lambda door, *argv: cli.run_entry_point(door.main, [*given, *argv])
+  run = lambda module, *argv: cli.run_entry_point(module.main, [*given, *argv])
   run(generate, f"--input={data}", f"--output={tmp_path}/out.jsonl")
   whole = read_lines(tmp_path / "out.jsonl")
   # Random bytes are rarely text: a character that is.
@@ -176,12 +176,12 @@ def test_an_evaluation_that_fails_after_any_block_goes_on_to_the_same_files(
   assert (parts / "results.json").read_bytes() == (whole / "results.json").read_bytes()
 
 
-def test_kill_9_loses_a_block_at_most(model, tmp_path, door):
+def test_kill_9_loses_a_block_at_most(model, tmp_path, entry_point):
   given = [f"--model={model}", *KILLED, "--max_prompts=200", "--max_new_tokens=40"]
   command = [sys.executable, "-m", "dpr_jax.evaluate", *given, f"--output={tmp_path}/killed"]
-  environment = {**os.environ, "PYTHONPATH": str(door.root)}
+  environment = {**os.environ, "PYTHONPATH": str(entry_point.root)}
   file = tmp_path / "killed" / "responses.jsonl"
-  with subprocess.Popen(command, cwd=door.root, env=environment) as process:
+  with subprocess.Popen(command, cwd=entry_point.root, env=environment) as process:
     while not file.exists() or not file.stat().st_size:
       assert process.poll() is None
       time.sleep(0.002)
