@@ -18,7 +18,7 @@ class GSIL(PairMethod):
   alpha: float = setting(0.1, "factor of the log-ratio of a response, per nat", low=1e-6)
 
   offset: float = setting(0.0, "added to the scaled log-ratio")
-  max_exponent: float = setting(5.0, "exponent beyond which exp goes on as its tangent", above=0)
+  max_exponent: float = setting(5.0, "exponent beyond which exp continues as its tangent", above=0)
 
   def loss(self, model):
     return make_gsil_loss(
