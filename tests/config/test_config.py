@@ -203,7 +203,7 @@ def test_a_model_that_cannot_be_is_refused_by_section_and_field(path, value):
     ({"methods.dpr.target_kl": 1.0, "methods.dpr.beta": 0.0, "compare": ("dpr",)},
      ["config.methods.dpr", "target_kl=1.0", "beta"]),
     ({"methods.dpr.beta": 0.0},
-     ["config.methods.contrastive", "config.methods.dpr.beta=0", "set strength"]),
+     ["config.methods.contrastive", "optimum_of='dpr'", "above 0; set strength"]),
     ({"methods.contrastive.optimum_of": "spin"},
      ["config.methods.contrastive", "optimum_of='spin'", "set strength"]),
     ({"eval.num_prompts": 200, "eval.skip_prompts": 100},
