@@ -136,7 +136,7 @@ def _check_sections(run: RunConfig) -> None:
     for name, neutral in (("corrupt", 0.0), ("tasks", ())):
       if getattr(run.data, name) != neutral:
         raise UserError(f"config.data.{name} applies to the built-in tasks only, not to "
-                        f"config.data.demos={run.data.demos}")
+                        f"config.data.demos={run.data.demos}; set config.data.{name}={neutral}")
   if run.eval.skip_prompts + max(run.eval.num_prompts, 1) > run.data.holdout:
     skipped = f" beyond config.eval.skip_prompts={run.eval.skip_prompts}"
     raise UserError(

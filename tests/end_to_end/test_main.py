@@ -218,7 +218,7 @@ BAD_INPUTS = {
     ),
     "prompt beyond the budget": (
         ["--config.data.demos={dir}/many.jsonl", "--config.data.prompt_length=3"],
-        ["many.jsonl:1", "data.prompt_length=3"],
+        ["config.data: ", "many.jsonl:1", "prompt_length=3"],
     ),
     "unknown field": (["--config.sft.stepz=3"], ["--config.sft.stepz", "did you mean 'steps'"]),
     "wrong type": (["--config.sft.steps=many"], ["--config.sft.steps"]),
@@ -254,6 +254,8 @@ def test_bad_input(case, entry_point, tmp_path, capsys, monkeypatch):
     (tmp_path / name).write_text(text)
   flags, expected = BAD_INPUTS[case]
   flags = [flag.replace("{dir}", str(tmp_path)) for flag in flags]
+  if any(flag.startswith("--config.data.demos=") for flag in flags):
+    flags += ["--config.data.corrupt=0", "--config.data.tasks=()"]  # Of the built-in tasks.
   argv = [f"--config={CONFIG}", f"--workdir={workdir}", "--config.log.progress=False", *flags]
   with pytest.raises(SystemExit) as exit_info:
     cli.run_entry_point(main_module.main, argv)
