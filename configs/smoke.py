@@ -13,7 +13,7 @@ from dpr_jax.references.midrun import Midrun
 
 
 def get_config(arg: str = ""):
-  """arg: "" or "debug", the same run in seconds."""
+  """arg: "" or "debug", the same run with a tiny model; most of its time is compilation."""
   config = default_config()
   config.model.remat = "none"  # A layer is small enough to keep.
   shape = config.model.shape
