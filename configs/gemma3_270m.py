@@ -10,7 +10,7 @@ from dpr_jax.config import default_config
 
 
 def get_config(arg: str = ""):
-  """arg: "" or "debug", the same run in seconds on a random model and built-in tasks."""
+  """arg: "" or "debug", a short run of a tiny random model on the built-in tasks."""
   config = default_config()
   config.model.pretrained = "weights/gemma-3-270m"
   set_shape(config, GEMMA3_270M)

@@ -8,6 +8,6 @@ from model_shapes import GEMMA3_4B, debugged, large
 
 
 def get_config(arg: str = ""):
-  """arg: "" or "debug", the same run in seconds on a random model and built-in tasks."""
+  """arg: "" or "debug", a short run of a tiny random model on the built-in tasks."""
   config = large("weights/gemma-3-4b-pt", GEMMA3_4B)
   return debugged(config, arg, "configs/gemma3_4b.py")

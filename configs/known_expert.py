@@ -20,7 +20,7 @@ from dpr_jax.references.midrun import Midrun
 
 
 def get_config(arg: str = ""):
-  """arg: "" or "debug", the same run in seconds on a random model and built-in tasks.
+  """arg: "" or "debug", a short run of a tiny random model on the built-in tasks.
 
   Under debug there is no expert, unless one is given: a stage of another debug run will do.
   """

@@ -8,6 +8,6 @@ from model_shapes import LLAMA31_8B, debugged, large
 
 
 def get_config(arg: str = ""):
-  """arg: "" or "debug", the same run in seconds on a random model and built-in tasks."""
+  """arg: "" or "debug", a short run of a tiny random model on the built-in tasks."""
   config = large("weights/Llama-3.1-8B", LLAMA31_8B)
   return debugged(config, arg, "configs/llama31_8b.py")

