@@ -93,6 +93,8 @@ class Responder:
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     unit = -(-self.batch_size // (n * ways)) * ways  # prompts that fill the slots once.
     wave = _WAVE * unit
+    # Systems that differ in their temperature alone share a program.
+    fixed = dataclasses.replace(sampling, temperature=float(sampling.temperature > 0))
     for start in range(0, len(prompts), wave):
       chosen = order[start : start + wave]
       width = prompt_width(len(prompts[chosen[0]]), self.prompt_length)
@@ -106,7 +108,8 @@ class Responder:
               jax.random.fold_in(rng, start // wave),
               max_new_tokens=self.max_new_tokens,
               stop_ids=tuple(self.stop_ids),
-              sampling=sampling,
+              sampling=fixed,
+              temperature=np.float32(sampling.temperature),
               weights=tuple(weights),
               samples_per_prompt=n,
               slots=self.batch_size,

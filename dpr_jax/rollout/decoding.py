@@ -51,6 +51,7 @@ class Decoding:
   members: tuple[Any, ...]  # Variables of each model of the mixture.
   weights: tuple[float, ...]  # Of the members' logits.
   sampling: Sampling
+  temperature: jax.Array | None  # in place of that of `sampling`, unless this is greedy.
   stop_ids: tuple[int, ...]
   stop_strings: StopStrings | None
   rng: jax.Array
@@ -169,7 +170,7 @@ class Decoding:
     logits_KxV = constrain(logits_KxV, "batch", "vocab")
     key_of = lambda row, age: jax.random.fold_in(jax.random.fold_in(self.rng, row), age)
     keys_K = jax.vmap(key_of)(self.first_row + s.row, s.age)
-    token_K = sample_token(logits_KxV, keys_K, self.sampling)
+    token_K = sample_token(logits_KxV, keys_K, self.sampling, self.temperature)
     hit_KxV = jnp.arange(logits_KxV.shape[-1], dtype=jnp.int32)[None, :] == token_K[:, None]
     lse_K = jax.nn.logsumexp(logits_KxV, axis=-1)
     logp_K = jnp.sum(jnp.where(hit_KxV, logits_KxV, 0.0), axis=-1) - lse_K

@@ -71,6 +71,7 @@ def generate(
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
     sampling: Sampling = ON_POLICY,
+    temperature: jax.Array | None = None,
     weights: Sequence[float] = (1.0,),
     samples_per_prompt: int = 1,
     slots: int = 0,
@@ -88,6 +89,8 @@ def generate(
     max_new_tokens: the length N at which a response is truncated.
     stop_ids: token ids that end a response. The stop token belongs to the response.
     sampling: how tokens are sampled; anything but the default is off-policy.
+    temperature: float32 scalar in place of that of `sampling`, unless this is greedy. Pass it to a
+      jitted function as an argument, so that it is compiled once for all temperatures.
     weights: of the members' logits.
     samples_per_prompt: responses per prompt, in adjacent rows: row b answers prompt
       b // samples_per_prompt.
@@ -133,6 +136,7 @@ def generate(
       members=members,
       weights=tuple(weights),
       sampling=sampling,
+      temperature=temperature,
       stop_ids=tuple(stop_ids),
       stop_strings=stop_strings,
       rng=rng,

@@ -27,9 +27,15 @@ class Sampling:
 ON_POLICY = Sampling()
 
 
-def filter_logits(logits_BxV: jax.Array, sampling: Sampling) -> jax.Array:
-  """Returns the logits after temperature, top-k and top-p; -inf marks a forbidden token."""
-  logits_BxV = logits_BxV / sampling.temperature
+def filter_logits(
+    logits_BxV: jax.Array, sampling: Sampling, temperature: jax.Array | None = None
+) -> jax.Array:
+  """Returns the logits after temperature, top-k and top-p; -inf marks a forbidden token.
+
+  Args:
+    temperature: float32 scalar in place of that of `sampling`; it may be traced.
+  """
+  logits_BxV = logits_BxV / (sampling.temperature if temperature is None else temperature)
   if sampling.top_k:
     k = min(sampling.top_k, logits_BxV.shape[-1])
     least = jax.lax.top_k(logits_BxV, k)[0][:, -1:]
@@ -48,7 +54,12 @@ def filter_logits(logits_BxV: jax.Array, sampling: Sampling) -> jax.Array:
 _BLOCK = 256  # Tokens per block of the two-level search.
 
 
-def sample_token(logits_BxV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
+def sample_token(
+    logits_BxV: jax.Array,
+    keys_B: jax.Array,
+    sampling: Sampling,
+    temperature: jax.Array | None = None,
+) -> jax.Array:
   """Samples one token per row, int32 [B]; every row has a random key of its own.
 
   The cumulative distribution is inverted in two levels. A single uniform number per row selects a
@@ -56,10 +67,13 @@ def sample_token(logits_BxV: jax.Array, keys_B: jax.Array, sampling: Sampling) -
   take a random number and two logarithms for every token of the vocabulary. With either method,
   probabilities below 1e-7 are lost in the resolution of float32. A token of probability 0 is never
   sampled.
+
+  Args:
+    temperature: see `filter_logits`; greedy decoding has none.
   """
   if sampling.temperature == 0:
     return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-  logits_BxV = filter_logits(logits_BxV, sampling)
+  logits_BxV = filter_logits(logits_BxV, sampling, temperature)
   p_BxV = jnp.exp(logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True))
   rows, vocab = p_BxV.shape
   # No block crosses a device boundary of a split vocabulary, so only block sums are communicated.
