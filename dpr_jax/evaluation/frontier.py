@@ -62,30 +62,37 @@ def measure(evaluation: Any, system: Any) -> None:
     return
   n = section.frontier_prompts or len(evaluation.prompts.tokens)
   prompts, demos = evaluation.prompts.tokens[:n], evaluation.prompts.demos[:n]
-  records = []
-  plan = [(t, section.frontier_samples) for t in section.temperatures] + [(0.0, 1)]
-  total = len(prompts) * sum(k for _, k in plan)
+  k, records = section.frontier_samples, []
+
+  def add(temperature, texts_of_prompts):
+    for j, (demo, texts) in enumerate(zip(demos, texts_of_prompts, strict=True)):
+      score = lambda t, demo=demo, j=j: checked_scores(
+          run.benchmark.score(demo, t), run.benchmark.scores, f"prompt {j + 1}: {t[:40]!r}"
+      )
+      right = [t for t in texts if score(t)["accuracy"]]
+      records.append({
+          "temperature": temperature, "prompt": j, "groups": list(run.benchmark.groups(demo)),
+          "samples": len(texts), "right": len(right),
+          "distinct": len({run.benchmark.answer(demo, t) for t in right}),
+      })
+
+  total = len(prompts) * k * len(section.temperatures)
   with run.bar(f"frontier {system.name}", total, "response") as bar:
-    for i, (temperature, k) in enumerate(plan):
+    for i, temperature in enumerate(section.temperatures):
       responses, _ = system.respond(
           evaluation.members(system), run.responder, prompts,
           jax.random.fold_in(run.rng("frontier"), i), temperature=temperature,
           seed=run.config.seed, samples_per_prompt=k, on_batch=bar.update,
       )
-      for j, demo in enumerate(demos):
-        texts = [
-            response_text(run.tokenizer, r.tokens, r.hit_eos, run.stop_ids)
-            for r in responses[j * k : (j + 1) * k]
-        ]
-        score = lambda t, demo=demo, j=j: checked_scores(
-            run.benchmark.score(demo, t), run.benchmark.scores, f"prompt {j + 1}: {t[:40]!r}"
-        )
-        right = [t for t in texts if score(t)["accuracy"]]
-        records.append({
-            "temperature": temperature, "prompt": j, "groups": list(run.benchmark.groups(demo)),
-            "samples": k, "right": len(right),
-            "distinct": len({run.benchmark.answer(demo, t) for t in right}),
-        })
+      texts = [
+          response_text(run.tokenizer, r.tokens, r.hit_eos, run.stop_ids) for r in responses
+      ]
+      add(temperature, [texts[j * k : (j + 1) * k] for j in range(len(demos))])
+  greedy = [
+      [r["response"]] for r in read_lines(run.workdir.system_file(system.name))
+      if r["mode"] == "greedy"
+  ]
+  add(0.0, greedy[:n])
   write_lines(path, records)
 
 
