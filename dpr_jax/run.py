@@ -32,7 +32,7 @@ from dpr_jax.loading import (
 from dpr_jax.methods.base import Method
 from dpr_jax.models import Transformer
 from dpr_jax.models.attention import resolve_backend
-from dpr_jax.models.config import COMPUTATION
+from dpr_jax.models.config import COMPUTATION, ModelConfig
 from dpr_jax.models.layer_pruning import pruned_config
 from dpr_jax.references.base import Reference
 from dpr_jax.training.metrics import read_metrics
@@ -123,13 +123,8 @@ class Run:
     other = load_checkpoint(spec, self.mesh, dtype)
     if other.tokenizer.get_vocab() != self.tokenizer.get_vocab():
       raise UserError(f"{spec} has another vocabulary than the run")
-    ours, theirs = self.model.cfg, other.model.cfg
-    for field in dataclasses.fields(ours):
-      if field.name == "lora" or field.name in COMPUTATION:
-        continue
-      x, y = getattr(ours, field.name), getattr(theirs, field.name)
-      if x != y:
-        raise UserError(f"{spec} differs from the run's model in {field.name} ({y} and {x})")
+    if found := other.model.cfg.difference(self.model.cfg, (*COMPUTATION, "lora")):
+      raise UserError(f"{spec} differs from the run's model in {found}")
     return other.variables
 
   def fine_tune(self, name: str, rows: Any, steps: int) -> None:
@@ -186,6 +181,32 @@ class Run:
     )
 
 
+def computed(section: config_lib.ModelSection, cfg: ModelConfig, dtype: str) -> ModelConfig:
+  """A pretrained or random shape, with what config.model says of layers, LoRA and computation.
+
+  Raises:
+    UserError: more layers are kept than there are.
+  """
+  with naming("config.model.keep_layers"):
+    cfg = pruned_config(cfg, section.keep_layers)
+  how = {name: getattr(section, name) for name in ("remat", "attention", "lora", "logits_budget")}
+  return dataclasses.replace(cfg, dtype=dtype, **how)
+
+
+def check_lengths(config: config_lib.RunConfig, max_length: int) -> None:
+  """Raises UserError where rows or rollouts are longer than the model was made for, in tokens."""
+  budgets = [m.budget(config).max_new_tokens for m in config.compared().values() if m.trained]
+  new = max([*budgets, config.eval.max_new_tokens])
+  for field, length in (
+      ("data.row_length", config.data.row_length),
+      ("data.prompt_length + max_new_tokens", config.data.prompt_length + new),
+  ):
+    if length > max_length:
+      raise UserError(
+          f"config.{field}={length} exceeds the {max_length} tokens that the model was made for"
+      )
+
+
 def build_model(
     config: config_lib.RunConfig,
 ) -> tuple[Any, Transformer, tuple[int, ...], dict[str, Any]]:
@@ -195,40 +216,24 @@ def build_model(
     UserError: unreadable weights or tokenizer, or a length beyond what the model was trained for.
   """
   section = config.model
-  how = {
-      name: getattr(section, name) for name in ("remat", "attention", "lora", "logits_budget")
-  }
-  how["dtype"] = compute_dtype(section.dtype)
   generation_config = {}
   if section.pretrained:
     tokenizer = weights.load_tokenizer(section.pretrained)
     generation_config = weights.load_generation_config(section.pretrained)
     cfg = weights.load_config(section.pretrained)
-    with naming("config.model.keep_layers"):
-      cfg = pruned_config(cfg, section.keep_layers)
-    cfg = dataclasses.replace(cfg, **how)
   else:
     tokenizer = byte_tokenizer()
-    cfg = dataclasses.replace(
-        section.shape, vocab_size=section.shape.vocab_size or len(tokenizer), **how
-    )
+    size = section.shape.vocab_size or len(tokenizer)
+    cfg = dataclasses.replace(section.shape, vocab_size=size)
     if cfg.vocab_size < len(tokenizer):
       raise UserError(
           f"config.model.shape.vocab_size={cfg.vocab_size} is below the {len(tokenizer)} tokens of "
           "the tokenizer; 0 takes that number"
       )
+  cfg = computed(section, cfg, compute_dtype(section.dtype))
   with naming("config.model"):
     resolve_backend(cfg, config.data.row_length)  # Refuses here what the first step would refuse.
-  budgets = [m.budget(config).max_new_tokens for m in config.compared().values() if m.trained]
-  new = max([*budgets, config.eval.max_new_tokens])
-  for field, length in (
-      ("data.row_length", config.data.row_length),
-      ("data.prompt_length + max_new_tokens", config.data.prompt_length + new),
-  ):
-    if length > cfg.max_length:
-      raise UserError(
-          f"config.{field}={length} exceeds the {cfg.max_length} tokens that the model was made for"
-      )
+  check_lengths(config, cfg.max_length)
   ends = stop_ids(tokenizer, generation_config, config.data.template)
   return tokenizer, Transformer(cfg), ends, generation_config
 

@@ -1,7 +1,6 @@
 """Flags of the entry points that take a CKPT, and what they name."""
 
 import contextlib
-import dataclasses
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -78,15 +77,12 @@ def load_pair(sft: str, ref: str, mesh: Any, dtype: str) -> tuple[Any, Any]:
     UserError: their shapes or vocabularies differ; rewards would be meaningless.
   """
   from dpr_jax.loading import load_checkpoint
-  from dpr_jax.models.config import COMPUTATION
 
   a = load_checkpoint(sft, mesh, dtype)
   b = load_checkpoint(ref, mesh, dtype, beside=a)
-  for field in dataclasses.fields(a.model.cfg):
-    x, y = getattr(a.model.cfg, field.name), getattr(b.model.cfg, field.name)
-    if x != y and field.name not in COMPUTATION:
-      raise UserError(f"--sft={sft} and --ref={ref} differ in {field.name} ({x} and {y}); they "
-                      "must be checkpoints of one architecture")
+  if found := a.model.cfg.difference(b.model.cfg):
+    raise UserError(f"--sft={sft} and --ref={ref} differ in {found}; they must be checkpoints of "
+                    "one architecture")
   if a.tokenizer.get_vocab() != b.tokenizer.get_vocab():
     raise UserError(f"--sft={sft} and --ref={ref} have different vocabularies; token rewards need "
                     "the same tokens")

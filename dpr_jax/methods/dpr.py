@@ -15,6 +15,7 @@ import numpy as np
 from dpr_jax import sharding
 from dpr_jax.config.fields import kind_of, setting, slot
 from dpr_jax.data.loader import Batches, prompt_batches
+from dpr_jax.evaluation.metrics import checked_scores
 from dpr_jax.evaluation.responses import response_text
 from dpr_jax.losses import make_reinforce_loss, reinforce_batch
 from dpr_jax.losses.reinforce import LOSS_AGGREGATIONS
@@ -210,7 +211,8 @@ class DPR(TrainedMethod):
       for row, i in enumerate(items):
         tokens = tokens_BxN[row, : lengths_B[row]]
         text = response_text(run.tokenizer, tokens, bool(hit_eos_B[row]), run.stop_ids)
-        scores.append(run.benchmark.score(demos[i], text)["accuracy"])
+        found, where = run.benchmark.score(demos[i], text), f"prompt {i + 1}: {text[:40]!r}"
+        scores.append(checked_scores(found, run.benchmark.scores, where)["accuracy"])
       return sharding.place(np.asarray(scores, np.float32), run.mesh)
 
     return verify

@@ -1,7 +1,7 @@
 """The shape of a decoder: one dataclass for every family."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -133,6 +133,14 @@ class ModelConfig:
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
     return cls(**fields)
+
+  def difference(self, other: "ModelConfig", ignored: Collection[str] = COMPUTATION) -> str:
+    """The first field in which another one differs, as in "num_layers (4 and 2)"; "" if none."""
+    for field in dataclasses.fields(self):
+      x, y = getattr(self, field.name), getattr(other, field.name)
+      if x != y and field.name not in ignored:
+        return f"{field.name} ({x} and {y})"
+    return ""
 
   @property
   def num_params(self) -> int:

@@ -4,17 +4,15 @@ They are the very functions that train. No weights, no data and no tokenizer are
 shape comes from config.model.shape.
 """
 
-import dataclasses
 
 import jax
 
 from dpr_jax.config import RunConfig
-from dpr_jax.errors import UserError, naming
+from dpr_jax.errors import UserError
 from dpr_jax.methods.programs import Program, RolloutWork, Shapes, TrainWork
 from dpr_jax.methods.sft import sft_programs
 from dpr_jax.models import ModelConfig, Transformer
-from dpr_jax.models.layer_pruning import pruned_config
-from dpr_jax.run import check_mesh
+from dpr_jax.run import check_lengths, check_mesh, computed
 from dpr_jax.sharding import MESH_AXES
 
 
@@ -28,19 +26,9 @@ def planned_model(config: RunConfig) -> ModelConfig:
   if not section.shape.vocab_size:
     raise UserError("config.model.shape.vocab_size=0 is that of the byte-level tokenizer; a plan "
                     "needs the number, for example --config.model.shape.vocab_size=272")
-  how = {
-      name: getattr(section, name) for name in ("remat", "attention", "lora", "logits_budget")
-  }
-  how["dtype"] = "bfloat16" if section.dtype == "auto" else section.dtype
-  with naming("config.model.keep_layers"):
-    cfg = dataclasses.replace(pruned_config(section.shape, section.keep_layers), **how)
-  new = max((m.budget(config).max_new_tokens for m in config.compared().values() if m.trained),
-            default=0)
-  for field, length in (("data.row_length", config.data.row_length),
-                        ("data.prompt_length + max_new_tokens", config.data.prompt_length + new)):
-    if length > cfg.max_length:
-      raise UserError(f"config.{field}={length} exceeds config.model.shape.max_length="
-                      f"{cfg.max_length}")
+  dtype = "bfloat16" if section.dtype == "auto" else section.dtype
+  cfg = computed(section, section.shape, dtype)
+  check_lengths(config, cfg.max_length)
   return cfg
 
 
