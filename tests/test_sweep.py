@@ -249,7 +249,7 @@ class Noted(TrainedMethod):
 
 
 @pytest.fixture
-def run_sweep(tmp_path, light_compilation, tmp_path_factory, monkeypatch):
+def run_sweep(tmp_path, tmp_path_factory, monkeypatch):
   """run_sweep(field, *values, seeds=) -> what was trained, in order; a tiny run, without pages."""
   before = jax.config.jax_compilation_cache_dir
   cache = tmp_path_factory.getbasetemp() / "compilations"

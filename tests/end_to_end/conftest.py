@@ -1,22 +1,33 @@
 """One run of the smallest config, shared by the tests that look at what it left."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
 import types
 
+import filelock
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "configs/smoke.py:debug"
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+  """A folder of this test run, whichever of its processes asks."""
+  base = tmp_path_factory.getbasetemp()
+  folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "end_to_end"
+  folder.mkdir(exist_ok=True)
+  return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def shared_compilations(tmp_path_factory):
+def shared_compilations(shared_folder):
   """Runs of one config compile the same programs; they are compiled once."""
   patch = pytest.MonkeyPatch()
-  patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compilations")))
+  patch.setenv("JAX_COMPILATION_CACHE_DIR", str(shared_folder / "compilations"))
   patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
   yield
   patch.undo()
@@ -47,8 +58,10 @@ def entry_point():
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory):
+def finished_run(shared_folder):
   """(workdir, stdout, stderr) of an uninterrupted run."""
-  workdir = tmp_path_factory.mktemp("runs") / "whole"
-  out, err = finish(run_main(workdir))
-  return workdir, out, err
+  workdir, outputs = shared_folder / "whole", shared_folder / "outputs.json"
+  with filelock.FileLock(f"{outputs}.lock"):
+    if not outputs.exists():
+      outputs.write_text(json.dumps(finish(run_main(workdir))))
+    return workdir, *json.loads(outputs.read_text())

@@ -12,7 +12,8 @@ from dpr_jax.training.metrics import read_metrics
 @pytest.fixture(scope="module")
 def lora_run(entry_point, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("lora") / "run"
-  flags = ("--config.model.lora.rank=2", "--config.sft.optimizer.learning_rate=0.01")
+  flags = ("--config.model.lora.rank=2", "--config.sft.optimizer.learning_rate=0.01",
+           "--config.eval.frontier_samples=0")
   entry_point.finish(entry_point.start(workdir, *flags))
   return workdir
 

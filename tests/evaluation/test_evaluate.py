@@ -25,8 +25,6 @@ from dpr_jax.pipeline import make_reference, report
 from dpr_jax.references.ensemble import Ensemble
 from dpr_jax.workdir import read_lines
 
-pytestmark = pytest.mark.usefixtures("light_compilation")
-
 
 @pytest.mark.parametrize("num,skip,expected", [
     (3, 0, [0, 1, 2]), (3, 2, [2, 3, 4]), (0, 0, list(range(7))), (0, 5, [5, 6]),

@@ -13,8 +13,6 @@ from dpr_jax.evaluation.systems import System
 from dpr_jax.loading import LoadedModel
 from dpr_jax.models.logprobs import chunk_columns
 
-pytestmark = pytest.mark.usefixtures("light_compilation")
-
 V = 29
 
 

@@ -18,8 +18,6 @@ from dpr_jax.run import set_up
 from dpr_jax.weights import save_pretrained
 from dpr_jax.workdir import Workdir, read_lines, write_lines
 
-pytestmark = pytest.mark.usefixtures("light_compilation")
-
 
 def _small(config):
   config.compare = ()

@@ -12,11 +12,8 @@ from dpr_jax.models import token_logprobs
 from dpr_jax.rewards import transforms
 from dpr_jax.rollout import Rollout
 
-pytestmark = [
-    pytest.mark.usefixtures("light_compilation"),
-    # Numpy warns of the garbage that the tests put into the padding.
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
-]
+# Numpy warns of the garbage that the tests put into the padding.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 BAD = np.array([np.nan, np.inf, -np.inf], np.float32)
 

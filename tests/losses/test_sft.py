@@ -8,8 +8,6 @@ import pytest
 from dpr_jax.data.batches import SFTBatch
 from dpr_jax.losses import make_sft_loss
 
-pytestmark = pytest.mark.usefixtures("light_compilation")
-
 LENGTHS, TRAINED = (5, 7, 3), (2, 4, 1)  # tokens of a demonstration, and of its response.
 
 

@@ -23,8 +23,6 @@ from dpr_jax.rewards.base import Reward
 from dpr_jax.training.stopping import last_step, read_stopped
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
 
-pytestmark = pytest.mark.usefixtures("light_compilation")
-
 EARLY = Midrun(fraction=0.1)
 
 

@@ -17,8 +17,6 @@ from dpr_jax.methods.sft import sft_programs
 from dpr_jax.run import labels_of
 from dpr_jax.training.steps import TrainStep
 
-pytestmark = pytest.mark.usefixtures("light_compilation")
-
 METHODS = package_defaults("dpr_jax.methods")
 TRAINED = sorted(name for name, method in METHODS.items() if method.trained)
 

@@ -17,8 +17,6 @@ from dpr_jax.methods.training_free import (
 )
 from dpr_jax.references.ensemble import Ensemble
 
-pytestmark = pytest.mark.usefixtures("light_compilation")
-
 KINDS = [Contrastive, WeightExtrapolation, Resampled]
 
 

@@ -15,8 +15,6 @@ from dpr_jax.errors import UserError
 from dpr_jax.models import ModelConfig, Transformer, splash
 from dpr_jax.models import attention as attention_lib
 
-pytestmark = pytest.mark.usefixtures("light_compilation")
-
 # Both sides are float32 sums of at most a few hundred terms of order one.
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 

@@ -7,8 +7,6 @@ import pytest
 
 from dpr_jax.models import ModelConfig, Rope, init_cache, init_variables
 
-pytestmark = pytest.mark.usefixtures("light_compilation")
-
 # Every feature of the decoder is enabled in one of these.
 SHAPES = {
     "grouped": {},

@@ -10,8 +10,6 @@ import pytest
 from dpr_jax.models import init_variables
 from dpr_jax.models.unrolled import decoder_of, split_cache, split_variables
 
-pytestmark = pytest.mark.usefixtures("light_compilation")
-
 
 @pytest.mark.parametrize("fields", [
     dict(num_layers=3),

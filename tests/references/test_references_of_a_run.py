@@ -21,8 +21,6 @@ from dpr_jax.references.selected import Selected
 from dpr_jax.training.loop import Stage, run_stage
 from dpr_jax.training.stopping import last_step, write_stopped
 
-pytestmark = pytest.mark.usefixtures("light_compilation")
-
 DECAY = 0.8
 
 

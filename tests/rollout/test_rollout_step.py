@@ -13,8 +13,6 @@ from dpr_jax.rewards import BaselineRelative, Endogenous, LogLikelihood
 from dpr_jax.rollout import make_rollout_step
 from dpr_jax.rollout.step import EXTRAS
 
-pytestmark = pytest.mark.usefixtures("light_compilation")
-
 N, P, EOS = 6, 4, 1
 LENGTHS = np.array([4, 1, 0, 3, 2, 4], np.int32)
 

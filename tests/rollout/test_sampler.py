@@ -9,8 +9,6 @@ from dpr_jax.models import token_logprobs
 from dpr_jax.rollout import Sampling, generate
 from dpr_jax.rollout.sampler import right_align
 
-pytestmark = pytest.mark.usefixtures("light_compilation")
-
 N, P = 7, 5
 LENGTHS = (5, 2, 0, 3, 1, 4)
 

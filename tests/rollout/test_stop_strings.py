@@ -15,8 +15,6 @@ from dpr_jax.rollout import build_stop_strings, generate
 from dpr_jax.rollout.stop_strings import MATCHED, START
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
 
-pytestmark = pytest.mark.usefixtures("light_compilation")
-
 SPACE = "\u2581"
 TEXT = "\n\nQuestion: naïve café, 中文 €5 😀\n\nAnswer: 7 ≠ 70\n</s>  two"
 

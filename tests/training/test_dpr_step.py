@@ -22,8 +22,6 @@ from dpr_jax.training.loop import Stage, Training, run_stage
 from dpr_jax.training.metrics import read_metrics
 from dpr_jax.training.stopping import read_stopped
 
-pytestmark = pytest.mark.usefixtures("light_compilation")
-
 OPTIMIZER = optax.adam(5e-2)
 STEPS, EOS = 6, 1
 
