@@ -6,7 +6,7 @@ import os
 os.environ["JAX_PLATFORMS"] = os.environ.get("DPR_JAX_TEST_PLATFORM", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 # Most of the time of these tests is the compiler's: the same programs, hardly optimised, here and
-# in every process that a test starts. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests them as users run them.
+# in each process that a test starts. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests what users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
@@ -29,7 +29,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="module", autouse=True)
 def release_programs():
-  """Every compiled program maps memory, and Linux allows a process 65,530 maps: more, and XLA crashes."""
+  """Compiled programs map memory; beyond the 65,530 maps of a Linux process XLA crashes."""
   yield
   jax.clear_caches()
 
