@@ -4,7 +4,6 @@ What is missing (no DPR stage yet, no samples) is left out, so the page can be w
 any time of a run, and again.
 """
 
-import base64
 import json
 import math
 import os
@@ -13,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpr_jax.errors import UserError
-from dpr_jax.report import frontier, heatmap, sweeps, tables
+from dpr_jax.report import figures, frontier, heatmap, sweeps, tables
 from dpr_jax.report.corruption import corruption_tables
 from dpr_jax.report.monitors import monitors
 from dpr_jax.report.render import (
@@ -26,19 +25,8 @@ from dpr_jax.report.render import (
   visible,
   write_atomically,
 )
+from dpr_jax.report.samples import samples_view
 from dpr_jax.report.tables import Results
-
-MAX_SAMPLES = 12  # prompts whose responses are shown.
-MAX_CHARACTERS = 800  # shown of a response.
-# Metric, title, axis: curves of every stage, and of those whose metrics have a reward.
-_LOSS = (("loss", "loss", "loss"),)
-_CURVES = (
-  ("reward", "reward", "nats per response"),
-  ("kl", "KL to SFT", "nats per response"),
-  ("response_length", "response length", "tokens"),
-  ("eos_rate", "EOS rate", "share of responses"),
-  ("entropy", "entropy", "nats per token"),
-)
 
 
 def write_report(workdir: str | os.PathLike) -> pathlib.Path:
@@ -70,27 +58,29 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     "headline": [t for t in (tables.headline(results), *frontier.sentences(results)) if t],
     "lead": (verdicts.get(results.get("main")) or {}).get("text", ""),
     "frontier": frontier.table(results),
-    "frontier_plot": _frontier_plot(folder, results),
+    "frontier_plot": figures.frontier_plot(folder, results),
     "frontier_facts": results.get("frontier"),
     "facts": _facts(record, results, stages, list(seeds))
     + _reference_facts(described, _read_json(parts[0] / "reference.json")),
     "stages": _stage_rows(results, stages, list(seeds)),
     "seeds": _seed_links(seeds),
     "sweep": sweeps.sweep_table(results, links=not seeds),
-    "sweep_plot": _sweep_plot(folder, results),
+    "sweep_plot": figures.sweep_plot(folder, results),
     "corruption": corruption_tables(results),
     "results": tables.results_table(results),
     "more": tables.more_metrics(results),
     "comparisons": tables.comparisons_table(results),
     "tasks": tables.task_tables(results),
     "notes": [str(n) for n in results.get("notes") or ()],
-    "plots": _curves(folder, results, stages, list(seeds)),
-    "results_plot": _results_plot(folder, results),
+    "plots": figures.stage_curves(folder, results, stages, list(seeds)),
+    "results_plot": figures.results_plot(folder, results),
     "monitors": _gaming(results) + monitors(stages, results),
     "config": json.dumps(record.get("config"), indent=2) if record.get("config") else "",
   }
   if not seeds:
-    context |= _heatmaps(root / "samples") | {"samples": _samples(root / "samples", results)}
+    context |= _heatmaps(root / "samples") | {
+      "samples": samples_view(_responses(root / "samples"), results)
+    }
   page = folder / "report.html"
   write_atomically(page, render(**context))
   return page
@@ -266,97 +256,19 @@ def _seed_links(seeds: Mapping[int, pathlib.Path]) -> list[dict[str, str]]:
   return links
 
 
-# --- Plots ----------------------------------------------------------------------------------------
-
-
-def _images(folder: pathlib.Path, name: str, alt: str, draw) -> dict[str, str]:
-  """Draws a plot for light and dark pages; the light one is also a file."""
-  light = draw(dark=False)
-  write_atomically(folder / f"{name}.png", light)
-  uris = [
-    "data:image/png;base64," + base64.b64encode(image).decode("ascii")
-    for image in (light, draw(dark=True))
-  ]
-  return {"light": uris[0], "dark": uris[1], "alt": alt, "name": name}
-
-
-def _curves(folder: pathlib.Path, results: Results, stages, seeds) -> list[dict[str, str]]:
-  out = []
-  for stage, parts in stages.items():
-    rewarded = any("reward" in line for lines in parts for line in lines)
-    for key, title, axis in (*_LOSS, *(_CURVES if rewarded else ())):
-      title = f"{tables.label(results, stage)}: {title}"
-      draw = _curve(parts, key, title, axis, seeds)
-      if draw:
-        out.append(_images(folder, f"{stage}_{key}", f"{title} ({axis}) over steps", draw))
-  return out
-
-
-def _curve(parts, key: str, title: str, axis: str, seeds):
-  """A function that draws the metric, or None if no line has it."""
-  series = []
-  for i, lines in enumerate(parts):
-    points = [(line["step"], line[key]) for line in lines if key in line and "step" in line]
-    values = [v if finite(v) else math.nan for _, v in points]
-    if any(math.isfinite(v) for v in values):
-      series.append((f"seed {seeds[i]}" if seeds else "", [s for s, _ in points], values))
-  if not series:
-    return None
-
-  def draw(dark: bool) -> bytes:
-    return _plots().curve([_plots().Series(*s) for s in series], title, axis, dark)
-
-  return draw
-
-
-def _results_plot(folder: pathlib.Path, results: Results) -> dict[str, str] | None:
-  """The first three of the main metrics that are compared."""
-  about = {m: tables.column(results, m) for m in tables.main_metrics(results) if "/" not in m}
-  metrics = [
-    (m, tables.heading(results, m), 100.0 if c["unit"] == "%" else 1.0)
-    for m, c in about.items() if c.get("compared")
-  ][:3]
-  if not metrics:
-    return None
-  shown = {tables.label(results, name): v for name, v in results["systems"].items()}
-  return _images(
-    folder, "results", "Systems with their 95% intervals",
-    lambda dark: _plots().results_plot(shown, metrics, dark),
-  )
-
-
-def _frontier_plot(folder: pathlib.Path, results: Results) -> dict[str, str] | None:
-  series = frontier.series(results)
-  if not series:
-    return None
-  axis = f"distinct right answers in {results['frontier']['k']} samples"
-  return _images(
-    folder, "frontier", "Accuracy and coverage of each system over temperatures",
-    lambda dark: _plots().frontier_plot(series, axis, dark),
-  )
-
-
-def _sweep_plot(folder: pathlib.Path, results: Results) -> dict[str, str] | None:
-  metric = sweeps.primary_metric(results)
-  if metric is None:
-    return None
-  sweep, axis = results["sweep"], tables.heading(results, metric)
-  values, field = [visible(p["value"]) for p in sweep["points"]], visible(sweep.get("field", ""))
-  series = sweeps.plot_series(results, metric)
-  factor = 100.0 if tables.column(results, metric)["unit"] == "%" else 1.0
-  return _images(
-    folder, "sweep", f"{axis} against {field}, with 95% intervals",
-    lambda dark: _plots().sweep_plot(values, series, field, axis, factor, dark),
-  )
-
-
-def _plots():
-  from dpr_jax.report import plots  # matplotlib comes with it.
-
-  return plots
-
-
 # --- Token rewards and samples --------------------------------------------------------------------
+
+
+def _responses(samples: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
+  """system -> what it answered."""
+  found = {}
+  for path in samples.glob("*.jsonl"):
+    if path.stem.startswith("heatmap_") or path.stem == "corruption":
+      continue
+    lines = [r for r in _read_lines(path) if "prompt" in r and "response" in r]
+    if lines:
+      found[path.stem] = lines
+  return found
 
 
 def _heatmaps(samples: pathlib.Path) -> dict[str, Any]:
@@ -370,71 +282,3 @@ def _heatmaps(samples: pathlib.Path) -> dict[str, Any]:
     for key, (name, rows) in read.items()
   ]
   return {"heatmaps": [s for s in sections if s["rows"]], "legend": heatmap.legend(scale)}
-
-
-def _samples(folder: pathlib.Path, results: Results) -> dict[str, Any] | None:
-  """Responses of every system to a few prompts: the first of each task in turn, never chosen."""
-  systems = {}
-  for path in folder.glob("*.jsonl"):
-    if path.stem.startswith("heatmap_") or path.stem == "corruption":
-      continue
-    lines = [r for r in _read_lines(path) if "prompt" in r and "response" in r]
-    if lines:
-      systems[path.stem] = lines
-  if not systems:
-    return None
-  known = results["labels"]
-  order = [n for n in known if n in systems] + sorted(set(systems) - set(known))
-  modes = {r.get("mode") for lines in systems.values() for r in lines}
-  mode = "sampled" if "sampled" in modes else "greedy" if "greedy" in modes else None
-  prompts: dict[tuple[str, str], dict[str, Any]] = {}
-  for name in order:
-    for r in systems[name]:
-      if mode and r.get("mode") != mode:
-        continue
-      key = (str(r.get("task") or ""), str(r["prompt"]))
-      entry = prompts.setdefault(key, {"answer": r.get("answer"), "responses": {}})
-      entry["responses"].setdefault(name, r)  # the first, where a prompt occurs twice.
-  chosen = _in_turn(list(prompts))[:MAX_SAMPLES]
-  return {
-    "mode": mode or "",
-    "total": count(len(prompts)),
-    "prompts": [
-      {
-        "task": visible(key[0]),
-        "prompt": _cut(key[1]),
-        "answer": "" if prompts[key]["answer"] is None else _cut(prompts[key]["answer"]),
-        "responses": [
-          {"system": tables.label(results, name), **_response(prompts[key]["responses"][name])}
-          for name in order if name in prompts[key]["responses"]
-        ],
-      }
-      for key in chosen
-    ],
-  }
-
-
-def _in_turn(keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
-  """The first key of each task, then the second of each, ..."""
-  seen: dict[str, int] = {}
-  ranked = []
-  for i, key in enumerate(keys):
-    seen[key[0]] = seen.get(key[0], 0) + 1
-    ranked.append((seen[key[0]], i, key))
-  return [key for _, _, key in sorted(ranked)]
-
-
-def _response(record: Mapping[str, Any]) -> dict[str, Any]:
-  correct = record.get("correct")
-  return {
-    "text": _cut(record["response"]),
-    "correct": correct if isinstance(correct, bool) else None,
-    "cut": record.get("hit_eos") is False,
-  }
-
-
-def _cut(text: Any) -> str:
-  text = str(text)
-  more = len(text) - MAX_CHARACTERS
-  shown = visible(text[:MAX_CHARACTERS])
-  return f"{shown} … ({more:,} more characters)" if more > 0 else shown
