@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from dpr_jax import fingerprints, inputs
 from dpr_jax.config.sections import ModelSection, SFTSection
 from dpr_jax.config.values import build
 from dpr_jax.errors import UserError, naming
@@ -88,7 +89,7 @@ class LoadedModel:
   variables: Any
   tokenizer: Any
   stop_ids: tuple[int, ...]
-  template: str  # "" or the path of a .jinja chat template.
+  template: str  # "" for the tokenizer's own, or the path of a .jinja chat template.
   generation_config: Mapping[str, Any]  # that of the pretrained weights, {} without.
   base: str = ""  # path of the pretrained weights it started from, "" for none.
   keep_layers: int = 0  # how many layers of the base it has; 0 for all.
@@ -97,7 +98,9 @@ class LoadedModel:
 
 def split_checkpoint(spec: str) -> tuple[pathlib.Path, str]:
   """'DIR/sft@0.5' -> (DIR/sft, '0.5'), or '@ema'; no fraction gives ''."""
-  path, _, fraction = spec.partition("@")
+  path, _, fraction = spec.rpartition("@")
+  if not path or "/" in fraction or pathlib.Path(spec).exists():  # An '@' of the path itself.
+    path, fraction = spec, ""
   return pathlib.Path(path).absolute(), fraction
 
 
@@ -137,6 +140,21 @@ def _check_pretrained(spec: str, path: pathlib.Path, fraction: str) -> None:
     )
 
 
+def fingerprint_checkpoint(spec: str) -> dict[str, str]:
+  """Fingerprints of what a CKPT argument names, by file; of a stage, those of one checkpoint.
+
+  Raises:
+    UserError: nothing of that kind is found.
+  """
+  path, fraction = split_checkpoint(spec)
+  if is_stage(path):
+    step = stage_step(path, fraction, Workdir(path.parent).read_config())
+    meta = path / "checkpoints" / str(step) / "meta" / "metadata"  # Has those of all arrays.
+    return {f"the checkpoint of step {step}": fingerprints.of_file(meta)}
+  _check_pretrained(spec, path, fraction)
+  return inputs.pretrained_files(path)
+
+
 def describe_checkpoint(spec: str) -> tuple[ModelConfig, Any]:
   """(ModelConfig, tokenizer) of what a CKPT argument names, without reading weights.
 
@@ -151,7 +169,7 @@ def describe_checkpoint(spec: str) -> tuple[ModelConfig, Any]:
     record = workdir.read_config()
     stage_step(path, fraction, record)
     cfg = ModelConfig.from_dict(record["model"]["config"])
-    return cfg, weights.load_tokenizer(workdir.tokenizer)
+    return cfg, workdir.load_tokenizer()
   _check_pretrained(spec, path, fraction)
   return weights.load_config(path), weights.load_tokenizer(path)
 
@@ -194,15 +212,16 @@ def load_checkpoint(
     if cfg.lora.rank and beside is not None and beside.workdir == workdir.path:
       frozen = {"params": beside.variables["params"]}
     elif cfg.lora.rank:
+      inputs.check_base(record)
       frozen = base_variables(section, cfg, mesh, record["seed"], dtype)
     part = "ema" if fraction == "ema" else "variables"
     variables = stage_variables(path, step, cfg, mesh, dtype, frozen, part)
     return LoadedModel(
         model=Transformer(cfg),
         variables=variables,
-        tokenizer=weights.load_tokenizer(workdir.tokenizer),
+        tokenizer=workdir.load_tokenizer(),
         stop_ids=tuple(record["model"]["stop_ids"]),
-        template=record["data"]["template"],
+        template="" if "inputs" in record else record["data"]["template"],
         generation_config=record["model"]["generation_config"],
         base=section.pretrained,
         keep_layers=section.keep_layers,

@@ -4,31 +4,63 @@ A checkpoint of step s holds, atomically and together:
   variables   the trainable variables, readable on their own (as sft, as ref, for export)
   ema         their moving average, likewise, if the stage keeps one
   training    optimizer state, rng, and the scalars of the algorithm, if it has any
-  meta        JSON: step, the position of the data, and fingerprints of all arrays
+  meta        JSON with a checksum: step, the position of the data, fingerprints of all arrays
+  files.json  sizes and fingerprints of the files
 Restoring goes against an abstract tree with explicit shardings, so that any mesh reads
-any checkpoint. A save that was cut off leaves a temporary folder, which is ignored. A
-finished checkpoint that cannot be read, or whose values are not those that were saved, is
-passed over for an older one, with a warning.
+any checkpoint. A save that was cut off leaves a temporary folder, which is ignored.
+
+No checkpoint is ever deleted because it cannot be read. One that is proved to be damaged
+(a checksum differs, or its bytes cannot be decoded) is renamed, and an older one is taken.
+Any other error may be that of the machine or of the network: reading is tried again, and
+then refused with nothing changed. Several processes decide this together.
 """
 
+import json
 import logging
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from dpr_jax import fingerprints, sharding
 from dpr_jax.errors import UserError
-from dpr_jax.training.integrity import fingerprint, stored_dtypes
+from dpr_jax.training.integrity import changed_file, fingerprint, record_files, stored_dtypes
 from dpr_jax.training.steps import TrainState
+from dpr_jax.workdir import check_path
 
 _policies = ocp.checkpoint_managers
 _log = logging.getLogger(__name__)
 
+RETRY_SECONDS = (0.2, 1.0, 4.0)  # waited before an error is read again.
+_READ, _DAMAGED, _UNREADABLE = range(3)
+# How TensorStore says that it read the bytes and could not decode them.
+_DECODING = re.compile("DATA_LOSS|OUT_OF_RANGE: |Zstd-compressed stream|Data corruption detected")
+
 
 class Damaged(RuntimeError):
   """A checkpoint does not give back what was saved."""
+
+
+class DamagedCheckpoint(UserError):
+  """A checkpoint that a run needs is damaged; `Checkpoints.set_aside` makes way for a new one."""
+
+  def __init__(self, directory: Any, step: int, proof: str, earlier: bool = True):
+    again = (
+        "run the command of the run (python -m dpr_jax.main) again, which trains that step again "
+        "from the checkpoint before it" if earlier else
+        f"mv {directory} {directory}.damaged and run the command of the run (python -m "
+        "dpr_jax.main) again, which trains the stage again"
+    )
+    super().__init__(
+        f"{directory}: the checkpoint of step {step} cannot be read, for it is damaged ({proof}); "
+        f"restore it from a copy, or {again}"
+    )
+    self.directory, self.step, self.proof, self.earlier = directory, step, proof, earlier
 
 
 class Checkpoints:
@@ -43,7 +75,9 @@ class Checkpoints:
     self.directory = epath.Path(directory)
     if "://" not in str(directory):
       self.directory = self.directory.absolute()
-    self._read_only = read_only
+    if not read_only:
+      check_path(self.directory)
+    self._read_only, self._saving = read_only, 0
     self._manager = ocp.CheckpointManager(
         self.directory,
         item_names=("variables", "training", "ema", "meta"),
@@ -54,6 +88,7 @@ class Checkpoints:
             preservation_policy=_policies.AnyPreservationPolicy(
                 [_policies.LatestN(keep), _policies.CustomSteps(tuple(keep_steps))]
             ),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._record_files),
         ),
     )
 
@@ -73,15 +108,24 @@ class Checkpoints:
       return
     items = _items(state)
     hashes = {name: fingerprint(tree) for name, tree in items.items()}
+    meta = fingerprints.seal({"step": step, "data": data_state, "hashes": hashes})
+    self._manager.wait_until_finished()  # The step before is recorded under its own number.
+    self._saving = step
     saved = self._manager.save(
         step,
         args=ocp.args.Composite(
-            meta=ocp.args.JsonSave({"step": step, "data": data_state, "hashes": hashes}),
+            meta=ocp.args.JsonSave(meta),
             **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
         ),
     )
     if not saved:
       raise RuntimeError(f"{self.directory}: step {step} was not saved; it holds {self.steps()}")
+
+  def _record_files(self) -> None:
+    """Called when all files of a save are written, just before their folder gets its name."""
+    if jax.process_index() == 0:
+      for folder in self.directory.glob(f"{self._saving}.*tmp*"):
+        record_files(folder)
 
   def reached_preemption(self, step: int) -> bool:
     """Whether a process received SIGTERM and this is the step at which all of them save.
@@ -93,67 +137,134 @@ class Checkpoints:
   def wait(self) -> None:
     self._manager.wait_until_finished()
 
-  def _meta(self, step: int) -> dict[str, Any]:
-    return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+  def set_aside(self, step: int) -> list[str]:
+    """Renames a damaged checkpoint, and those of later steps, which are trained again after it.
 
-  def _restore(
-      self, step: int, abstract: TrainState, frozen: Any
-  ) -> tuple[TrainState, dict[str, Any]]:
-    meta = self._meta(step)
-    items = _items(abstract)
-    out = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-            **{name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
-        ),
-    )
-    for name in items:
-      _check(meta["hashes"][name], out[name])
-    state = TrainState(
-        step=jax.device_put(jax.numpy.int32(step), abstract.step.sharding),
-        trainable=out.variables,
-        opt_state=out.training["opt_state"],
-        rng=out.training["rng"],
-        frozen=frozen or {},
-        ema=out.ema if abstract.ema else {},
-        control=out.training.get("control", {}),
-    )
-    return state, meta["data"]
+    Returns:
+      The new names. Called by every process.
+    """
+    names = []
+    if jax.process_index() == 0:
+      for other in self.steps():
+        if other >= step:
+          suffix = "damaged" if other == step else "replaced"
+          names.append(fingerprints.set_aside(self.directory / str(other), suffix).name)
+    sharding.barrier(f"set aside {step}")
+    self._manager.reload()
+    return names
+
+  def _meta(self, step: int) -> dict[str, Any]:
+    try:
+      meta = json.loads((self.directory / str(step) / "meta" / "metadata").read_text())
+      whole = fingerprints.is_whole(meta) or set(meta) == {"step", "data", "hashes"}
+    except ValueError as e:  # No JSON, or no text.
+      raise Damaged(f"meta: {e}") from None
+    if not whole or meta["step"] != step:
+      raise Damaged(f"meta is not what was saved for step {step}")
+    return meta
+
+  def _read(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
+    """Items of a checkpoint; without any communication, so that one process may fail alone."""
+    handler, folder = ocp.StandardCheckpointHandler(), self.directory / str(step)
+    return {
+        name: handler.restore(folder / name, args=ocp.args.StandardRestore(tree))
+        for name, tree in items.items()
+    }
+
+  def _restore(self, step: int, abstract: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(meta, items) as this process reads them."""
+    return self._meta(step), self._read(step, _items(abstract))
+
+  def _proof(self, step: int, error: Exception) -> str:
+    """What proves that a checkpoint is damaged, after an error of reading it; "" if nothing."""
+    if isinstance(error, Damaged):
+      return str(error)
+    try:
+      found = changed_file(self.directory / str(step))
+    except OSError:  # The file system gives no answer now.
+      return ""
+    return found or (_first_line(error) if _DECODING.search(_whole_text(error)) else "")
+
+  def _try(self, step: int, read: Callable[[], Any]) -> tuple[Any, int, str]:
+    """(what `read` gives, what all processes make of it, why); tried several times.
+
+    Every process comes here, and every one leaves with the same decision.
+    """
+    out, decision, why = None, _READ, ""
+    for seconds in (*RETRY_SECONDS, None):
+      try:
+        out, decision, why = read(), _READ, ""
+        break
+      except UserError:
+        raise
+      except Exception as e:  # Orbax and TensorStore raise what they like.
+        why = self._proof(step, e)
+        if why:
+          decision = _DAMAGED
+          break
+        decision, why = _UNREADABLE, _first_line(e)
+      if seconds is not None:
+        time.sleep(seconds)
+    worst, process = _agreed(decision)
+    if worst > decision:
+      why = f"process {process} could not read it, and says why"
+    return out, worst, why
 
   def restore(
       self, abstract: TrainState, frozen: Any = None
   ) -> tuple[TrainState, dict[str, Any]] | None:
     """(state, data position) of the newest checkpoint that is whole, or None if there is none.
 
-    Newer ones that are damaged are logged, and removed (unless read-only): their steps will
-    be saved again.
+    Newer ones that are damaged are logged, and renamed (unless read-only): their steps will be
+    saved again.
 
     Raises:
-      UserError: there are checkpoints, and none can be read.
+      UserError: the newest cannot be read though nothing proves that it is damaged, or all are
+        damaged. Nothing is changed then.
     """
-    failed: dict[int, Exception] = {}
+    failed: dict[int, str] = {}
     for step in reversed(self.steps()):
-      try:
-        out = self._restore(step, abstract, frozen)
-      except Exception as e:  # Orbax and TensorStore raise what they like for a torn file.
-        if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e):
-          raise  # The file may be whole; it is the machine that is too small.
-        failed[step] = e
+      out, decision, why = self._try(step, lambda s=step: self._restore(s, abstract))
+      if decision == _UNREADABLE:
+        raise UserError(
+            f"{self.directory}: no checkpoint of step {step} can be read into this model ({why}); "
+            "nothing shows that it is damaged, and nothing was changed: run the same command "
+            "again when the file system answers, with the model that was saved"
+        )
+      if decision == _READ:
+        meta, items = out
+        try:
+          for name in items:
+            _check(meta["hashes"][name], items[name])
+        except Damaged as e:  # In every process: the fingerprint is of the whole arrays.
+          decision, why = _DAMAGED, str(e)
+      if decision == _DAMAGED:
+        failed[step] = why
         continue
-      for bad, error in failed.items():
+      for bad, proof in failed.items():
         _log.warning(
             "%s: the checkpoint of step %d is damaged (%s); going on from step %d",
-            self.directory, bad, _first_line(error), step,
+            self.directory, bad, proof, step,
         )
-        if not self._read_only:
-          self._manager.delete(bad)
-      return out
+      if failed and not self._read_only:
+        self.set_aside(min(failed))
+      training = items["training"]
+      state = TrainState(
+          step=jax.device_put(jax.numpy.int32(step), abstract.step.sharding),
+          trainable=items["variables"],
+          opt_state=training["opt_state"],
+          rng=training["rng"],
+          frozen=frozen or {},
+          ema=items.get("ema", {}),
+          control=training.get("control", {}),
+      )
+      return state, meta["data"]
     if failed:
       newest = max(failed)
       raise UserError(
-          f"{self.directory}: no checkpoint of steps {sorted(failed)} can be read into this model "
-          f"(step {newest}: {_first_line(failed[newest])}); restore the folder from a copy, or "
-          "remove it to start the stage again"
+          f"{self.directory}: no checkpoint of steps {sorted(failed)} can be read, for they are "
+          f"damaged (step {newest}: {failed[newest]}); restore the folder from a copy, or start "
+          f"the stage again: mv {self.directory} {self.directory}.damaged and run the same command"
       )
     return None
 
@@ -164,42 +275,63 @@ class Checkpoints:
       part: "variables" or "ema".
 
     Raises:
-      UserError: there is no finished checkpoint of that step, it has no such part, or it is
-        damaged.
+      UserError: there is no finished checkpoint of that step, or it has no such part, or it cannot
+        be read.
+      DamagedCheckpoint: it is damaged.
     """
     if step not in self._manager.all_steps():
       raise UserError(
           f"{self.directory}: no checkpoint of step {step}; it holds {self.steps() or 'none'}"
       )
-    try:
+
+    def read():
       hashes = self._meta(step)["hashes"]
-      if part == "ema" and part not in hashes:
-        raise UserError(
-            f"{self.directory}: the stage kept no moving average of its weights; it does for a "
-            "reference of kind ema"
-        )
-      hashes = hashes[part]
+      if part not in hashes:
+        return None
       # In the dtype of the file, to be checked, and then cast leaf by leaf.
-      stored = self._manager.restore(
-          step,
-          args=ocp.args.Composite(
-              **{part: ocp.args.StandardRestore(stored_dtypes(hashes, abstract))}
-          ),
-      )[part]
-      _check(hashes, stored)
-    except UserError:
-      raise
-    except Exception as e:
+      like = stored_dtypes(hashes[part], abstract)
+      return hashes[part], self._read(step, {part: like})[part]
+
+    out, decision, why = self._try(step, read)
+    if decision == _UNREADABLE:
       raise UserError(
           f"{self.directory}: the checkpoint of step {step} cannot be read into this model "
-          f"({_first_line(e)}); restore the folder {step} from a copy, or remove it and run the "
-          "stage again, which resumes from the checkpoint before it"
-      ) from e
+          f"({why}); nothing shows that it is damaged: try again when the file system answers"
+      )
+    if decision == _READ and out is None:
+      raise UserError(
+          f"{self.directory}: the stage kept no moving average of its weights; it does for a "
+          "reference of kind ema"
+      )
+    try:
+      if decision == _DAMAGED:
+        raise Damaged(why)
+      hashes, stored = out
+      _check(hashes, stored)
+    except Damaged as e:
+      earlier = min(self.steps()) < step
+      raise DamagedCheckpoint(self.directory, step, str(e), earlier) from None
 
     def cast(x, like):
       return x if x.dtype == like.dtype else jax.device_put(x.astype(like.dtype), like.sharding)
 
     return jax.tree.map(cast, stored, abstract)
+
+
+def make_way(damaged: DamagedCheckpoint) -> None:
+  """Sets a damaged checkpoint of a stage aside, so that the stage trains that step again.
+
+  Raises:
+    DamagedCheckpoint: there is no earlier one to go on from. Nothing is changed.
+  """
+  if not damaged.earlier:
+    raise damaged
+  with Checkpoints(damaged.directory) as checkpoints:
+    names = checkpoints.set_aside(damaged.step)
+  _log.warning(
+      "%s: the checkpoint of step %d is damaged (%s); renamed to %s, and trained again",
+      damaged.directory, damaged.step, damaged.proof, ", ".join(names),
+  )
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -217,6 +349,24 @@ def _check(hashes: dict[str, str], restored: Any) -> None:
   bad = sorted(path for path in {*hashes, *now} if hashes.get(path) != now.get(path))
   if bad:
     raise Damaged(f"{bad[0]} is not what was saved ({len(bad)} of {len(now)} arrays differ)")
+
+
+def _agreed(decision: int) -> tuple[int, int]:
+  """The worst that any process has decided, and the first that has. All must call it."""
+  if jax.process_count() == 1:
+    return decision, 0
+  from jax.experimental import multihost_utils
+
+  found = np.reshape(multihost_utils.process_allgather(np.int32(decision)), -1)
+  return int(found.max()), int(found.argmax())
+
+
+def _whole_text(error: BaseException | None) -> str:
+  """What an error and its causes say."""
+  text = ""
+  while error is not None:
+    text, error = f"{text}\n{error}", error.__cause__ or error.__context__
+  return text
 
 
 def _first_line(error: Exception) -> str:
