@@ -35,6 +35,7 @@ def define(values: flags.FlagValues) -> None:
   models_cli.define_model_flags(values, "Responses decoded")
 
 
+@cli.readable
 def main(argv: Sequence[str]) -> None:
   values = cli.parse_flags(
       argv, entry_point="dpr_jax.generate", doc=__doc__, define=define,
@@ -97,4 +98,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  cli.run_entry_point(main)
+  cli.run_entry_point(main, kept="nothing was written")

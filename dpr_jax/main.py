@@ -57,6 +57,7 @@ def parse(argv: Sequence[str]):
   return run_config, values.workdir, values.compilation_cache
 
 
+@cli.readable
 def main(argv: Sequence[str]) -> None:
   run_config, workdir, compiled = parse(argv)
   from dpr_jax import distributed

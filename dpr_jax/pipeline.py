@@ -17,6 +17,7 @@ from dpr_jax.errors import naming
 from dpr_jax.evaluation.evaluate import evaluate, write_corruption, write_heatmaps
 from dpr_jax.evaluation.reference_quality import measure_reference
 from dpr_jax.evaluation.results import build_results, build_sweep_results
+from dpr_jax.lock import locked
 from dpr_jax.methods.sft import sft_stage
 from dpr_jax.report import gaming, write_report
 from dpr_jax.run import Run, set_up
@@ -134,11 +135,12 @@ def run(
     mesh = sharding.make_mesh(section.data, section.fsdp, section.tensor)
   root = Workdir(workdir)
   root.check(config)
-  keep_compilations(compilation_cache, default=root.compilations)
   stages = sweep_seed if config.sweep.field else run_stages
-  with jax.set_mesh(mesh):
+  with locked(root.path, "--workdir"), jax.set_mesh(mesh):
+    keep_compilations(compilation_cache, default=root.compilations)
     if config.seeds == 1:
       return stages(set_up(config, root, mesh))
+    root.check(config)  # As `set_up` does: another run may have begun before this one held it.
     root.claim(config)
     seeds = list(range(config.seed, config.seed + config.seeds))
     parts = [Workdir(root.path / f"seed_{seed}") for seed in seeds]

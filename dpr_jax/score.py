@@ -48,6 +48,7 @@ def _given_ids(line: Mapping[str, Any], vocab_size: int, where: str) -> list[int
   return ids
 
 
+@cli.readable
 def main(argv: Sequence[str]) -> None:
   values = cli.parse_flags(
       argv, entry_point="dpr_jax.score", doc=__doc__, define=define,
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
                 "output": "OUT.jsonl"},
   )
   output = models_cli.new_file("--output", values.output)
-  html = models_cli.new_file("--html", values.html) if values.html else None
+  html = models_cli.new_file("--html", values.html, output) if values.html else None
   from dpr_jax.data.formats import iter_records, read_demos
 
   demos = read_demos(values.input).demos  # One per record: an empty response is an error here.
@@ -100,4 +101,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  cli.run_entry_point(main)
+  cli.run_entry_point(main, kept="nothing was written")

@@ -12,6 +12,7 @@
     report/                report.html, results.json, PNG plots
     profile/               one folder per stage: traces of --profile_steps, if asked for
     compilation_cache/     compiled programs; may be deleted
+    .lock                  who writes here, while a run goes on (see lock.py)
 With several seeds, seed_N/ is a whole workdir for each, and report/ is of all of them. A sweep has
 a workdir for each of its points, such as beta=0.5/, whose shared stages are links (see sweep.py).
 """
@@ -28,6 +29,7 @@ from typing import Any
 import jax
 
 from dpr_jax import config as config_lib
+from dpr_jax import lock
 from dpr_jax.errors import UserError
 from dpr_jax.sharding import barrier
 
@@ -129,7 +131,10 @@ class Workdir:
     if not self.config_file.exists():
       # Written before config.json, by a run that was killed in between.
       ours = {self.compilations.name, self.config_file.name + ".tmp"}
-      foreign = sorted(p.name for p in self.path.iterdir() if p.name not in ours)
+      foreign = sorted(
+          p.name for p in self.path.iterdir()
+          if p.name not in ours and not p.name.startswith(lock.FILE)
+      )
       if foreign:
         raise UserError(
             f"--workdir={self.path} holds files but no config.json of a run ({foreign[0]}, ...); "
