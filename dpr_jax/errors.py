@@ -16,7 +16,8 @@ class UserError(ValueError):
   """Bad input: one line that names the place and what would be right."""
 
   def __init__(self, message: str):
-    super().__init__(" ".join(message.split()))
+    line = " ".join(message.split())
+    super().__init__(line if len(line) <= 2000 else f"{line[:2000]}... (cut)")
 
 
 class Diverged(RuntimeError):

@@ -7,7 +7,8 @@ A stop (a signal to any process) is agreed on as in JAX's preemption service: ea
 many units of work it has asked after and holds at the next one, until all know the largest number;
 they stop after the unit that follows. A process that ended in an error, that has not been heard of
 for `SECONDS`, or for which the others wait at a barrier without its doing anything for as long, is
-named in one line, and the others end.
+named in one line, and the others end. Where the coordinator, process 0, is killed, JAX aborts the
+others itself.
 """
 
 import contextlib
@@ -37,9 +38,10 @@ class Peers:
     self._name = f"{socket.gethostname()}:{os.getpid()}"
     self._seen: dict[int, tuple[str, str, float, float]] = {}  # report, name, changed, progressed.
     self._ended: dict[int, tuple[int, str]] = {}
+    self._heard = time.monotonic()  # The coordinator answered last.
     self._closed = threading.Event()
-    self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
-    self._thread.start()
+    for work in (self._watch, self._judge):
+      threading.Thread(target=work, daemon=True).start()
 
   # --- The main thread ---------------------------------------------------------------------------
 
@@ -80,10 +82,16 @@ class Peers:
       time.sleep(0.2)
     return None
 
-  # --- The thread --------------------------------------------------------------------------------
+  # --- The threads -------------------------------------------------------------------------------
+
+  def _judge(self) -> None:
+    """A thread of its own: a request to a coordinator that is stuck does not return."""
+    while not self._closed.wait(0.5):
+      if (lost := self._lost()) and not self._closed.wait(3):  # Time to say what failed here.
+        self._exit(*lost)
 
   def _watch(self) -> None:
-    tick, progress, looked, failing = 0, 0, None, None
+    tick, progress, looked = 0, 0, None
     pause = max(0.5, self.count / 200)  # Of all processes, some hundred requests per second.
     while not self._closed.wait(pause):
       tick += 1
@@ -100,14 +108,9 @@ class Peers:
           with contextlib.suppress(Exception):  # Another one was first.
             self._client.key_value_set(f"{_PREFIX}/stop", str(self._signal))
         self._read(dict(self._client.key_value_dir_get(f"{_PREFIX}/")))
-        failing = None
-      except Exception:
-        failing = failing or time.monotonic()
-        if not self._closed.is_set() and time.monotonic() - failing > 3:
-          self._exit(1, f"process 0{self._of(0)}, the coordinator, cannot be reached any more")
+        self._heard = time.monotonic()
+      except Exception:  # Of the connection; `_lost` says so if it lasts.
         continue
-      if (lost := self._lost()) and not self._closed.wait(3):  # Time to say what failed here.
-        self._exit(*lost)
 
   def _read(self, found: dict[str, str]) -> None:
     now = time.monotonic()
@@ -149,6 +152,8 @@ class Peers:
       if code and index != self.index:
         name, _, message = rest.partition(" ")
         return code, f"process {index} ({name}) ended: {message}"
+    if now - self._heard > self._seconds:
+      return 1, f"process 0{self._of(0)}, the coordinator, does not answer; it is dead or stuck"
     for index, (report, _, changed, progressed) in self._seen.items():
       if index == self.index or index in self._ended:
         continue
@@ -169,7 +174,6 @@ class Peers:
 
 
 _peers: Peers | None = None
-
 
 def start() -> None:
   """Begins to watch the other processes, once `jax.distributed` has connected to them."""

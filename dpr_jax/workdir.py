@@ -17,6 +17,7 @@ With several seeds, seed_N/ is a whole workdir for each, and report/ is of all o
 a workdir for each of its points, such as beta=0.5/, whose shared stages are links (see sweep.py).
 """
 
+import base64
 import importlib.metadata
 import json
 import math
@@ -50,13 +51,25 @@ def versions() -> dict[str, str]:
   return out
 
 
-def _finite(value: Any) -> Any:
-  """The value with null for NaN and infinities, which JSON does not have."""
+def _plain(value: Any) -> Any:
+  """The value as JSON has it: null for NaN and infinities, text for dates and other things.
+
+  Bytes that are not UTF-8 become base64.
+  """
   if isinstance(value, Mapping):
-    return {k: _finite(v) for k, v in value.items()}
+    return {str(k): _plain(v) for k, v in value.items()}
   if isinstance(value, list | tuple):
-    return [_finite(v) for v in value]
-  return None if isinstance(value, float) and not math.isfinite(value) else value
+    return [_plain(v) for v in value]
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
+  if isinstance(value, bytes):
+    try:
+      return value.decode()
+    except UnicodeDecodeError:
+      return base64.b64encode(value).decode()
+  if hasattr(value, "isoformat"):
+    return value.isoformat()
+  return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -65,7 +78,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     return
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(path.name + ".tmp")
-  text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+  text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
   temporary.write_text(text + "\n", encoding="utf-8")
   os.replace(temporary, path)
 
@@ -77,7 +90,8 @@ def write_lines(path: pathlib.Path, records: list[Mapping[str, Any]]) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(path.name + ".tmp")
   with open(temporary, "w", encoding="utf-8") as file:
-    file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    for record in records:
+      file.write(json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n")
   os.replace(temporary, path)
 
 

@@ -70,7 +70,7 @@ def new_file(flag: str, path: str, *others: pathlib.Path) -> pathlib.Path:
   if target.resolve() in [other.resolve() for other in others]:
     raise UserError(f"{flag}={path} is the file of another flag; name another one")
   if not target.absolute().parent.is_dir():
-    raise UserError(f"{flag}={path[:200]}: there is no folder {str(target.absolute().parent)[:200]}")
+    raise UserError(f"{flag}={path[:200]}: its folder does not exist")
   _check_writable(flag, target, target.name + ".tmp")
   return target
 

@@ -26,6 +26,7 @@ import numpy as np
 from dpr_jax import lock, signals
 from dpr_jax.config.fields import kind_of
 from dpr_jax.data.formats import Demo
+from dpr_jax.data.limits import check_length
 from dpr_jax.data.templates import encode_response, render_prompt
 from dpr_jax.errors import Stopped, UserError
 from dpr_jax.evaluation.benchmarks.base import Benchmark
@@ -164,6 +165,9 @@ class BenchmarkRun:
   def prompts(self) -> list[np.ndarray]:
     """Token ids, int32 [P_i]."""
     tokenizer, asked = self.loaded.tokenizer, self.benchmark.prompt
+    for i, demo in enumerate(self.demos):
+      where = demo.source or f"prompt {i + 1}"
+      check_length(asked(demo), tokenizer, self.loaded.model.cfg.max_length, where)
     return [render_prompt(asked(d), tokenizer, self.template, d.source) for d in self.demos]
 
   @functools.cached_property

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from dpr_jax.models.lora import LoRA
 
 GLOBAL, LOCAL = "global", "local"
+MAX_SIZE = 10_000_000  # of a dim: more is damage.
 ATTENTION = ("auto", "xla", "cudnn", "splash")
 # Fields of ModelConfig that say how it is computed, not what; a checkpoint's reader may differ.
 COMPUTATION = ("dtype", "scan_layers", "remat", "attention", "logits_budget")
@@ -84,6 +85,9 @@ class ModelConfig:
     for name in ("hidden_size", "mlp_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+    for name in ("vocab_size", "hidden_size", "mlp_size", "num_layers", "num_heads", "head_dim"):
+      if getattr(self, name) >= MAX_SIZE:
+        raise ValueError(f"{name}={getattr(self, name)} must be below {MAX_SIZE}")
     if self.head_dim % 2 or self.max_length < 1 or self.window < 0:
       raise ValueError(
           f"head_dim={self.head_dim} must be even, max_length={self.max_length} at least 1 and "
