@@ -12,6 +12,7 @@ import jax
 from dpr_jax import config as config_lib
 from dpr_jax import sharding
 from dpr_jax import sweep as sweep_lib
+from dpr_jax.changes import record_changes
 from dpr_jax.compilation_cache import keep_compilations
 from dpr_jax.errors import naming
 from dpr_jax.evaluation.evaluate import evaluate, write_corruption, write_heatmaps
@@ -113,7 +114,10 @@ def sweep_report(
 
 
 def run(
-    config: config_lib.RunConfig, workdir: str, compilation_cache: str | None = None
+    config: config_lib.RunConfig,
+    workdir: str,
+    compilation_cache: str | None = None,
+    with_changes: bool = False,
 ) -> dict[str, Any]:
   """Runs a config from wherever it stopped to its report.
 
@@ -121,6 +125,7 @@ def run(
     workdir: a folder that does not exist, is empty, or holds an earlier part of the same run.
     compilation_cache: folder of compiled programs; None takes JAX_COMPILATION_CACHE_DIR, else one
       in the workdir, for its seeds and for a run that is resumed.
+    with_changes: the run in `workdir` may have begun with other optimizers (see changes.py).
 
   Returns:
     The content of report/results.json.
@@ -134,13 +139,16 @@ def run(
   with naming("config.mesh"):
     mesh = sharding.make_mesh(section.data, section.fsdp, section.tensor)
   root = Workdir(workdir)
-  root.check(config)
+  if not with_changes:
+    root.check(config)
   stages = sweep_seed if config.sweep.field else run_stages
   with locked(root.path, "--workdir"), jax.set_mesh(mesh):
+    if with_changes:
+      record_changes(root, config)
+    root.check(config)  # Another run may have begun before this one held the lock.
     keep_compilations(compilation_cache, default=root.compilations)
     if config.seeds == 1:
       return stages(set_up(config, root, mesh))
-    root.check(config)  # As `set_up` does: another run may have begun before this one held it.
     root.claim(config)
     seeds = list(range(config.seed, config.seed + config.seeds))
     parts = [Workdir(root.path / f"seed_{seed}") for seed in seeds]

@@ -161,7 +161,8 @@ class Workdir:
     if found:
       raise UserError(
           f"--workdir={self.path} belongs to a run with another config ({found}); use a new "
-          "folder, or rerun with that config to resume"
+          "folder, or rerun with that config to resume; --resume_with_changes takes another "
+          "optimizer"
       )
 
   def claim(self, config: config_lib.RunConfig, **facts: Any) -> None:
@@ -172,7 +173,9 @@ class Workdir:
     """
     barrier("claim")  # No process is still checking a folder that the first one writes to.
     if self.config_file.exists():
-      old = self.read_config().get("data", {}).get("blake2b")
+      before = self.read_config()
+      facts |= {name: before[name] for name in ("changes",) if name in before}
+      old = before.get("data", {}).get("blake2b")
       new = facts.get("data", {}).get("blake2b")
       if old != new:
         raise UserError(
