@@ -1,6 +1,7 @@
 """The flags of all entry points: absl's, with --config=FILE and --config.FIELD=VALUE."""
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -57,6 +58,8 @@ def parse_flags(
     number, bits = values[name].value, 63 if name == "seed" else 31
     if type(number) is int and not -(2**bits) <= number < 2**bits:
       raise UserError(f"--{name}: the number is out of range; it must be below 2^{bits}")
+    if type(number) is float and not math.isfinite(number):
+      raise UserError(f"--{name}={number} must be a finite number")
   for name, example in required.items():
     if values[name].value is None:
       raise UserError(f"--{name} is missing; for example --{name}={example}")

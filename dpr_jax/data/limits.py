@@ -10,6 +10,7 @@ import json
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -97,26 +98,25 @@ def check_template(template: str) -> None:
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-  """Ends Python code that takes longer, in the main thread, where there is no such limit yet.
+  """Ends Python code that takes longer, in the main thread; elsewhere it has no limit.
 
   Raises:
     UserError: "`what` took longer than ... s".
   """
-  usable = hasattr(signal, "setitimer") and (
-      threading.current_thread() is threading.main_thread()
-      and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
-  )
-  if not usable:
+  main = threading.current_thread() is threading.main_thread()
+  if not main or not hasattr(signal, "setitimer"):
     yield
     return
 
   def end(signum, frame):
     raise UserError(f"{what} took longer than {seconds:g} s")
 
-  signal.signal(signal.SIGALRM, end)
-  signal.setitimer(signal.ITIMER_REAL, seconds)
+  before, started = signal.signal(signal.SIGALRM, end), time.monotonic()
+  outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
   try:
     yield
   finally:
     signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, before)
+    if outer:  # A timer that ran before goes on.
+      signal.setitimer(signal.ITIMER_REAL, max(outer - (time.monotonic() - started), 0.01))

@@ -86,12 +86,12 @@ class ModelConfig:
       if getattr(self, name) < 1:
         raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
     for name in ("vocab_size", "hidden_size", "mlp_size", "num_layers", "num_heads", "head_dim"):
-      if getattr(self, name) >= MAX_SIZE:
-        raise ValueError(f"{name}={getattr(self, name)} must be below {MAX_SIZE}")
-    if self.head_dim % 2 or self.max_length < 1 or self.window < 0:
+      if not 0 <= getattr(self, name) < MAX_SIZE:
+        raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below {MAX_SIZE}")
+    if self.head_dim % 2 or not 1 <= self.max_length < 2**31 or self.window < 0:
       raise ValueError(
-          f"head_dim={self.head_dim} must be even, max_length={self.max_length} at least 1 and "
-          f"window={self.window} at least 0"
+          f"head_dim={self.head_dim} must be even, max_length={self.max_length} at least 1 (and "
+          f"below 2^31) and window={self.window} at least 0"
       )
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
