@@ -30,8 +30,13 @@ def _handler(signum: int, frame) -> None:
 
 
 @contextlib.contextmanager
-def handled() -> Iterator[None]:
-  """Handles both signals in the block, if they are not ignored and this is the main thread."""
+def handled(restore: bool = True) -> Iterator[None]:
+  """Handles both signals in the block, if they are not ignored and this is the main thread.
+
+  Args:
+    restore: how they were handled before; False where the process ends behind the block, which a
+      signal must not disturb.
+  """
   global _received
   if threading.current_thread() is not threading.main_thread():
     yield
@@ -44,8 +49,10 @@ def handled() -> Iterator[None]:
   try:
     yield
   finally:
-    for s, old in before.items():
-      signal.signal(s, old)
+    if restore:
+      for s, old in before.items():
+        signal.signal(s, old)
+    _received = None if restore else _received or 0
 
 
 def reached() -> int | None:

@@ -62,7 +62,7 @@ def run_entry_point(
   """
   logging.getLogger("absl").setLevel(logging.WARNING)
   try:
-    with signals.handled():
+    with signals.handled(restore=argv is not None):
       try:
         main(sys.argv[1:] if argv is None else argv)
       except Exception as e:

@@ -20,6 +20,7 @@ MAX_DEPTH = 100  # of JSON.
 MAX_TEMPLATE = 1_000_000  # characters of a chat template, and the largest number in it.
 TEMPLATE_SECONDS = 10.0
 _ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_HALF = re.compile("[\ud800-\udfff]")
 _NUMBER = re.compile(r"\d[\d_]*")
 
 
@@ -40,26 +41,31 @@ def parse_json(text: str, where: str) -> Any:
   except ValueError:
     raise UserError(f"{where}: an integer of thousands of digits") from None
   if text.count("[") + text.count("{") > MAX_DEPTH or _ESCAPED_HALF.search(text):
-    check_json(value, where)
+    if isinstance(value, list):  # Of records.
+      for i, record in enumerate(value):
+        _check_json(record, f"{where}[{i}]")
+    else:
+      _check_json(value, where)
   return value
 
 
-def check_json(value: Any, where: str) -> None:
+def _check_json(value: Any, where: str) -> None:
   """Raises UserError for what `parse_json` refuses in a value that was read."""
-  left = [(value, 0)]
+  left = [(value, 0, "", where, "")]  # With the field it is in, where that is, and its own path.
   while left:
-    item, depth = left.pop()
+    item, depth, field, at, path = left.pop()
     if depth > MAX_DEPTH:
       raise UserError(f"{where}: JSON nested deeper than {MAX_DEPTH} levels")
-    if isinstance(item, str):
-      half = None if item.isascii() else re.search("[\ud800-\udfff]", item)
-      if half:
-        raise UserError(f"{where}: a field holds a lone surrogate (\\u{ord(half[0]):04x}), half of "
-                        "a character; expected Unicode text")
-    elif isinstance(item, dict):
-      left += [(x, depth + 1) for pair in item.items() for x in pair]
+    if isinstance(item, str) and not item.isascii() and (half := _HALF.search(item)):
+      raise UserError(f"{at}: field {field!r} holds a lone surrogate (\\u{ord(half[0]):04x}), half "
+                      "of a character; expected Unicode text")
+    if isinstance(item, dict):
+      inside = f"{where}: {path}" if path else where
+      for key, x in item.items():
+        below = f"{path}.{key}" if path else key
+        left += [(key, depth, key, inside, ""), (x, depth + 1, key, inside, below)]
     elif isinstance(item, list):
-      left += [(x, depth + 1) for x in item]
+      left += [(x, depth + 1, field, at, f"{path}[{i}]") for i, x in enumerate(item)]
 
 
 @functools.lru_cache(maxsize=8)
