@@ -10,12 +10,15 @@ variables, which launch/local_multiprocess.sh sets and any other launcher can:
 On a cluster that JAX knows (Cloud TPU, GKE, SLURM) they are not needed: JAX
 finds its peers itself. DPR_DISTRIBUTED=1 demands that where this module cannot
 tell that there are several hosts, and DPR_DISTRIBUTED=0 forbids it.
+
+DPR_PEER_SECONDS is the patience with a process that shows no sign of life (peers.py).
 """
 
 import os
 from collections.abc import Mapping
 from typing import Any
 
+from dpr_jax import peers
 from dpr_jax.errors import UserError
 
 _VARIABLES = ("DPR_COORDINATOR", "DPR_NUM_PROCESSES", "DPR_PROCESS_ID")
@@ -85,8 +88,11 @@ def initialize() -> None:
 
   if jax.distributed.is_initialized():
     return
+  # Signals are handled by signals.py and agreed on by peers.py, SIGINT like SIGTERM.
+  jax.config.update("jax_enable_preemption_service", False)
   if arguments is not None:
     jax.distributed.initialize(**arguments)
+    peers.start()
     return
   try:
     jax.distributed.initialize()

@@ -8,6 +8,7 @@ read them from a config or a flag adds that name (`naming`).
 """
 
 import contextlib
+import signal
 from collections.abc import Iterator
 
 
@@ -15,7 +16,8 @@ class UserError(ValueError):
   """Bad input: one line that names the place and what would be right."""
 
   def __init__(self, message: str):
-    super().__init__(" ".join(message.split()))
+    line = " ".join(message.split())
+    super().__init__(line if len(line) <= 2000 else f"{line[:2000]}... (cut)")
 
 
 class Diverged(RuntimeError):
@@ -26,8 +28,20 @@ class StageEnded(RuntimeError):
   """An algorithm ends its stage before a step, for the reason given; that step was not made."""
 
 
-class Preempted(RuntimeError):
-  """A process received SIGTERM; a checkpoint of this step is saved."""
+class Stopped(BaseException):
+  """SIGTERM or SIGINT ended the work where the same command goes on.
+
+  Like KeyboardInterrupt no `Exception`, so that nothing goes on after it.
+
+  Args:
+    what: was saved and of what, in one line, "NAME: ..."; "" where the signal came in between.
+  """
+
+  def __init__(self, signum: int, what: str = ""):
+    where, _, saved = what.partition(": ")
+    name = signal.Signals(signum).name
+    super().__init__(f"{where}: stopped by {name}; {saved}" if what else f"stopped by {name}")
+    self.code = 128 + signum
 
 
 @contextlib.contextmanager

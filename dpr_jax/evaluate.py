@@ -116,6 +116,7 @@ def _sources(*of: Any) -> dict[str, str]:
   return {kind_of(value): of_file(inspect.getsourcefile(type(value))) for value in users}
 
 
+@cli.readable
 def main(argv: Sequence[str]) -> None:
   values, benchmark, metrics = parse(argv)
   from dpr_jax.evaluation.benchmark_run import BenchmarkRun, EvaluationFolder, digest, fill
@@ -128,6 +129,7 @@ def main(argv: Sequence[str]) -> None:
   from dpr_jax.config.values import to_json
   from dpr_jax.fingerprints import of_file
   from dpr_jax.loading import load_checkpoint
+  from dpr_jax.lock import locked
   from dpr_jax.rollout import Sampling
   from dpr_jax.training.integrity import fingerprint as fingerprint_arrays
   from dpr_jax.workdir import versions, write_json
@@ -142,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
         "max_new_tokens": values.max_new_tokens or benchmark.max_new_tokens,
         "stop_strings": (*benchmark.stop_strings, *values.stop),
     }
-  with models_cli.model_mesh(values) as (mesh, dtype):
+  with models_cli.model_mesh(values) as (mesh, dtype), locked(folder.path, "--output"):
     loaded = load_checkpoint(values.model, mesh, dtype)
     run = BenchmarkRun(
         benchmark, metrics, loaded, mesh, values.template or loaded.template, demos,
@@ -171,16 +173,16 @@ def main(argv: Sequence[str]) -> None:
     folder.claim(settings, contents)
     bar = lambda total: models_cli.bar(f"evaluate {values.benchmark}", total, "response")
     records, asked = fill(run, folder, bar)
+    results = {
+        "benchmark": settings["benchmark"],
+        "model": values.model,
+        **run.results(records),
+        "settings": {"data": values.data, **settings},
+        "versions": versions(),
+    } if jax.process_index() == 0 else {}
+    write_json(folder.results_file, results)  # Of process 0.
   if jax.process_index():
     return
-  results = {
-      "benchmark": settings["benchmark"],
-      "model": values.model,
-      **run.results(records),
-      "settings": {"data": values.data, **settings},
-      "versions": versions(),
-  }
-  write_json(folder.results_file, results)
   if not asked:
     print(f"{values.output} was finished already")
   print(summary(results, values.output))

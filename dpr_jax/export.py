@@ -24,6 +24,7 @@ def define(values: flags.FlagValues) -> None:
                     flag_values=values)
 
 
+@cli.readable
 def main(argv: Sequence[str]) -> None:
   args = cli.parse_flags(
       argv, entry_point="dpr_jax.export", doc=__doc__, define=define,
@@ -61,4 +62,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  cli.run_entry_point(main)
+  cli.run_entry_point(main, kept="nothing was written")

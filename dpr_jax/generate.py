@@ -35,6 +35,7 @@ def define(values: flags.FlagValues) -> None:
   models_cli.define_model_flags(values, "Responses decoded")
 
 
+@cli.readable
 def main(argv: Sequence[str]) -> None:
   values = cli.parse_flags(
       argv, entry_point="dpr_jax.generate", doc=__doc__, define=define,
@@ -46,6 +47,7 @@ def main(argv: Sequence[str]) -> None:
   items = read_prompts(values.input)
   import jax
 
+  from dpr_jax.data.limits import check_length
   from dpr_jax.data.templates import render_prompt
   from dpr_jax.evaluation.responses import Responder, response_text
   from dpr_jax.loading import load_checkpoint
@@ -61,6 +63,8 @@ def main(argv: Sequence[str]) -> None:
     loaded = load_checkpoint(values.model, mesh, dtype)
     template = values.template or loaded.template
     where = [f"{values.input}: prompt {i + 1}" for i in range(len(items))]
+    for (messages, _), w in zip(items, where, strict=True):
+      check_length(messages, loaded.tokenizer, loaded.model.cfg.max_length, w)
     prompts = [
         render_prompt(messages, loaded.tokenizer, template, w)
         for (messages, _), w in zip(items, where, strict=True)
@@ -97,4 +101,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  cli.run_entry_point(main)
+  cli.run_entry_point(main, kept="nothing was written")

@@ -98,10 +98,12 @@ class LoadedModel:
 
 def split_checkpoint(spec: str) -> tuple[pathlib.Path, str]:
   """'DIR/sft@0.5' -> (DIR/sft, '0.5'), or '@ema'; no fraction gives ''."""
-  path, _, fraction = spec.rpartition("@")
-  if not path or "/" in fraction or pathlib.Path(spec).exists():  # An '@' of the path itself.
-    path, fraction = spec, ""
-  return pathlib.Path(path).absolute(), fraction
+  path, at, fraction = spec.rpartition("@")
+  try:  # An @ may be the path's own.
+    whole = not at or not path or "/" in fraction or pathlib.Path(spec).exists()
+  except OSError as e:
+    raise UserError(f"{spec[:200]}: no such checkpoint: {e.strerror}") from None
+  return pathlib.Path(spec if whole else path).absolute(), "" if whole else fraction
 
 
 def is_stage(path: pathlib.Path) -> bool:

@@ -2,10 +2,11 @@
 
     python -m dpr_jax.main --config=configs/smoke.py --workdir=DIR [--config.sft.steps=200 ...]
 
-Rerun the same command after an interruption to resume. --config.reference.kind=ema takes
-another kind of reference. --profile_steps=3:5 writes a profiler trace of these steps of every
-trained stage to DIR/profile. --compilation_cache=FOLDER keeps compiled programs where other runs
-find them; otherwise they are in the workdir.
+Rerun the same command after an interruption to resume. After a divergence --resume_with_changes
+goes on from the last checkpoint with another optimizer. --config.reference.kind=ema takes another
+kind of reference. --profile_steps=3:5 writes a profiler trace of these steps of every trained stage
+to DIR/profile. --compilation_cache=FOLDER keeps compiled programs where other runs find them;
+otherwise they are in the workdir.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from dpr_jax import cli, compilation_cache
 
 
 def parse(argv: Sequence[str]):
-  """Command line -> (RunConfig, workdir, folder of compiled programs or None).
+  """Command line -> (RunConfig, the arguments of `pipeline.run` that follow it).
 
   Raises:
     UserError: naming the flag or the field, and what would be right.
@@ -36,6 +37,10 @@ def parse(argv: Sequence[str]):
     )
     flags.DEFINE_string(
         "compilation_cache", None, f"{compilation_cache.HELP} in the workdir.", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "resume_with_changes", False, "Goes on with other optimizers of stages that are not "
+        "finished; config.json keeps the history.", flag_values=values,
     )
 
   values = cli.parse_flags(
@@ -54,11 +59,16 @@ def parse(argv: Sequence[str]):
     run_config = dataclasses.replace(run_config, log=log)
   if values.compilation_cache:
     compilation_cache.check_folder(values.compilation_cache)
-  return run_config, values.workdir, values.compilation_cache
+  return run_config, {
+      "workdir": values.workdir,
+      "compilation_cache": values.compilation_cache,
+      "with_changes": values.resume_with_changes,
+  }
 
 
+@cli.readable
 def main(argv: Sequence[str]) -> None:
-  run_config, workdir, compiled = parse(argv)
+  run_config, how = parse(argv)
   from dpr_jax import distributed
 
   distributed.initialize()
@@ -66,9 +76,9 @@ def main(argv: Sequence[str]) -> None:
 
   from dpr_jax import pipeline
 
-  results = pipeline.run(run_config, workdir, compiled)
+  results = pipeline.run(run_config, **how)
   if jax.process_index() == 0:
-    print(summary(results, workdir))
+    print(summary(results, how["workdir"]))
 
 
 def summary(results: Mapping[str, Any], workdir: str) -> str:

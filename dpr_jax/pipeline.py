@@ -12,11 +12,13 @@ import jax
 from dpr_jax import config as config_lib
 from dpr_jax import sharding
 from dpr_jax import sweep as sweep_lib
+from dpr_jax.changes import record_changes
 from dpr_jax.compilation_cache import keep_compilations
 from dpr_jax.errors import naming
 from dpr_jax.evaluation.evaluate import evaluate, write_corruption, write_heatmaps
 from dpr_jax.evaluation.reference_quality import measure_reference
 from dpr_jax.evaluation.results import build_results, build_sweep_results
+from dpr_jax.lock import locked
 from dpr_jax.methods.sft import sft_stage
 from dpr_jax.report import gaming, write_report
 from dpr_jax.run import Run, set_up
@@ -113,7 +115,10 @@ def sweep_report(
 
 
 def run(
-    config: config_lib.RunConfig, workdir: str, compilation_cache: str | None = None
+    config: config_lib.RunConfig,
+    workdir: str,
+    compilation_cache: str | None = None,
+    with_changes: bool = False,
 ) -> dict[str, Any]:
   """Runs a config from wherever it stopped to its report.
 
@@ -121,6 +126,7 @@ def run(
     workdir: a folder that does not exist, is empty, or holds an earlier part of the same run.
     compilation_cache: folder of compiled programs; None takes JAX_COMPILATION_CACHE_DIR, else one
       in the workdir, for its seeds and for a run that is resumed.
+    with_changes: the run in `workdir` may have begun with other optimizers (see changes.py).
 
   Returns:
     The content of report/results.json.
@@ -134,7 +140,8 @@ def run(
   with naming("config.mesh"):
     mesh = sharding.make_mesh(section.data, section.fsdp, section.tensor)
   root = Workdir(workdir)
-  root.check(config)
+  if not with_changes:
+    root.check(config)
 
   def finish(config: config_lib.RunConfig, workdir: Workdir) -> dict[str, Any]:
     """All stages of one seed; a damaged checkpoint of a finished one is trained again."""
@@ -147,8 +154,11 @@ def run(
           raise
         make_way(damaged)
 
-  keep_compilations(compilation_cache, default=root.compilations)
-  with jax.set_mesh(mesh):
+  with locked(root.path, "--workdir"), jax.set_mesh(mesh):
+    if with_changes:
+      record_changes(root, config)
+    root.check(config)  # Another run may have begun before this one held the lock.
+    keep_compilations(compilation_cache, default=root.compilations)
     if config.seeds == 1:
       return finish(config, root)
     root.claim(config)

@@ -70,6 +70,7 @@ def parse(argv: Sequence[str]):
   return config, values
 
 
+@cli.readable
 def main(argv: Sequence[str]) -> None:
   from dpr_jax.planning.topologies import parse_topology, prepare_environment
 
@@ -112,4 +113,4 @@ def parse_mesh(text: str, devices: int) -> tuple[int, int, int]:
 
 
 if __name__ == "__main__":
-  cli.run_entry_point(main)
+  cli.run_entry_point(main, kept="nothing was written")

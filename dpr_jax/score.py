@@ -4,9 +4,9 @@
 
 Reads lines {"prompt": str, "response": str} or {"messages": [...]} that end with the assistant, and
 adds to each "tokens", "token_rewards", "logp_sft", "logp_ref" (over the response tokens, EOS
-included) and "reward", their sum. The order of lines is kept. A line with "hit_eos": false (see
-dpr_jax.generate) was cut off: its response has no EOS. A line with "token_ids" is scored on exactly
-those.
+included) and "reward", their sum. The order of lines is kept. Of lines that dpr_jax.generate wrote,
+"response" is the answer, and may be empty. A line with "hit_eos": false was cut off: its response
+has no EOS. A line with "token_ids" is scored on exactly those.
 """
 
 import pathlib
@@ -48,6 +48,30 @@ def _given_ids(line: Mapping[str, Any], vocab_size: int, where: str) -> list[int
   return ids
 
 
+def _read(path: str) -> tuple[list[Any], list[dict[str, Any]]]:
+  """(demonstrations, records) of a file; of what dpr_jax.generate wrote, "response" is the answer.
+
+  Raises:
+    UserError: as `read_demos`; an empty response, unless it was generated, is an error.
+  """
+  from dpr_jax.data.formats import Demo, iter_records, read_demos, read_prompts
+
+  records = list(iter_records(path))
+  lines = [record for record, _ in records]
+  generated = lambda r: "response" in r and ("hit_eos" in r or "token_ids" in r)
+  if not all(map(generated, lines)):
+    return read_demos(path).demos, lines
+  demos = []
+  for (messages, record), (_, where) in zip(read_prompts(path), records, strict=True):
+    response, ended = record["response"], record.get("hit_eos", True)
+    if not isinstance(response, str) or not isinstance(ended, bool):
+      raise UserError(f"{where}: fields 'response' and 'hit_eos' must be text and true or false")
+    answer = {"role": "assistant", "content": response}
+    demos.append(Demo((*messages, answer), source=where, ended=ended))
+  return demos, lines
+
+
+@cli.readable
 def main(argv: Sequence[str]) -> None:
   values = cli.parse_flags(
       argv, entry_point="dpr_jax.score", doc=__doc__, define=define,
@@ -55,14 +79,12 @@ def main(argv: Sequence[str]) -> None:
                 "output": "OUT.jsonl"},
   )
   output = models_cli.new_file("--output", values.output)
-  html = models_cli.new_file("--html", values.html) if values.html else None
-  from dpr_jax.data.formats import iter_records, read_demos
-
-  demos = read_demos(values.input).demos  # One per record: an empty response is an error here.
-  lines = [record for record, _ in iter_records(values.input)]
+  html = models_cli.new_file("--html", values.html, output) if values.html else None
+  demos, lines = _read(values.input)
   import jax
   import numpy as np
 
+  from dpr_jax.data.limits import check_length
   from dpr_jax.data.templates import encode_response, render_prompt
   from dpr_jax.evaluation.scoring import Scorer, score_record
   from dpr_jax.references.base import Reference
@@ -73,6 +95,7 @@ def main(argv: Sequence[str]) -> None:
     limit = values.max_length or sft.model.cfg.max_length
     prompts, responses = [], []
     for demo, line in zip(demos, lines, strict=True):
+      check_length(demo.messages, tokenizer, limit, demo.source)
       prompts.append(render_prompt(demo.prompt, tokenizer, template, demo.source))
       ids = _given_ids(line, sft.model.cfg.vocab_size, demo.source)
       responses.append(
@@ -100,4 +123,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  cli.run_entry_point(main)
+  cli.run_entry_point(main, kept="nothing was written")

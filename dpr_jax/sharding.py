@@ -22,7 +22,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dpr_jax.errors import UserError
+from dpr_jax import peers
+from dpr_jax.errors import Stopped, UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -234,8 +235,15 @@ def to_host(tree: Any) -> Any:
 
 
 def barrier(name: str) -> None:
-  """Waits for all processes, for example until process 0 has written files that others read."""
+  """Waits for all processes, for example until process 0 has written files that others read.
+
+  Raises:
+    Stopped: one of several processes got a signal before.
+  """
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 
-    multihost_utils.sync_global_devices(name)
+    with peers.waiting():
+      multihost_utils.sync_global_devices(name)
+    if signum := peers.reached():
+      raise Stopped(signum)

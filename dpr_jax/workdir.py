@@ -14,10 +14,12 @@
     report/                report.html, results.json, PNG plots
     profile/               one folder per stage: traces of --profile_steps, if asked for
     compilation_cache/     compiled programs; may be deleted
+    .lock                  who writes here, while a run goes on (see lock.py)
 With several seeds, seed_N/ is a whole workdir for each, and report/ is of all of them. A sweep has
 a workdir for each of its points, such as beta=0.5/, whose shared stages are links (see sweep.py).
 """
 
+import base64
 import importlib.metadata
 import json
 import logging
@@ -32,7 +34,7 @@ from typing import Any
 import jax
 
 from dpr_jax import config as config_lib
-from dpr_jax import fingerprints, weights
+from dpr_jax import fingerprints, lock, weights
 from dpr_jax.errors import UserError
 from dpr_jax.sharding import barrier
 
@@ -54,13 +56,25 @@ def versions() -> dict[str, str]:
   return out
 
 
-def _finite(value: Any) -> Any:
-  """The value with null for NaN and infinities, which JSON does not have."""
+def _plain(value: Any) -> Any:
+  """The value as JSON has it: null for NaN and infinities, text for dates and other things.
+
+  Bytes that are not UTF-8 become base64.
+  """
   if isinstance(value, Mapping):
-    return {k: _finite(v) for k, v in value.items()}
+    return {str(k): _plain(v) for k, v in value.items()}
   if isinstance(value, list | tuple):
-    return [_finite(v) for v in value]
-  return None if isinstance(value, float) and not math.isfinite(value) else value
+    return [_plain(v) for v in value]
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
+  if isinstance(value, bytes):
+    try:
+      return value.decode()
+    except UnicodeDecodeError:
+      return base64.b64encode(value).decode()
+  if hasattr(value, "isoformat"):
+    return value.isoformat()
+  return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -69,7 +83,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     return
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(path.name + ".tmp")
-  text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+  text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
   temporary.write_text(text + "\n", encoding="utf-8")
   os.replace(temporary, path)
 
@@ -81,7 +95,8 @@ def write_lines(path: pathlib.Path, records: list[Mapping[str, Any]]) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(path.name + ".tmp")
   with open(temporary, "w", encoding="utf-8") as file:
-    file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    for record in records:
+      file.write(json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n")
   os.replace(temporary, path)
 
 
@@ -253,7 +268,10 @@ class Workdir:
     if not self.config_file.exists():
       # Written before config.json, by a run that was killed in between.
       ours = {self.compilations.name, self.config_file.name + ".tmp"}
-      foreign = sorted(p.name for p in self.path.iterdir() if p.name not in ours)
+      foreign = sorted(
+          p.name for p in self.path.iterdir()
+          if p.name not in ours and not p.name.startswith(lock.FILE)
+      )
       if foreign:
         raise UserError(
             f"--workdir={self.path} holds files but no config.json of a run ({foreign[0]}, ...); "
@@ -266,7 +284,8 @@ class Workdir:
     if found:
       raise UserError(
           f"--workdir={self.path} belongs to a run with another config ({found}); use a new "
-          "folder, or rerun with that config to resume"
+          "folder, or rerun with that config to resume; --resume_with_changes takes another "
+          "optimizer"
       )
 
   def claim(self, config: config_lib.RunConfig, **facts: Any) -> None:
@@ -281,7 +300,9 @@ class Workdir:
     """
     barrier("claim")  # No process is still checking a folder that the first one writes to.
     if self.config_file.exists():
-      check_inputs(self.read_config(), facts, f"--workdir={self.path}")
+      before = self.read_config()
+      facts |= {name: before[name] for name in ("changes",) if name in before}
+      check_inputs(before, facts, f"--workdir={self.path}")
     record = {"config": config_lib.to_json(config), "seed": config.seed, "versions": versions()}
     try:
       write_json(self.config_file, {**record, **facts})

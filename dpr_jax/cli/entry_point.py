@@ -1,16 +1,21 @@
 """How an entry point ends: exit codes and readable errors.
 
 An entry point is `main(argv) -> None`. An error a user can make ends with exit code 2 and one line
-on stderr, a run that diverged with 1, one that was preempted with 143; anything else is a bug and
-keeps its traceback.
+on stderr, a run that diverged with 1, one that was stopped by SIGINT or SIGTERM with 130 or 143;
+anything else is a bug and keeps its traceback.
 """
 
+import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from dpr_jax.errors import Diverged, Preempted, UserError
+from dpr_jax import peers, signals
+from dpr_jax.errors import Diverged, Stopped, UserError
+
+# How JAX calls the errors of its runtime, of a collective whose other end is gone among them.
+_RUNTIME_ERRORS = ("JaxRuntimeError", "XlaRuntimeError")
 
 
 def fail(message: str) -> NoReturn:
@@ -19,18 +24,69 @@ def fail(message: str) -> NoReturn:
   raise SystemExit(2)
 
 
+def readable(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
+  """Makes a UserError of what the machine refuses, wherever an entry point meets it.
+
+  A full or read-only disk, a path that cannot be, too many open files.
+  """
+
+  @functools.wraps(main)
+  def wrapped(argv: Sequence[str]) -> None:
+    for arg in argv:
+      if "\0" in arg:
+        raise UserError(f"{arg.partition('=')[0]}: its value holds a NUL character")
+    try:
+      main(argv)
+    except OSError as e:
+      if e.strerror is None:
+        raise
+      place = "" if e.filename is None else f"{str(e.filename)[:200]}: "
+      raise UserError(f"{place}{e.strerror}") from e
+    except Exception as e:
+      if "No space left on device" in str(e):  # TensorStore has no error of its own for it.
+        raise UserError(f"no space left on the disk ({str(e)[:200]})") from e
+      raise
+
+  return wrapped
+
+
 def run_entry_point(
-    main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
+    main: Callable[[Sequence[str]], None],
+    argv: Sequence[str] | None = None,
+    kept: str = "rerun the same command to resume",
 ) -> None:
-  """Calls `main` with the command line; turns a UserError into its line and exit code 2."""
+  """Calls `main` with the command line; turns a UserError into its line and exit code 2.
+
+  Args:
+    kept: what a signal leaves, for its line.
+  """
   logging.getLogger("absl").setLevel(logging.WARNING)
   try:
-    main(sys.argv[1:] if argv is None else argv)
+    with signals.handled(restore=argv is not None):
+      try:
+        main(sys.argv[1:] if argv is None else argv)
+      except Exception as e:
+        if type(e).__name__ in _RUNTIME_ERRORS and (lost := peers.blame()):
+          code, line = lost
+          print(f"error: {line}", file=sys.stderr)
+          peers.end(code, line)
+        raise
   except UserError as e:
-    fail(str(e))
-  except (Diverged, Preempted) as e:
     print(f"error: {e}", file=sys.stderr)
-    raise SystemExit(1 if isinstance(e, Diverged) else 143) from None
+    peers.end(2, str(e))
+    raise SystemExit(2) from None
+  except Diverged as e:
+    print(f"error: {e}", file=sys.stderr)
+    peers.end(1, str(e))
+    raise SystemExit(1) from None
+  except Stopped as e:
+    print(f"{e}; {kept}", file=sys.stderr)
+    raise SystemExit(e.code) from None
   except KeyboardInterrupt:
-    print("interrupted; rerun the same command to resume from the last checkpoint", file=sys.stderr)
+    print(f"stopped by SIGINT; {kept}", file=sys.stderr)
     raise SystemExit(130) from None
+  except Exception as e:
+    if peers.several():
+      sys.excepthook(*sys.exc_info())
+      peers.end(1, f"{type(e).__name__}: {str(e)[:200]}")
+    raise

@@ -1,6 +1,7 @@
 """The flags of all entry points: absl's, with --config=FILE and --config.FIELD=VALUE."""
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -52,6 +53,13 @@ def parse_flags(
   if rest:
     raise UserError(f"{rest[0]!r} is not a flag; fields are set as --config.FIELD=VALUE"
                     if "config" in required else f"{rest[0]!r} is not a flag")
+  for name in values:
+    # A seed has 64 bits; whatever else is counted fits into 31.
+    number, bits = values[name].value, 63 if name == "seed" else 31
+    if type(number) is int and not -(2**bits) <= number < 2**bits:
+      raise UserError(f"--{name}: the number is out of range; it must be below 2^{bits}")
+    if type(number) is float and not math.isfinite(number):
+      raise UserError(f"--{name}={number} must be a finite number")
   for name, example in required.items():
     if values[name].value is None:
       raise UserError(f"--{name} is missing; for example --{name}={example}")

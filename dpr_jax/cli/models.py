@@ -1,6 +1,7 @@
 """Flags of the entry points that take a CKPT, and what they name."""
 
 import contextlib
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -29,21 +30,66 @@ def define_model_flags(values: flags.FlagValues, batch: str) -> None:
                       flag_values=values)
 
 
-def new_file(flag: str, path: str) -> pathlib.Path:
-  """A file to be written; refuses to overwrite one."""
-  target = pathlib.Path(path)
-  if target.exists():
+def _check_writable(flag: str, target: pathlib.Path, temporary: str) -> None:
+  """Writes a little where a file will be written, and removes it again.
+
+  Raises:
+    UserError: no permission, a read-only or full disk, a path that cannot be.
+  """
+  probe = target.with_name(temporary)
+  try:
+    with open(probe, "ab") as file:
+      file.write(bytes(1 << 16))
+  except OSError as e:
+    raise UserError(f"{flag}={str(target)[:200]} cannot be written: {e.strerror}") from None
+  finally:
+    with contextlib.suppress(OSError):
+      probe.unlink()
+
+
+def _path(flag: str, path: str) -> tuple[pathlib.Path, bool]:
+  """(the path, whether it exists); UserError where no file can have it."""
+  try:
+    target = pathlib.Path(path)
+    target.resolve()
+    return target, os.path.lexists(target)
+  except (OSError, ValueError) as e:  # ValueError: a NUL, or half of a character.
+    reason = e.strerror if isinstance(e, OSError) else e
+    raise UserError(f"{flag}={path[:200]!r} is no path: {reason}") from None
+
+
+def new_file(flag: str, path: str, *others: pathlib.Path) -> pathlib.Path:
+  """A file to be written, at once with `others`; refuses to overwrite one.
+
+  Raises:
+    UserError: it exists, is one of the others, or cannot be written.
+  """
+  target, exists = _path(flag, path)
+  if exists:
     raise UserError(f"{flag}={path} exists already; name a new file")
+  if target.resolve() in [other.resolve() for other in others]:
+    raise UserError(f"{flag}={path} is the file of another flag; name another one")
   if not target.absolute().parent.is_dir():
-    raise UserError(f"{flag}={path}: there is no folder {target.absolute().parent}")
+    raise UserError(f"{flag}={path[:200]}: its folder does not exist")
+  _check_writable(flag, target, target.name + ".tmp")
   return target
 
 
 def new_folder(flag: str, path: str) -> pathlib.Path:
-  """A folder to be written; refuses one that holds files."""
-  target = pathlib.Path(path)
-  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+  """A folder to be written; refuses one that holds files, or cannot be made."""
+  target, exists = _path(flag, path)
+  if exists and (not target.is_dir() or any(target.iterdir())):
     raise UserError(f"{flag}={path} exists already; name a new or empty folder")
+  made = [p for p in (target, *target.absolute().parents) if not p.exists()]
+  try:
+    target.mkdir(parents=True, exist_ok=True)
+    _check_writable(flag, target / "probe", "probe.tmp")
+  except OSError as e:
+    raise UserError(f"{flag}={path[:200]} cannot be written: {e.strerror}") from None
+  finally:
+    for place in made:
+      with contextlib.suppress(OSError):
+        place.rmdir()
   return target
 
 

@@ -26,7 +26,9 @@ from dpr_jax.models.config import COMPUTATION
 class RunConfig:
   """The fields of a run: its seeds, its reference, its methods, and the sections below."""
 
-  seed: int = setting(0, "seed of the data order, the initial weights and sampling", low=0)
+  seed: int = setting(
+      0, "seed of the data order, the initial weights and sampling", low=0, high=2**63 - 1
+  )
   seeds: int = setting(
       1, "number of seeds, counted up from `seed`; each gets a workdir of its own", low=1
   )

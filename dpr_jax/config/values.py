@@ -18,6 +18,8 @@ from ml_collections import config_dict
 from dpr_jax.config.fields import Value, base_classes, kind_class, kind_of
 from dpr_jax.errors import UserError
 
+MAX_COUNT = 2**31 - 1  # Of whatever is counted, unless its field says otherwise.
+
 
 class Config(ml_collections.ConfigDict):
   """A ConfigDict in which a dataclass may be assigned: it becomes the section of its fields."""
@@ -95,7 +97,10 @@ def convert(value: Any, kind: Any, where: str) -> Any:
     raise UserError(f"config.{where}={value!r} must be of type {kind.__name__}")
   if kind is float and not math.isfinite(value):
     raise UserError(f"config.{where}={value!r} must be a finite number")
-  return kind(value)
+  try:
+    return kind(value)
+  except OverflowError:  # An integer beyond what a float can hold.
+    raise UserError(f"config.{where} is out of range; it must be a finite number") from None
 
 
 def check_bounds(field: dataclasses.Field, value: Any, where: str) -> None:
@@ -104,7 +109,11 @@ def check_bounds(field: dataclasses.Field, value: Any, where: str) -> None:
   choices = choices() if callable(choices) else choices
   get = field.metadata.get
   low, high, above, below = get("low"), get("high"), get("above"), get("below")
+  if high is None and isinstance(value, int):
+    high = MAX_COUNT
   for x in value if isinstance(value, tuple) else (value,):
+    if type(x) is int and abs(x) > 10**30:
+      raise UserError(f"config.{where} is out of range; it has over 30 digits")
     if choices and x not in choices:
       raise UserError(f"config.{where}={x!r} is not one of {', '.join(choices)}")
     if isinstance(x, int | float) and (

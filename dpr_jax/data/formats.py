@@ -16,6 +16,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from dpr_jax.data.limits import parse_json
 from dpr_jax.errors import UserError
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -64,8 +65,12 @@ def iter_records(path: str | pathlib.Path) -> Iterator[tuple[dict[str, Any], str
       not an object.
   """
   path = pathlib.Path(path)
-  if not path.is_file():
-    raise UserError(f"{path}: no such file; expected .jsonl, .json or .parquet")
+  try:
+    found = path.is_file()
+  except OSError:  # A name that is too long.
+    found = False
+  if not found:
+    raise UserError(f"{str(path)[:300]}: no such file; expected .jsonl, .json or .parquet")
   if path.suffix == ".parquet":
     records = _iter_parquet(path)
   elif path.suffix in (".jsonl", ".json"):
@@ -89,7 +94,7 @@ def _iter_json(path: pathlib.Path) -> Iterator[tuple[Any, str]]:
     raise UserError(f"{path}: not UTF-8 text (byte {e.start}); expected JSON") from None
   if text.lstrip()[:1] == "[":
     try:
-      records = json.loads(text)
+      records = parse_json(text, str(path))
     except json.JSONDecodeError as e:
       raise UserError(f"{path}:{e.lineno}: malformed JSON at column {e.colno}: {e.msg}") from None
     yield from ((record, f"{path}[{i}]") for i, record in enumerate(records))
@@ -99,7 +104,7 @@ def _iter_json(path: pathlib.Path) -> Iterator[tuple[Any, str]]:
     if not line.strip():
       continue
     try:
-      yield json.loads(line), f"{path}:{number}"
+      yield parse_json(line, f"{path}:{number}"), f"{path}:{number}"
     except json.JSONDecodeError as e:
       raise UserError(
         f"{path}:{number}: malformed JSON at column {e.colno}: {e.msg}; expected one JSON object "
@@ -117,10 +122,10 @@ def _iter_parquet(path: pathlib.Path) -> Iterator[tuple[Any, str]]:
     file = pyarrow.parquet.ParquetFile(path)
     index = 0
     for batch in file.iter_batches(batch_size=4096):
-      for record in batch.to_pylist():
-        yield record, f"{path}[{index}]"
-        index += 1
-  except (pyarrow.ArrowException, OSError) as e:  # OSError: a damaged page.
+      yield from ((record, f"{path}[{i}]") for i, record in enumerate(batch.to_pylist(), index))
+      index += batch.num_rows
+  except (pyarrow.ArrowException, OSError, ValueError, OverflowError, RecursionError) as e:
+    # A damaged page, text that is not UTF-8, or a date that Python does not have.
     raise UserError(f"{path}: not a readable Parquet file: {e}") from None
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpr_jax.data import limits
 from dpr_jax.data.formats import Demo, Message
 from dpr_jax.errors import UserError
 
@@ -112,7 +113,10 @@ def _encode_after(prefix: str, text: str, tokenizer) -> list[int]:
 @functools.lru_cache(maxsize=8)
 def _read_template(path: str, mtime_ns: int) -> str:
   del mtime_ns  # Part of the cache key: an edited file is read again.
-  return pathlib.Path(path).read_text(encoding="utf-8")
+  try:
+    return pathlib.Path(path).read_text(encoding="utf-8")
+  except UnicodeDecodeError as e:
+    raise UserError(f"chat template {path}: not UTF-8 text (byte {e.start})") from None
 
 
 def _template_text(tokenizer, template: str) -> str | None:
@@ -152,14 +156,20 @@ def _render(messages, tokenizer, template: str | None, generate: bool, where: st
     return _render_plain(messages, tokenizer)
   import jinja2
 
+  limits.check_template(template)
   try:
-    return tokenizer.apply_chat_template(
-      list(messages), chat_template=template, add_generation_prompt=generate, tokenize=False,
-      return_dict=False,
-    )
+    with limits.time_limit(limits.TEMPLATE_SECONDS, "the chat template"):
+      return tokenizer.apply_chat_template(
+        list(messages), chat_template=template, add_generation_prompt=generate, tokenize=False,
+        return_dict=False,
+      )
   except jinja2.TemplateSyntaxError as e:
     raise UserError(f"the chat template is no valid Jinja: line {e.lineno}: {e.message}") from None
-  except (jinja2.TemplateError, TypeError) as e:  # TypeError: text + something else, in it.
+  except UserError:
+    raise
+  except RecursionError:
+    raise UserError("the chat template calls itself without an end") from None
+  except Exception as e:  # A template is a program: it can raise anything.
     raise UserError(f"{where or 'conversation'}: the chat template refused it: {e}") from None
 
 
@@ -195,7 +205,11 @@ def stop_ids(
     get = generation_config.get if isinstance(generation_config, dict) else (
       lambda name: getattr(generation_config, name, None))
     extra = get("eos_token_id")
-    ids += [] if extra is None else [extra] if isinstance(extra, int) else list(extra)
+    extra = [] if extra is None else extra if isinstance(extra, list | tuple) else [extra]
+    if bad := [i for i in extra if type(i) is not int or not 0 <= i < 2**31]:
+      raise UserError(f"eos_token_id={bad[0]!r} of the model's generation config must be a token "
+                      "id, or a list of them")
+    ids += extra
   if not ids:
     raise UserError("the tokenizer defines no eos_token and its chat template ends a turn without "
                     "a special token; set eos_token in tokenizer_config.json")

@@ -23,10 +23,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpr_jax import lock, signals
 from dpr_jax.config.fields import kind_of
 from dpr_jax.data.formats import Demo
+from dpr_jax.data.limits import check_length
 from dpr_jax.data.templates import encode_response, render_prompt
-from dpr_jax.errors import UserError
+from dpr_jax.errors import Stopped, UserError
 from dpr_jax.evaluation.benchmarks.base import Benchmark
 from dpr_jax.evaluation.metrics import Column, ResponseMetric, score_response
 from dpr_jax.evaluation.responses import Responder, response_text
@@ -64,7 +66,8 @@ class EvaluationFolder:
                       f"{'read-only' if place.is_dir() else 'a file'}")
     if place == self.path and self._record() is None:
       ours = self.config_file.name + ".tmp"
-      foreign = sorted(p.name for p in self.path.iterdir() if p.name != ours)
+      names = [p.name for p in self.path.iterdir() if not p.name.startswith(lock.FILE)]
+      foreign = sorted(name for name in names if name != ours)
       if foreign:
         raise UserError(f"--output={self.path} holds files but no config.json of an evaluation "
                         f"({foreign[0]}, ...); name a new folder")
@@ -162,6 +165,9 @@ class BenchmarkRun:
   def prompts(self) -> list[np.ndarray]:
     """Token ids, int32 [P_i]."""
     tokenizer, asked = self.loaded.tokenizer, self.benchmark.prompt
+    for i, demo in enumerate(self.demos):
+      where = demo.source or f"prompt {i + 1}"
+      check_length(asked(demo), tokenizer, self.loaded.model.cfg.max_length, where)
     return [render_prompt(asked(d), tokenizer, self.template, d.source) for d in self.demos]
 
   @functools.cached_property
@@ -314,14 +320,21 @@ def fill(
   Args:
     bar: of the number of responses that are missing -> a progress bar, as `tqdm`.
 
+  Raises:
+    Stopped: by a signal, after a block, which is saved.
+
   Returns:
     The lines of responses.jsonl, in process 0 (elsewhere none), and how many blocks were missing.
   """
   blocks = [run.lines(block) for block in run.blocks]
   done = folder.resume(blocks)
-  with bar(sum(map(len, blocks[done:]))) as progress:
+  with bar(sum(map(len, blocks[done:]))) as progress, signals.deferred():
     for number in range(done, len(blocks)):
       folder.append(run.answer(number, progress.update))
+      if signum := signals.reached():
+        lines = sum(map(len, blocks[: number + 1]))
+        raise Stopped(signum, f"{folder.path}: {lines} of {sum(map(len, blocks))} responses are "
+                      "saved")
   barrier("evaluate")
   records = [] if jax.process_index() else read_lines(folder.responses_file)
   return records, len(blocks) - done

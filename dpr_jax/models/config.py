@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from dpr_jax.models.lora import LoRA
 
 GLOBAL, LOCAL = "global", "local"
+MAX_SIZE = 10_000_000  # of a dim: more is damage.
 ATTENTION = ("auto", "xla", "cudnn", "splash")
 # Fields of ModelConfig that say how it is computed, not what; a checkpoint's reader may differ.
 COMPUTATION = ("dtype", "scan_layers", "remat", "attention", "logits_budget")
@@ -84,10 +85,13 @@ class ModelConfig:
     for name in ("hidden_size", "mlp_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-    if self.head_dim % 2 or self.max_length < 1 or self.window < 0:
+    for name in ("vocab_size", "hidden_size", "mlp_size", "num_layers", "num_heads", "head_dim"):
+      if not 0 <= getattr(self, name) < MAX_SIZE:
+        raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below {MAX_SIZE}")
+    if self.head_dim % 2 or not 1 <= self.max_length < 2**31 or self.window < 0:
       raise ValueError(
-          f"head_dim={self.head_dim} must be even, max_length={self.max_length} at least 1 and "
-          f"window={self.window} at least 0"
+          f"head_dim={self.head_dim} must be even, max_length={self.max_length} at least 1 (and "
+          f"below 2^31) and window={self.window} at least 0"
       )
     if self.num_heads % self.num_kv_heads:
       raise ValueError(

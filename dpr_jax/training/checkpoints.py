@@ -127,13 +127,6 @@ class Checkpoints:
       for folder in self.directory.glob(f"{self._saving}.*tmp*"):
         record_files(folder)
 
-  def reached_preemption(self, step: int) -> bool:
-    """Whether a process received SIGTERM and this is the step at which all of them save.
-
-    Every process must ask at every step. False without `jax.distributed.initialize`.
-    """
-    return jax.distributed.is_initialized() and self._manager.reached_preemption(step)
-
   def wait(self) -> None:
     self._manager.wait_until_finished()
 

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import jax
 
-from dpr_jax import sharding
+from dpr_jax import sharding, signals
 from dpr_jax.config.sections import CheckpointSection, LogSection, parse_steps
-from dpr_jax.errors import Preempted, StageEnded
+from dpr_jax.errors import StageEnded, Stopped
 from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.training.metrics import MetricsWriter
 from dpr_jax.training.profiling import trace_steps
@@ -79,7 +79,7 @@ def run_stage(stage: Stage, build: Callable[[], Training]) -> TrainState | None:
 
   Raises:
     Diverged: the loss or the gradient was not finite. Nothing of that step is saved.
-    Preempted: a process got SIGTERM (in a distributed run); the step is saved.
+    Stopped: a process got SIGTERM or SIGINT; the step that it had reached is saved.
   """
   directory, steps = stage.directory, stage.steps
   with Checkpoints(
@@ -109,7 +109,7 @@ def run_stage(stage: Stage, build: Callable[[], Training]) -> TrainState | None:
         progress=stage.log.progress,
     )
     profiled = parse_steps(stage.log.profile_steps)
-    with writer, trace_steps(profiled, stage.profile_dir) as trace:
+    with signals.deferred(), writer, trace_steps(profiled, stage.profile_dir) as trace:
       for step in range(start + 1, steps + 1):
         position = batches.get_state()
         try:
@@ -126,17 +126,14 @@ def run_stage(stage: Stage, build: Callable[[], Training]) -> TrainState | None:
         if training.schedule is not None:
           metrics = {**metrics, "learning_rate": training.schedule(step - 1)}
         writer.write(step, metrics)
-        preempted = checkpoints.reached_preemption(step)
-        if step in due or step % stage.checkpoint.every == 0 or preempted:
+        signum = signals.reached()
+        if step in due or step % stage.checkpoint.every == 0 or signum:
           # Metrics first: a step that is not finite raises here, and is not saved; and no
           # checkpoint is ahead of its metrics.
           writer.flush()
           checkpoints.save(state, step, batches.get_state())
-        if preempted:
+        if signum:
           checkpoints.wait()
-          raise Preempted(
-              f"{stage.name}: stopped by SIGTERM; step {step} is saved; rerun the same command to "
-              "resume"
-          )
-    checkpoints.wait()
+          raise Stopped(signum, f"{stage.name}: step {step} is saved")
+      checkpoints.wait()
   return state

@@ -106,7 +106,7 @@ class GGUFFile:
     for _ in range(pairs):
       key = stream.string()
       self.metadata[key] = stream.value(stream.scalar("I"))
-    if self.metadata.get("split.count", 1) > 1:
+    if self.metadata.get("split.count", 1) not in (0, 1):
       raise UserError(f"{path}: is one part of a split GGUF; merge the parts into one file")
     table = []
     for _ in range(tensors):

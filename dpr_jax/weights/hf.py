@@ -39,7 +39,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     value = json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
     raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-  except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+  except (ValueError, RecursionError) as error:
     line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
     raise UserError(f"{path}:{line} is not valid JSON") from None
   if not isinstance(value, dict):

@@ -48,9 +48,9 @@ def _number(fields: Fields, name: str, where: str, kind: type = int, low: float 
   wanted = "a positive whole number" if kind is int else "a number greater than 0"
   if value is None:
     raise UserError(f"{where}: {name} is missing; it must be {wanted}")
-  good = isinstance(value, int | float) and not isinstance(value, bool) and value > low
-  if not good or (kind is int and value != int(value)) or not math.isfinite(value):
-    raise UserError(f"{where}: {name}={value!r} must be {wanted}")
+  good = isinstance(value, int | float) and not isinstance(value, bool) and low < value < 1e18
+  if not good or (kind is int and value != int(value)):
+    raise UserError(f"{where}: {name}={repr(value)[:50]} must be {wanted}")
   return kind(value)
 
 

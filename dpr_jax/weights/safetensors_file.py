@@ -5,6 +5,7 @@ holds only the rows it is working on, and a damaged file gives a readable error.
 Source of the format: https://github.com/huggingface/safetensors#format
 """
 
+import itertools
 import json
 import math
 import os
@@ -45,18 +46,19 @@ class SafetensorsFile:
         header = json.loads(f.read(length).decode("utf-8"))
     except OSError as error:
       raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # An integer of thousands of digits is a ValueError.
       raise UserError(f"{path}: damaged safetensors header") from None
     if not isinstance(header, dict):
       raise UserError(f"{path}: damaged safetensors header")
     header.pop("__metadata__", None)
     self._entries: dict[str, tuple[str, tuple[int, ...], int]] = {}
-    data = 8 + length
+    data, spans = 8 + length, []
     for name, entry in header.items():
       try:
-        kind, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-        begin, end = (int(n) for n in entry["data_offsets"])
-        if not 0 <= begin <= end or min(shape, default=0) < 0:
+        kind, shape = entry["dtype"], tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        whole = all(type(n) is int for n in (*shape, begin, end)) and isinstance(kind, str)
+        if not whole or not 0 <= begin <= end or min(shape, default=0) < 0:
           raise ValueError
       except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: damaged safetensors header at tensor {name!r}") from None
@@ -65,6 +67,10 @@ class SafetensorsFile:
       if kind in DTYPES and end - begin != math.prod(shape) * DTYPES[kind].itemsize:
         raise UserError(f"{path}: tensor {name!r}: its bytes do not match its shape {list(shape)}")
       self._entries[name] = (kind, shape, data + begin)
+      spans.append((begin, end, name))
+    for (_, end, one), (begin, _, other) in itertools.pairwise(sorted(spans)):
+      if begin < end:
+        raise UserError(f"{path}: damaged safetensors header: {one!r} and {other!r} overlap")
     self.shapes = {name: shape for name, (_, shape, _) in self._entries.items()}
 
   def dtype(self, name: str) -> np.dtype:

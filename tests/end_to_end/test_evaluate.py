@@ -134,7 +134,7 @@ def test_a_benchmark_of_a_users_file_has_its_fields_as_flags(model, data, tmp_pa
 KILLED = ["--benchmark=tasks", "--samples=2", "--temperature=1", "--batch_size=4", "--seed=5"]
 
 
-def test_an_evaluation_that_fails_after_any_block_goes_on_to_the_same_files(
+def test_an_evaluation_that_is_stopped_after_any_block_goes_on_to_the_same_files(
     model, tmp_path, monkeypatch, capsys
 ):
   asked = []
@@ -155,14 +155,16 @@ def test_an_evaluation_that_fails_after_any_block_goes_on_to_the_same_files(
     append(self, records)
     with open(self.responses_file, "ab") as file:
       file.write(b'{"index": ')
-    raise KeyboardInterrupt
+    os.kill(os.getpid(), signum)
+    os.kill(os.getpid(), signal.SIGTERM)  # A second one changes nothing.
 
   with monkeypatch.context() as patch:
     patch.setattr(EvaluationFolder, "append", torn)
-    for _ in range(3):
+    for done, signum in ((16, signal.SIGINT), (32, signal.SIGTERM), (40, signal.SIGTERM)):
       with pytest.raises(SystemExit) as exit_info:
         call(*given, f"--output={parts}")
-      assert exit_info.value.code == 130
+      assert exit_info.value.code == 128 + signum
+      assert f"{done} of 40 responses are saved" in capsys.readouterr().err
   assert not (parts / "results.json").exists()
   call(*given, f"--output={parts}")
   assert asked == [8, 8, 4]  # Nothing twice.

@@ -2,16 +2,18 @@
 
 import json
 import logging
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
 import optax
 import pytest
 
-from dpr_jax import sharding
+from dpr_jax import sharding, signals
 from dpr_jax.config.sections import CheckpointSection, LogSection, OptimizerConfig
-from dpr_jax.errors import Diverged, UserError
+from dpr_jax.errors import Diverged, Stopped, UserError
 from dpr_jax.training import make_train_step
 from dpr_jax.training.checkpoints import Checkpoints, DamagedCheckpoint, make_way
 from dpr_jax.training.loop import Stage, Training, run_stage
@@ -126,6 +128,38 @@ def test_a_resumed_stage_equals_the_uninterrupted_one(stage, tmp_path, kills, lo
   assert lines == _lines(tmp_path / "whole")
   steps = [line["step"] for line in lines]
   assert len(steps) == len(set(steps)) and steps[-1] == 11
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_that_is_reached(
+    stage, make_training, read_state, tmp_path, signum
+):
+  """Steps 2, 7 and 11, the last: none is due for a checkpoint of its own, but the last."""
+  whole = stage(tmp_path / "whole")
+  for step in (2, 7, 11):
+
+    def build(step=step):
+      training = make_training()
+      make = training.batches.make
+
+      def batch(rng):
+        if training.batches.next_step == step - 1:
+          os.kill(os.getpid(), signum)
+          os.kill(os.getpid(), signal.SIGTERM)
+        return make(rng)
+
+      training.batches.make = batch
+      return training
+
+    with pytest.raises(Stopped, match=f"stopped by .*; step {step} is saved") as stopped:
+      with signals.handled():
+        stage(tmp_path / "cut", build=build)
+    assert stopped.value.code == 128 + signum
+    with Checkpoints(tmp_path / "cut" / "checkpoints", read_only=True) as checkpoints:
+      assert checkpoints.steps()[-1] == step
+  read = lambda name: read_state(make_training(), tmp_path / name)
+  assert _bits(read("cut")) == _bits(whole) and _lines(tmp_path / "cut") == _lines(
+      tmp_path / "whole")
 
 
 def test_a_finished_stage_is_neither_built_nor_run(stage, make_training, read_state, tmp_path):

@@ -1,0 +1,128 @@
+"""What a file may ask for: how deep its JSON nests, how long a prompt and a chat template are.
+
+Files come from elsewhere. What no honest file holds is refused in one line, before it costs minutes
+or memory, or ends in an error at the last line that is written.
+"""
+
+import contextlib
+import functools
+import json
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from dpr_jax.errors import UserError
+
+MAX_DEPTH = 100  # of JSON.
+MAX_TEMPLATE = 1_000_000  # characters of a chat template, and the largest number in it.
+TEMPLATE_SECONDS = 10.0
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_HALF = re.compile("[\ud800-\udfff]")
+_NUMBER = re.compile(r"\d[\d_]*")
+
+
+def parse_json(text: str, where: str) -> Any:
+  """`json.loads`, for values that can be written again.
+
+  Raises:
+    UserError: it nests too deep, has an integer of thousands of digits, or text with half of a
+      character.
+    json.JSONDecodeError: it is malformed.
+  """
+  try:
+    value = json.loads(text)
+  except json.JSONDecodeError:
+    raise
+  except RecursionError:
+    raise UserError(f"{where}: JSON nested deeper than {MAX_DEPTH} levels") from None
+  except ValueError:
+    raise UserError(f"{where}: an integer of thousands of digits") from None
+  if text.count("[") + text.count("{") > MAX_DEPTH or _ESCAPED_HALF.search(text):
+    if isinstance(value, list):  # Of records.
+      for i, record in enumerate(value):
+        _check_json(record, f"{where}[{i}]")
+    else:
+      _check_json(value, where)
+  return value
+
+
+def _check_json(value: Any, where: str) -> None:
+  """Raises UserError for what `parse_json` refuses in a value that was read."""
+  left = [(value, 0, "", where, "")]  # With the field it is in, where that is, and its own path.
+  while left:
+    item, depth, field, at, path = left.pop()
+    if depth > MAX_DEPTH:
+      raise UserError(f"{where}: JSON nested deeper than {MAX_DEPTH} levels")
+    if isinstance(item, str) and not item.isascii() and (half := _HALF.search(item)):
+      raise UserError(f"{at}: field {field!r} holds a lone surrogate (\\u{ord(half[0]):04x}), half "
+                      "of a character; expected Unicode text")
+    if isinstance(item, dict):
+      inside = f"{where}: {path}" if path else where
+      for key, x in item.items():
+        below = f"{path}.{key}" if path else key
+        left += [(key, depth, key, inside, ""), (x, depth + 1, key, inside, below)]
+    elif isinstance(item, list):
+      left += [(x, depth + 1, field, at, f"{path}[{i}]") for i, x in enumerate(item)]
+
+
+@functools.lru_cache(maxsize=8)
+def _longest_token(tokenizer: Any, size: int) -> int:
+  del size  # Part of the cache key: a token added later changes it.
+  return max(map(len, tokenizer.get_vocab()), default=1)
+
+
+def check_length(
+    messages: Sequence[Mapping[str, str]], tokenizer: Any, limit: int, where: str
+) -> None:
+  """Refuses, before it is tokenised, a text that `limit` tokens cannot hold.
+
+  Raises:
+    UserError: even in the longest tokens of the vocabulary it is longer.
+  """
+  length = sum(len(m["content"]) for m in messages)
+  if length > max(limit, 1) * _longest_token(tokenizer, len(tokenizer)):
+    raise UserError(f"{where}: {length} characters are more than the {limit} tokens there is room "
+                    "for can hold")
+
+
+@functools.lru_cache(maxsize=8)
+def check_template(template: str) -> None:
+  """Raises UserError for a chat template that is huge, or has a number that could make it so."""
+  if len(template) > MAX_TEMPLATE:
+    raise UserError(f"the chat template has {len(template)} characters; at most {MAX_TEMPLATE} are "
+                    "read")
+  for number in _NUMBER.findall(template):
+    if len(number) > 7 or int(number) > MAX_TEMPLATE:
+      raise UserError(f"the chat template has the number {number[:20]}; {MAX_TEMPLATE} is the "
+                      "largest that is allowed in one")
+  if "**" in template and re.search(r"{[{%][^}]*\*\*", template):
+    raise UserError("the chat template raises a number to a power, which is not allowed in one")
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+  """Ends Python code that takes longer, in the main thread; elsewhere it has no limit.
+
+  Raises:
+    UserError: "`what` took longer than ... s".
+  """
+  main = threading.current_thread() is threading.main_thread()
+  if not main or not hasattr(signal, "setitimer"):
+    yield
+    return
+
+  def end(signum, frame):
+    raise UserError(f"{what} took longer than {seconds:g} s")
+
+  before, started = signal.signal(signal.SIGALRM, end), time.monotonic()
+  outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+  try:
+    yield
+  finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+    if outer:  # A timer that ran before goes on.
+      signal.setitimer(signal.ITIMER_REAL, max(outer - (time.monotonic() - started), 0.01))

@@ -1,0 +1,160 @@
+"""A folder that one run at a time writes to: the file .lock in it names who.
+
+The file is refreshed while its run goes on. It is taken over if its process is dead, which shows at
+once on the same machine, and on another by a file that was not refreshed for `STALE` seconds.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import platform
+import secrets
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from dpr_jax.errors import UserError
+
+FILE = ".lock"
+REFRESH, STALE = 10.0, 120.0  # seconds
+
+
+def _text(path: str) -> str:
+  with contextlib.suppress(OSError):
+    return pathlib.Path(path).read_text().strip()
+  return ""
+
+
+def _machine() -> str:
+  """What a process id means something on: the machine since its start, and its container."""
+  space = ""
+  with contextlib.suppress(OSError):
+    space = os.readlink("/proc/self/ns/pid")
+  return f"{_text('/proc/sys/kernel/random/boot_id')} {space}"
+
+
+def _started(pid: int) -> str | None:
+  """When a process of this machine started, in the kernel's ticks; None if it is dead."""
+  if platform.system() != "Linux":
+    with contextlib.suppress(OSError):
+      os.kill(pid, 0)
+      return ""
+    return None
+  # Behind the name, which may hold anything: the state, and as the 20th field the start.
+  fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+  return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else None
+
+
+def _own() -> dict[str, Any]:
+  pid = os.getpid()
+  return {"host": socket.gethostname(), "pid": pid, "started": _started(pid),
+          "machine": _machine(), "token": secrets.token_hex(8)}
+
+
+def _read(path: pathlib.Path) -> dict[str, Any] | None:
+  """Who holds the lock; None if there is no file, {} if it says nothing."""
+  try:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else {}
+  except FileNotFoundError:
+    return None
+  except ValueError:
+    return {}
+
+
+def _age(path: pathlib.Path) -> float:
+  """Seconds since the file was refreshed, by the clock of its file system."""
+  probe = path.with_name(f"{FILE}.{secrets.token_hex(4)}")
+  try:
+    probe.touch()
+    return probe.stat().st_mtime - path.stat().st_mtime
+  except FileNotFoundError:
+    return STALE + 1
+  finally:
+    probe.unlink(missing_ok=True)
+
+
+def _alive(path: pathlib.Path, holder: dict[str, Any]) -> bool:
+  if holder and holder.get("machine") == _machine():
+    return _started(holder["pid"]) == holder.get("started")
+  return _age(path) <= STALE
+
+
+def _create(path: pathlib.Path, own: dict[str, Any]) -> bool:
+  """Whether there was no lock; its file appears with its content."""
+  draft = path.with_name(f"{FILE}.{own['token']}")
+  draft.write_text(json.dumps(own) + "\n", encoding="utf-8")
+  try:
+    os.link(draft, path)
+    return True
+  except FileExistsError:
+    return False
+  except OSError:  # A file system without hard links.
+    with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+      file.write(json.dumps(own) + "\n")
+      return True
+    return False
+  finally:
+    draft.unlink(missing_ok=True)
+
+
+def _set_aside(path: pathlib.Path, holder: dict[str, Any]) -> None:
+  """Removes a stale lock, and no newer one that another process has put there meanwhile."""
+  moved = path.with_name(f"{FILE}.{secrets.token_hex(8)}")
+  with contextlib.suppress(FileNotFoundError):
+    os.rename(path, moved)
+    if (_read(moved) or {}).get("token") != holder.get("token"):
+      with contextlib.suppress(OSError):
+        os.link(moved, path)
+    moved.unlink(missing_ok=True)
+
+
+def _refresh(path: pathlib.Path, ended: threading.Event) -> None:
+  while not ended.wait(REFRESH):
+    with contextlib.suppress(OSError):
+      os.utime(path)
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path, name: str) -> Iterator[None]:
+  """Process 0 holds the lock of a folder, which is made if need be, in the block.
+
+  Args:
+    name: of the flag that names the folder, for errors.
+
+  Raises:
+    UserError: another run holds it, or the folder cannot be written.
+  """
+  import jax
+
+  if jax.process_index():
+    yield
+    return
+  path, own = folder / FILE, _own()
+  made = [p for p in (folder, *folder.parents) if not p.exists()]
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    while not _create(path, own):
+      holder = _read(path)
+      if holder is None:
+        continue
+      if _alive(path, holder):
+        who = f"process {holder['pid']} on {holder.get('host')}" if holder else "another run"
+        raise UserError(f"{name}={folder} is in use by {who}; wait for it or end it, or name "
+                        f"another folder (if that process is gone, delete {path})")
+      _set_aside(path, holder)
+  except OSError as e:
+    raise UserError(f"{name}={folder} cannot be written: {e.strerror}") from None
+  ended = threading.Event()
+  threading.Thread(target=_refresh, args=(path, ended), daemon=True).start()
+  try:
+    yield
+  finally:
+    ended.set()
+    if (_read(path) or {}).get("token") == own["token"]:
+      path.unlink(missing_ok=True)
+    for place in made:  # Where nothing was written, nothing is left.
+      with contextlib.suppress(OSError):
+        place.rmdir()

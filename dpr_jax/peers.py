@@ -1,0 +1,227 @@
+"""The other processes of a run: when all of them stop, and what ends them if one is lost.
+
+A thread of every process reports to the coordinator that it lives and what its main thread has
+done, and reads what the others report.
+
+A stop (a signal to any process) is agreed on as in JAX's preemption service: each process says how
+many units of work it has asked after and holds at the next one, until all know the largest number;
+they stop after the unit that follows. A process that ended in an error, that has not been heard of
+for `SECONDS`, or for which the others wait at a barrier without its doing anything for as long, is
+named in one line, and the others end. Where the coordinator, process 0, is killed, JAX aborts the
+others itself.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+SECONDS = 40.0  # DPR_PEER_SECONDS: the patience with a process that shows no sign of life.
+_PREFIX = "dpr_jax"
+
+
+class Peers:
+  """What this process knows of the others."""
+
+  def __init__(self, client: Any, index: int, count: int, seconds: float):
+    self._client, self.index, self.count, self._seconds = client, index, count, seconds
+    self._lock = threading.Condition()
+    self._asked, self._stop_at, self._agreeing = 0, None, False
+    self._signal: int | None = None  # received here.
+    self._stop_signal: int | None = None  # received by any process.
+    self._place, self._waiting = 0, None  # barriers entered; since when, in one.
+    self._main = threading.main_thread().ident
+    self._name = f"{socket.gethostname()}:{os.getpid()}"
+    self._seen: dict[int, tuple[str, str, float, float]] = {}  # report, name, changed, progressed.
+    self._ended: dict[int, tuple[int, str]] = {}
+    self._heard = time.monotonic()  # The coordinator answered last.
+    self._closed = threading.Event()
+    for work in (self._watch, self._judge):
+      threading.Thread(target=work, daemon=True).start()
+
+  # --- The main thread ---------------------------------------------------------------------------
+
+  def announce(self, signum: int) -> None:
+    self._signal = self._signal or signum
+
+  def reached(self) -> int | None:
+    with self._lock:
+      while self._agreeing and self._stop_at is None:
+        self._lock.wait(0.2)
+      self._asked += 1
+      stop = self._stop_at is not None and self._asked >= self._stop_at
+      return self._stop_signal if stop else None
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    self._place, self._waiting = self._place + 1, time.monotonic()
+    try:
+      yield
+    finally:
+      self._waiting = None
+
+  def end(self, code: int, message: str = "") -> None:
+    """Tells the others that this process ends; a code other than 0 ends them too."""
+    if self._closed.is_set():
+      return
+    self._closed.set()
+    with contextlib.suppress(Exception):
+      self._client.key_value_set(f"{_PREFIX}/end/{self.index}", f"{code} {self._name} {message}")
+
+  def blame(self) -> tuple[int, str] | None:
+    """(exit code, line) of the process for which this one fails, waiting until that shows."""
+    self._waiting = time.monotonic()
+    end = self._waiting + self._seconds + 5
+    while time.monotonic() < end:
+      if found := self._lost():
+        return found
+      time.sleep(0.2)
+    return None
+
+  # --- The threads -------------------------------------------------------------------------------
+
+  def _judge(self) -> None:
+    """A thread of its own: a request to a coordinator that is stuck does not return."""
+    while not self._closed.wait(0.5):
+      if (lost := self._lost()) and not self._closed.wait(3):  # Time to say what failed here.
+        self._exit(*lost)
+
+  def _watch(self) -> None:
+    tick, progress, looked = 0, 0, None
+    pause = max(0.5, self.count / 200)  # Of all processes, some hundred requests per second.
+    while not self._closed.wait(pause):
+      tick += 1
+      # The main thread does something if it is elsewhere in the program, or uses the processor.
+      frame, used = sys._current_frames().get(self._main), time.process_time()
+      here = [] if frame is None else [id(frame), frame.f_lasti]
+      if looked is None or here != looked[0] or used - looked[1] > 0.3 * pause:
+        progress += not self._waiting
+      looked = here, used
+      try:
+        report = f"{tick} {progress} {self._place} {self._name}"
+        self._client.key_value_set(f"{_PREFIX}/beat/{self.index}", report, allow_overwrite=True)
+        if self._signal is not None and self._stop_signal is None:
+          with contextlib.suppress(Exception):  # Another one was first.
+            self._client.key_value_set(f"{_PREFIX}/stop", str(self._signal))
+        self._read(dict(self._client.key_value_dir_get(f"{_PREFIX}/")))
+        self._heard = time.monotonic()
+      except Exception:  # Of the connection; `_lost` says so if it lasts.
+        continue
+
+  def _read(self, found: dict[str, str]) -> None:
+    now = time.monotonic()
+    for key, value in found.items():
+      kind, _, index = key.removeprefix(f"{_PREFIX}/").partition("/")
+      if kind == "end":
+        code, _, rest = value.partition(" ")
+        self._ended[int(index)] = int(code), rest
+      elif kind == "beat":
+        _, progress, place, name = value.split(" ", 3)
+        old = self._seen.get(int(index))
+        changed = old[2] if old and old[0] == value else now
+        progressed = old[3] if old and old[0].split(" ")[1] == progress else now
+        self._seen[int(index)] = value, name, changed, progressed
+      elif kind == "stop" and self._stop_at is None:
+        self._agree(int(value))
+
+  def _agree(self, signum: int) -> None:
+    """Finds the unit after which all processes stop."""
+    with self._lock:
+      self._agreeing, self._stop_signal = True, signum
+      asked = self._asked
+    self._client.key_value_set(f"{_PREFIX}/asked/{self.index}", str(asked), allow_overwrite=True)
+    wait = int(1000 * self._seconds)
+    numbers = [
+        int(self._client.blocking_key_value_get(f"{_PREFIX}/asked/{i}", wait))
+        for i in range(self.count)
+    ]
+    with self._lock:
+      self._stop_at = max(numbers) + 1
+      self._lock.notify_all()
+
+  def _of(self, index: int) -> str:
+    return f" ({self._seen[index][1]})" if index in self._seen else ""
+
+  def _lost(self) -> tuple[int, str] | None:
+    now = time.monotonic()
+    for index, (code, rest) in self._ended.items():
+      if code and index != self.index:
+        name, _, message = rest.partition(" ")
+        return code, f"process {index} ({name}) ended: {message}"
+    if now - self._heard > self._seconds:
+      return 1, f"process 0{self._of(0)}, the coordinator, does not answer; it is dead or stuck"
+    for index, (report, _, changed, progressed) in self._seen.items():
+      if index == self.index or index in self._ended:
+        continue
+      if now - changed > self._seconds:
+        return 1, (f"process {index}{self._of(index)} has not been heard of for "
+                   f"{now - changed:.0f} s; it is dead or stuck")
+      since = self._waiting
+      behind = int(report.split(" ")[2]) < self._place
+      if since and behind and min(now - since, now - progressed) > self._seconds:
+        return 1, (f"process {index}{self._of(index)} is stuck: the others wait for it, and it has "
+                   f"done nothing for {now - progressed:.0f} s")
+    return None
+
+  def _exit(self, code: int, line: str) -> None:
+    print(f"error: {line}; process {self.index} ends", file=sys.stderr, flush=True)
+    self.end(code, line)
+    os._exit(code)  # The main thread may wait for ever, and jax.distributed for its shutdown.
+
+
+_peers: Peers | None = None
+
+def start() -> None:
+  """Begins to watch the other processes, once `jax.distributed` has connected to them."""
+  global _peers
+  import atexit
+
+  from jax._src import distributed
+
+  state = distributed.global_state
+  if _peers is not None or state.client is None or (state.num_processes or 1) < 2:
+    return
+  seconds = float(os.environ.get("DPR_PEER_SECONDS") or SECONDS)
+  _peers = Peers(state.client, state.process_id, state.num_processes, seconds)
+  atexit.register(_peers.end, 0)  # Before JAX disconnects.
+
+
+def several() -> bool:
+  return _peers is not None
+
+
+def announce(signum: int) -> None:
+  """Notes a signal, for all processes; safe in a signal handler."""
+  if _peers is not None:
+    _peers.announce(signum)
+
+
+def reached() -> int | None:
+  """The signal upon which all processes stop after this unit of work; None to go on."""
+  return _peers.reached() if _peers is not None else None
+
+
+def waiting():
+  """A block in which this process waits for the others."""
+  return _peers.waiting() if _peers is not None else contextlib.nullcontext()
+
+
+def blame() -> tuple[int, str] | None:
+  """Of a failure of JAX: (exit code, line) of the process that is lost; None if none is."""
+  return _peers.blame() if _peers is not None else None
+
+
+def end(code: int, message: str) -> None:
+  """Ends the other processes too, and this one without waiting for them."""
+  if _peers is None:
+    return
+  _peers.end(code, message)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if _peers.index == 0:
+    time.sleep(6)  # The coordinator: the others must have read it.
+  os._exit(code)

@@ -1,0 +1,109 @@
+"""One run at a time in a folder; the lock of a dead process is no obstacle."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from dpr_jax import lock
+from dpr_jax.errors import UserError
+
+
+def held(folder):
+  return json.loads((folder / lock.FILE).read_text())
+
+
+def test_a_second_run_is_refused_by_host_and_process(tmp_path):
+  with lock.locked(tmp_path / "a" / "b", "--workdir"):
+    who = held(tmp_path / "a" / "b")
+    assert who["pid"] == os.getpid()
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()} on {who['host']}"):
+      with lock.locked(tmp_path / "a" / "b", "--workdir"):
+        pass
+    assert held(tmp_path / "a" / "b") == who
+  assert not list(tmp_path.iterdir())  # Nothing was written, so nothing is left.
+
+
+def test_what_was_written_stays(tmp_path):
+  with lock.locked(tmp_path / "a", "--workdir"):
+    (tmp_path / "a" / "file").touch()
+  assert [p.name for p in (tmp_path / "a").iterdir()] == ["file"]
+
+
+def _dead_process():
+  """(process id, its start) of a process that has ended, but whose parent has not noticed."""
+  process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+  started = lock._started(process.pid)
+  process.kill()
+  os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+  return process, started
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
+  process, started = _dead_process()
+  own = lock._own()
+  for change in (
+      {"pid": process.pid, "started": started},  # A zombie.
+      {"started": "1"},  # A live process that has got the number of the dead one.
+  ):
+    (tmp_path / lock.FILE).write_text(json.dumps({**own, **change}))
+    with lock.locked(tmp_path, "--workdir"):
+      assert held(tmp_path)["token"] != own["token"]
+    assert not list(tmp_path.iterdir())
+  process.wait()
+
+
+@pytest.mark.parametrize("content", ["", "[]", json.dumps({"pid": 1, "host": "b", "machine": "c"})])
+def test_a_lock_of_another_machine_is_stale_once_it_is_not_refreshed(content, tmp_path):
+  path = tmp_path / lock.FILE
+  path.write_text(content)
+  with pytest.raises(UserError, match="in use by"):
+    with lock.locked(tmp_path, "--output"):
+      pass
+  assert path.read_text() == content
+  past = path.stat().st_mtime - lock.STALE - 5
+  os.utime(path, (past, past))
+  with lock.locked(tmp_path, "--output"):
+    assert held(tmp_path)["pid"] == os.getpid()
+
+
+def test_a_lock_is_refreshed_while_it_is_held(tmp_path, monkeypatch):
+  monkeypatch.setattr(lock, "REFRESH", 0.01)
+  refreshed, touch = threading.Event(), os.utime
+  monkeypatch.setattr(os, "utime", lambda path, *a: (touch(path, *a), refreshed.set()))
+  with lock.locked(tmp_path, "--workdir"):
+    assert refreshed.wait(10)
+
+
+def test_one_of_many_takes_a_stale_lock(tmp_path):
+  """However many find it at the same time."""
+  (tmp_path / lock.FILE).write_text(json.dumps({**lock._own(), "started": "1"}))
+  start, got, refused, leave = threading.Barrier(8), [], [], threading.Event()
+
+  def run():
+    start.wait()
+    try:
+      with lock.locked(tmp_path, "--workdir"):
+        got.append(1)
+        leave.wait(10)
+    except UserError:
+      refused.append(1)
+      if len(refused) == 7:
+        leave.set()
+
+  threads = [threading.Thread(target=run) for _ in range(8)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert (len(got), len(refused)) == (1, 7)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+  (tmp_path / "file").touch()
+  with pytest.raises(UserError, match="--workdir=.* cannot be written: Not a directory"):
+    with lock.locked(tmp_path / "file" / "run", "--workdir"):
+      pass
