@@ -56,9 +56,10 @@ def main(argv: Sequence[str]) -> None:
   )
   output = models_cli.new_file("--output", values.output)
   html = models_cli.new_file("--html", values.html) if values.html else None
-  from dpr_jax.data.formats import iter_records, read_demos
+  from dpr_jax.data.formats import read_demos
+  from dpr_jax.data.records import iter_records
 
-  demos = read_demos(values.input).demos  # One per record: an empty response is an error here.
+  demos = read_demos(values.input, extra_fields=("*",)).demos  # One per record.
   lines = [record for record, _ in iter_records(values.input)]
   import jax
   import numpy as np
@@ -77,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
       ids = _given_ids(line, sft.model.cfg.vocab_size, demo.source)
       responses.append(
           np.asarray(ids, np.int32) if ids else encode_response(
-              demo.response, demo.prompt, tokenizer, template, demo.source, demo.ended
+              demo.messages[-1], demo.prompt, tokenizer, template, demo.source, demo.ended
           )
       )
       length = len(prompts[-1]) + len(responses[-1])

@@ -6,9 +6,11 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from dpr_jax.config.sections import DataSection
-from dpr_jax.data.formats import Demo, check_disjoint, read_demos, split_holdout
+from dpr_jax.data.demos import Demo, check_disjoint, split_holdout
+from dpr_jax.data.formats import read_demos
 from dpr_jax.data.loader import Prompts, make_prompts
 from dpr_jax.data.packing import PackedRows, pack
+from dpr_jax.data.records import data_files
 from dpr_jax.data.tasks import TASKS, make_demos
 from dpr_jax.data.templates import encode_demo
 
@@ -32,9 +34,12 @@ class Dataset:
 
 
 def fingerprint(path: str | pathlib.Path) -> str:
-  """blake2b of a file's content, 16 hex digits."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+  """blake2b of a file's content, 16 hex digits; of a folder, that of its data files in order."""
+  if not pathlib.Path(path).is_dir():
+    with open(path, "rb") as file:
+      return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+  digests = "".join(fingerprint(file) for file in data_files(path))
+  return hashlib.blake2b(digests.encode(), digest_size=8).hexdigest()
 
 
 def _demos(section: DataSection, seed: int) -> tuple[list[Demo], list[Demo], str, dict[str, Any]]:
@@ -43,7 +48,10 @@ def _demos(section: DataSection, seed: int) -> tuple[list[Demo], list[Demo], str
     train = make_demos(names, section.num_demos, seed, corrupt=section.corrupt)
     heldout = make_demos(names, section.holdout, HOLDOUT_SEED, split="heldout")
     return train, heldout, "tasks", {"source": "built-in tasks", "tasks": list(names)}
-  found = read_demos(section.demos, section.format, section.max_demos, section.on_empty)
+  found = read_demos(
+      section.demos, section.format, section.max_demos, section.on_empty, section.on_disorder,
+      section.extra_fields,
+  )
   train, heldout = split_holdout(found.demos, section.holdout, HOLDOUT_SEED)
   benchmark = "gsm8k" if found.format == "gsm8k" else "exact"
   summary = {
@@ -51,6 +59,7 @@ def _demos(section: DataSection, seed: int) -> tuple[list[Demo], list[Demo], str
       "blake2b": fingerprint(section.demos),
       "format": found.format,
       "dropped_empty": found.dropped_empty,
+      "dropped_disordered": found.dropped_disordered,
       "cut_off": sum(not demo.ended for demo in found.demos),
   }
   return train, heldout, benchmark, summary
@@ -70,7 +79,11 @@ def build_dataset(section: DataSection, tokenizer: "PreTrainedTokenizerFast", se
   examples = [encode_demo(demo, tokenizer, section.train_on, section.template) for demo in train]
   rows = pack(examples, section.row_length, section.overlong, seed)
   budget = (tokenizer, section.prompt_length, section.overlong_prompt, section.template)
-  prompts, held = make_prompts(train, *budget), make_prompts(heldout, *budget)
+  # What methods imitate and evaluation compares with is the last turn.
+  prompts, held = (
+      make_prompts([demo for demo in part if demo.trains_last], *budget)
+      for part in (train, heldout)
+  )
   summary |= {
       "demos": len(train),
       "rows": len(rows),

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from dpr_jax.config.fields import kinds, title_of
-from dpr_jax.data.formats import Demo
+from dpr_jax.data.demos import Demo
 from dpr_jax.evaluation.auc import auc_difference, auc_interval
 from dpr_jax.evaluation.benchmarks.base import Benchmark
 from dpr_jax.evaluation.metrics import GROUPS

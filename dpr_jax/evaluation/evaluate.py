@@ -70,7 +70,7 @@ class Evaluation:
     """The demonstrated responses, token ids, int32 [T_i]."""
     run, template = self.run, self.run.config.data.template
     return [
-        encode_response(d.response, d.prompt, run.tokenizer, template, ended=d.ended)
+        encode_response(d.messages[-1], d.prompt, run.tokenizer, template, ended=d.ended)
         for d in self.prompts.demos
     ]
 

@@ -70,7 +70,8 @@ def _measure(run: Any) -> list[dict[str, Any]]:
   prompts, demos = [data.tokens[i] for i in chosen], [data.demos[i] for i in chosen]
   template = config.data.template
   right = [
-      encode_response(d.response, d.prompt, run.tokenizer, template, ended=d.ended) for d in demos
+      encode_response(d.messages[-1], d.prompt, run.tokenizer, template, ended=d.ended)
+      for d in demos
   ]
   fits = fitting(prompts, right, run.model.cfg.max_length)
   corrupted = corrupt_responses(

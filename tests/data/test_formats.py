@@ -6,15 +6,9 @@ import random
 
 import pytest
 
-from dpr_jax.data.formats import (
-  Demo,
-  check_disjoint,
-  iter_records,
-  prompt_key,
-  read_demos,
-  read_prompts,
-  split_holdout,
-)
+from dpr_jax.data.demos import Demo, check_disjoint, prompt_key, split_holdout
+from dpr_jax.data.formats import read_demos, read_prompts
+from dpr_jax.data.records import iter_records
 from dpr_jax.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -41,8 +35,10 @@ LAYOUTS = [
                       {"role": "assistant", "content": "Me."}], "system": "Be brief."},
    [SYSTEM, ASK, REPLY], "Me."),
   ("gsm8k", {"question": "Who?", "answer": "6*7 = <<6*7=42>>42 <<a=b>>now\n#### 42"},
-   [ASK, {"role": "assistant", "content": "6*7 = 42 now\n#### 42"}], "42"),
-  ("gsm8k", {"question": "Who?", "answer": "Me."}, [ASK, REPLY], "Me."),
+   [ASK, {"role": "assistant", "content": "6*7 = 42 <<a=b>>now\n#### 42"}], "42"),
+  ("question_answer", {"question": "Who?", "answer": "Me."}, [ASK, REPLY], "Me."),
+  ("question_answer", {"question": "Who?", "response": "Me.", "system_prompt": "Be brief."},
+   [SYSTEM, ASK, REPLY], "Me."),
   ("alpaca", {"instruction": "Who?", "input": "", "output": "Me."}, [ASK, REPLY], "Me."),
   ("alpaca", {"instruction": "Who?", "output": "Me."}, [ASK, REPLY], "Me."),
   ("alpaca", {"instruction": "Who?", "input": "The king", "output": "Me."},
@@ -155,9 +151,9 @@ def test_limit_and_on_empty(tmp_path):
 # (records, format, pattern after the place of record 1, the second)
 BAD_RECORDS = [
   ({"prompt": "q"}, "prompt_response", "field 'response' is missing; found \\['prompt'\\]"),
-  ({"prompt": "q", "response": None}, "prompt_response", "field 'response' must be text, got null"),
+  ({"prompt": "q", "response": None}, "prompt_response", "field 'response' is missing"),
   ({"prompt": 7, "response": "r"}, "prompt_response", "field 'prompt' must be text, got a number"),
-  ({"prompt": ["q"], "response": "r"}, "prompt_response", "'prompt' must be text, got a list"),
+  ({"prompt": ["q"], "response": "r"}, "prompt_response", r"prompt\[0\] must be an object, got"),
   ({"prompt": "q", "response": True}, "prompt_response", "'response' must be text, got a boolean"),
   ({"prompt": "q", "response": "r", "answer": 7}, "prompt_response", "'answer' must be text"),
   ({"prompt": "q", "response": "r", "task": 7}, "prompt_response", "'task' must be text"),
@@ -168,8 +164,9 @@ BAD_RECORDS = [
   ({"messages": "hi"}, "messages", "'messages' must be a non-empty list"),
   ({"text": "hi"}, "messages", "field 'messages' is missing; found \\['text'\\]"),
   ({"messages": [ASK, "Me."]}, "messages", r"messages\[1\] must be an object, got text"),
-  ({"messages": [ASK, {"role": "tool", "content": "x"}]}, "messages",
-   r"messages\[1\]: unknown role 'tool'; known: system, user"),
+  ({"messages": [ASK, {"role": "narrator", "content": "x"}]}, "messages",
+   r"messages\[1\]: unknown role 'narrator'; known: system, developer, user"),
+  ({"messages": [ASK, {"role": "tool", "content": "x"}, REPLY]}, "messages", "roles out of order"),
   ({"messages": [ASK, {"role": "assistant"}]}, "messages",
    r"messages\[1\]: field 'content' is missing"),
   ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, REPLY]}, "messages",
@@ -214,12 +211,12 @@ def test_bad_record_is_named_by_its_place(tmp_path, bad, format, pattern):
 def test_bad_record_of_a_parquet_file(tmp_path):
   path = write_parquet(tmp_path / "d.parquet", [
     {"prompt": "q", "response": "r"}, {"prompt": "q", "response": None}])
-  with pytest.raises(UserError, match=r"d\.parquet\[1\]: field 'response' must be text, got null"):
+  with pytest.raises(UserError, match=r"d\.parquet\[1\]: field 'response' is missing"):
     read_demos(path)
 
 
 @pytest.mark.parametrize("name, content, pattern", [
-  ("none.jsonl", None, "no such file; expected .jsonl, .json or .parquet"),
+  ("none.jsonl", None, "no such file; expected .jsonl, .json, .ndjson"),
   ("d.csv", b"a,b", "unknown suffix '.csv'; expected .jsonl"),
   ("d.jsonl", b"", "empty file"),
   ("d.jsonl", b"\n \n", "empty file"),
@@ -278,7 +275,7 @@ def test_read_prompts(tmp_path):
   with pytest.raises(UserError, match="limit=-1"):
     read_prompts(path, limit=-1)
   for bad, pattern in [
-    ({"question": "q"}, r":2: field 'prompt' or 'messages' is missing; found \['question'\]"),
+    ({"text": "q"}, r":2: the fields \['text'\] fit no known format"),
     ({"prompt": " "}, ":2: empty prompt"),
     ({"prompt": 3}, ":2: field 'prompt' must be text"),
     ({"messages": [REPLY]}, ":2: roles out of order .*ending with user"),
