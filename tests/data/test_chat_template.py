@@ -93,8 +93,8 @@ def test_a_prompt_that_is_written_otherwise_later():
 def test_of_a_template_with_marks_what_it_marks_is_trained():
   marked = (
     LOOP + "{% if m.role == 'assistant' %}{{ '[draft]' }}{% generation %}"
-    "{{ m.content + '<|end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
-    + HEADED + "{% endif %}")
+    "{{ m.content + '<|end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|end|>' }}"
+    "{% endif %}{{ '\\n' }}{% endfor %}" + HEADED + "{% endif %}")
   whole, answers = encoded(marked, TALK)
   assert answers == ["yo<|end|>", "so<|end|>"] and whole.count("<|assistant|>[draft]") == 2
   tokenizer = byte_tokenizer()
