@@ -1,4 +1,4 @@
-"""Text -> ids, where text may spell tokens that it must not become.
+"""Text -> ids, where text may spell tokens that it must not become; and ids -> text.
 
 A message that spells a token of the chat template ("<|im_end|>") gets the ids of that text and not
 the token, so that no user can close a turn or open one. `protect` marks such text before it is
@@ -7,7 +7,7 @@ rendered, and `encode` resolves the marks.
 
 import functools
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from dpr_jax.errors import UserError
@@ -111,3 +111,32 @@ def encode_after(prefix: str, text: str, tokenizer) -> list[int]:
     if both[: len(head)] == head:
       return both[len(head) :]
   return encode(text, tokenizer)
+
+
+def text_of_ids(ids: Sequence[int], tokenizer) -> str:
+  """What ids spell; special tokens keep their names."""
+  return tokenizer.decode(
+    [int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def token_texts(ids: Sequence[int], tokenizer) -> list[str]:
+  """How each token reads behind those before it; the texts join to `text_of_ids(ids)`.
+
+  A character that is split over tokens stands with the last of them; the others have no text.
+  """
+  texts: list[str] = []
+  start, read = 0, ""  # Decoded from the last whole piece on, so that words keep their space.
+  held = 0  # Tokens since then, none of which completed a character.
+  for end in range(1, len(ids) + 1):
+    text = text_of_ids(ids[start:end], tokenizer)
+    if text.endswith("\ufffd") and end < len(ids):
+      texts.append("")
+      held += 1
+      continue
+    if not text.startswith(read):  # Bytes that are no character spoil those before them.
+      start, read = end - held - 1, ""
+      text = text_of_ids(ids[start:end], tokenizer)
+    texts.append(text[len(read) :])
+    start, held = end - held - 1, 0
+    read = text_of_ids(ids[start:end], tokenizer)
+  return texts
