@@ -2,11 +2,11 @@
 
     python -m dpr_jax.score --sft=CKPT --ref=CKPT --input=IN.jsonl --output=OUT.jsonl
 
-Reads lines {"prompt": str, "response": str} or {"messages": [...]} that end with the assistant, and
-adds to each "tokens", "token_rewards", "logp_sft", "logp_ref" (over the response tokens, EOS
-included) and "reward", their sum. The order of lines is kept. A line with "hit_eos": false (see
-dpr_jax.generate) was cut off: its response has no EOS. A line with "token_ids" is scored on exactly
-those.
+Reads lines {"prompt": str, "response": str}, {"messages": [...]} that end with the assistant, or of
+any other format in docs/data.md, and adds to each "tokens", "token_rewards", "logp_sft", "logp_ref"
+(over the response tokens, EOS included) and "reward", their sum. The order of lines is kept. A line
+with "hit_eos": false (see dpr_jax.generate) was cut off: its response has no EOS. A line with
+"token_ids" is scored on exactly those.
 """
 
 import pathlib
@@ -23,7 +23,7 @@ from dpr_jax.errors import UserError
 def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string("sft", None, "CKPT of pi_sft.", flag_values=values)
   flags.DEFINE_string("ref", None, "CKPT of pi_ref, of the same architecture.", flag_values=values)
-  flags.DEFINE_string("input", None, "JSONL, JSON or Parquet.", flag_values=values)
+  flags.DEFINE_string("input", None, "JSONL, JSON, Parquet or Arrow.", flag_values=values)
   flags.DEFINE_string("output", None, "JSONL to write; must not exist.", flag_values=values)
   flags.DEFINE_string("html", "", "Also write the tokens as a heatmap page.", flag_values=values)
   flags.DEFINE_integer("max_length", 0, "Tokens of prompt and response; 0: the model's.",
