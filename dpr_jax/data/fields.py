@@ -39,7 +39,7 @@ CARRIED = frozenset("""
     num_turns num_tokens n_tokens token_count turn turns_count length
     title hash_id motivation_app instruction_id_list kwargs ground_truth reference
     toxic redacted openai_moderation detoxify_moderation state country hashed_ip header turn_id
-    skip_prompt_formatting custom_instruction
+    parallel_tool_calls skip_prompt_formatting custom_instruction
     token_ids tokens token_rewards logp_sft logp_ref reward sample
     """.split())
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape one; no tokenizer can encode it.

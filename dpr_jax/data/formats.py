@@ -153,8 +153,9 @@ def _from_alpaca(record, extra, where):
     for role, text in zip(("user", "assistant"), pair):
       messages.append({"role": role, "content": text_of({"history": text}, "history", where)})
   prompt = text_of(record, "instruction", where)
-  if context := text_of(record, "input", where, default=""):
-    prompt = f"{prompt}\n\n{context}"
+  for field in ("input", "context"):
+    if context := text_of(record, field, where, default=""):
+      prompt = f"{prompt}\n\n{context}"
   messages.append({"role": "user", "content": prompt})
   return _reply(_Parsed(messages), record, "output", where)
 
@@ -197,7 +198,7 @@ _FORMATS: dict[str, _Format] = {
   "gsm8k": _Format("question", ("answer", "response"), (), _from_question, _is_gsm8k),
   "question_answer": _Format("question", ("answer", "response"), (), _from_question),
   # "text" is the whole example again, as some copies of Alpaca have it.
-  "alpaca": _Format("instruction", ("output", "response"), ("input", "history", "text"),
+  "alpaca": _Format("instruction", ("output", "response"), ("input", "context", "history", "text"),
                     _from_alpaca),
   "prompt_response": _Format("prompt", ("response", "completion", "answer"), (),
                              _from_prompt_response),
@@ -297,8 +298,9 @@ def read_demos(
     gsm8k: {"question", "answer"}, the answer ending in "#### N", which becomes `Demo.answer`. The
       calculator annotations `<<48/2=24>>` are removed: no person wrote them.
     question_answer: {"question", "answer"}, read in the same way, without "#### N" in the first.
-    alpaca: {"instruction", "input", "output"}; a non-empty input follows the instruction after a
-      blank line. Optional "history" as [[user, assistant], ...] comes before.
+    alpaca: {"instruction", "input", "output"}; a non-empty input (or "context", as Dolly has it)
+      follows the instruction after a blank line. Optional "history" as [[user, assistant], ...]
+      comes before.
     prompt_response: {"prompt", "response"}; "completion" or "answer" may stand for "response".
       Prompt and completion may be lists of messages; then the completion alone is trained.
     auto: decided by the first record; every later one must fit.

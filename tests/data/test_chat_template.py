@@ -108,10 +108,15 @@ def test_of_a_template_with_marks_what_it_marks_is_trained():
     len(want["input_ids"]) - size)
 
 
+def test_a_template_that_reads_parts_is_given_parts():
+  parts = LOOP + "{% for p in m.content if p.text %}{{ p.text }}{% endfor %}{{ '<|end|>' }}" \
+    "{% endfor %}" + HEADED + "{% endif %}"
+  assert encoded(parts, TALK)[1] == ["yo<|end|>", "so<|end|>"]
+
+
 def test_a_template_that_passes_over_text_is_refused():
   tokenizer = byte_tokenizer()
-  tokenizer.chat_template = LOOP + "{% for p in m.content if p.text %}{{ p.text }}{% endfor %}" \
-    "{{ '<|end|>' }}{% endfor %}"  # Wants a list of parts.
+  tokenizer.chat_template = LOOP + "{{ '<|end|>' }}{% endfor %}"
   with pytest.raises(UserError, match="the chat template does not write the text of messages"):
     encode_demo(Demo(TALK), tokenizer)
 

@@ -41,6 +41,8 @@ LAYOUTS = [
    [SYSTEM, ASK, REPLY], "Me."),
   ("alpaca", {"instruction": "Who?", "input": "", "output": "Me."}, [ASK, REPLY], "Me."),
   ("alpaca", {"instruction": "Who?", "output": "Me."}, [ASK, REPLY], "Me."),
+  ("alpaca", {"instruction": "Who?", "context": "The king", "response": "Me.", "category": "open"},
+   [{"role": "user", "content": "Who?\n\nThe king"}, REPLY], "Me."),
   ("alpaca", {"instruction": "Who?", "input": "The king", "output": "Me."},
    [{"role": "user", "content": "Who?\n\nThe king"}, REPLY], "Me."),
   ("alpaca",
