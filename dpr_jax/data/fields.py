@@ -48,7 +48,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape one; no tokenizer 
 def present(value: Any) -> Any:
   """The value without its null fields, which every row of an Arrow table has."""
   if isinstance(value, dict):
-    return {k: present(v) for k, v in value.items() if v is not None}
+    return {k: v if type(v) is str else present(v) for k, v in value.items() if v is not None}
   if isinstance(value, list):
     return [present(v) for v in value]
   return value
@@ -139,7 +139,7 @@ def leading_messages(record: Mapping[str, Any], where: str) -> list[Message]:
       content = json.dumps(tools, ensure_ascii=False)
       check_text(content, f"{where}: field 'tools'")
       messages.append({"role": "tools", "content": content})
-  said = [name for name in SYSTEM if text_of(record, name, where, default="")]
+  said = [name for name in SYSTEM if name in record and text_of(record, name, where)]
   if len({record[name] for name in said}) > 1:
     raise UserError(f"{where}: fields {said[0]!r} and {said[1]!r} differ; keep one")
   if said:

@@ -7,6 +7,7 @@ FILE[INDEX] for a JSON list, Parquet or Arrow.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -190,6 +191,10 @@ class _Format:
   read: Callable
   accepts: Callable[[Mapping[str, Any]], bool] = lambda record: True
 
+  @functools.cached_property
+  def known(self) -> frozenset[str]:
+    return fields.COMMON | {self.prompt, *self.responses, *self.fields}
+
 
 # In the order of detection.
 _FORMATS: dict[str, _Format] = {
@@ -231,9 +236,8 @@ def _add_response(parsed: _Parsed, record: Mapping[str, Any], where: str) -> Non
 def _parse(record, format: str, extra: Collection[str], where: str, demo: bool) -> Demo:
   """What a record says; with `demo`, it must have a response."""
   record, spec = fields.present(record), _FORMATS[format]
-  own = {spec.prompt, *spec.responses, *spec.fields}
   parsed = spec.read(record, extra, where)
-  fields.check_known(record, own | fields.COMMON, extra, where)
+  fields.check_known(record, spec.known, extra, where)
   _add_response(parsed, record, where)
   if demo and spec.responses and parsed.messages[-1]["role"] != "assistant":
     text_of(record, spec.responses[0], where)  # Raises: it is missing.
