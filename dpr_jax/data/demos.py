@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,6 +43,13 @@ class Demo:
   def trains_last(self) -> bool:
     """Whether the last message may be imitated."""
     return len(self.messages) - 1 not in self.untrained
+
+
+def as_record(messages: Sequence[Message]) -> dict[str, Any]:
+  """The fields of a record that stand for a conversation."""
+  if messages and messages[0]["role"] == "tools":
+    return {"tools": json.loads(messages[0]["content"]), "messages": list(messages[1:])}
+  return {"messages": list(messages)}
 
 
 def prompt_key(demo: Demo) -> str:

@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from dpr_jax.data.demos import as_record
 from dpr_jax.data.formats import read_demos, read_prompts
 from dpr_jax.data.templates import encode_demo, encode_response, render_prompt
 from dpr_jax.errors import UserError
@@ -149,6 +150,7 @@ def test_tools_calls_and_thoughts_are_what_the_template_writes(tmp_path):
   response = encode_response(demo.messages[-1], demo.prompt, tokenizer, str(template))
   np.testing.assert_array_equal(np.concatenate([prompt, response]), example.tokens)
   assert read_prompts(path)[0][0] == demo.prompt
+  assert only(write(tmp_path / "again.jsonl", as_record(demo.messages))).messages == demo.messages
   # In JSON, as ShareGPT and Arrow files have them, they are the same.
   shared = [{"from": "human", "value": "2+2?"},
             {"from": "function_call", "value": json.dumps(CALL[0]["function"])},
