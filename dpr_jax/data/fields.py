@@ -42,16 +42,20 @@ CARRIED = frozenset("""
     parallel_tool_calls skip_prompt_formatting custom_instruction
     token_ids tokens token_rewards logp_sft logp_ref reward sample
     """.split())
+MAX_DEPTH = 100  # of nested lists and objects.
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape one; no tokenizer can encode it.
 
 
-def present(value: Any) -> Any:
+def present(value: Any, where: str, depth: int = 0) -> Any:
   """The value without its null fields, which every row of an Arrow table has."""
-  if isinstance(value, dict):
-    return {k: v if type(v) is str else present(v) for k, v in value.items() if v is not None}
+  if not isinstance(value, dict | list):
+    return value
+  if depth > MAX_DEPTH:
+    raise UserError(f"{where}: a field is nested more than {MAX_DEPTH} levels deep")
   if isinstance(value, list):
-    return [present(v) for v in value]
-  return value
+    return [present(v, where, depth + 1) for v in value]
+  return {k: v if type(v) is str else present(v, where, depth + 1)
+          for k, v in value.items() if v is not None}
 
 
 def check_known(

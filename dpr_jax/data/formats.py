@@ -235,7 +235,7 @@ def _add_response(parsed: _Parsed, record: Mapping[str, Any], where: str) -> Non
 
 def _parse(record, format: str, extra: Collection[str], where: str, demo: bool) -> Demo:
   """What a record says; with `demo`, it must have a response."""
-  record, spec = fields.present(record), _FORMATS[format]
+  record, spec = fields.present(record, where), _FORMATS[format]
   parsed = spec.read(record, extra, where)
   fields.check_known(record, spec.known, extra, where)
   _add_response(parsed, record, where)
@@ -341,7 +341,7 @@ def read_demos(
   demos, empty, disordered = [], 0, 0
   for record, where in iter_records(path):
     if format == "auto":
-      format = _detect(fields.present(record), where, demos=True)
+      format = _detect(fields.present(record, where), where, demos=True)
     demo = _parse(record, format, extra_fields, where, demo=True)
     try:
       _check_roles(demo.messages, where, last=("assistant",))
@@ -387,7 +387,7 @@ def read_prompts(
   for record, where in iter_records(path):
     spec = _FORMATS.get(format)
     if spec is None or spec.prompt not in record:
-      format = _detect(fields.present(record), where, demos=False)
+      format = _detect(fields.present(record, where), where, demos=False)
     messages = _parse(record, format, ("*",), where, demo=False).prompt
     _check_roles(messages, where, last=("user", "tool"))
     if _empty_turn(messages):

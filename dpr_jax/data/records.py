@@ -49,6 +49,8 @@ def data_files(path: str | pathlib.Path) -> list[pathlib.Path]:
     raise UserError(f"{path}: no such file; {EXPECTED}, or a folder of such files")
   if (path / "dataset_dict.json").is_file():
     splits = sorted(p.name for p in path.iterdir() if p.is_dir())
+    if len(splits) == 1:
+      return data_files(path / splits[0])
     raise UserError(f"{path}: holds the splits {', '.join(splits)}; name the folder of one")
   files = sorted(
       p for p in path.iterdir() if p.is_file() and _suffix(p) and p.name not in _METADATA

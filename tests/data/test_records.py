@@ -79,7 +79,9 @@ def test_a_folder_of_the_datasets_library(tmp_path):
     (split / name).write_text("{}")
   assert rows(split) == ROWS
   (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
-  with pytest.raises(UserError, match="holds the splits train; name the folder of one"):
+  assert rows(tmp_path) == ROWS
+  (tmp_path / "test").mkdir()
+  with pytest.raises(UserError, match="holds the splits test, train; name the folder of one"):
     rows(tmp_path)
   (split / "data-00000-of-00002.arrow").write_bytes(b"ARROW1 and no more")
   with pytest.raises(UserError, match="data-00000-of-00002.arrow: not a readable Arrow file"):
