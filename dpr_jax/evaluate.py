@@ -37,7 +37,7 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string("model", None, "CKPT.", flag_values=values)
   flags.DEFINE_string("benchmark", None, "A kind, module:Class or file.py:Class.",
                       flag_values=values)
-  flags.DEFINE_string("data", "", "JSONL, JSON or Parquet.", flag_values=values)
+  flags.DEFINE_string("data", "", "JSONL, JSON, Parquet or Arrow.", flag_values=values)
   flags.DEFINE_string("output", None, "Folder to write, or to resume.", flag_values=values)
   flags.DEFINE_integer("samples", 1, "Responses per prompt.", lower_bound=1, flag_values=values)
   flags.DEFINE_float("temperature", 0.0, "0 is greedy.", flag_values=values)

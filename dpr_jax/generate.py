@@ -2,7 +2,8 @@ r"""Responses of a model to a file of prompts.
 
     python -m dpr_jax.generate --model=CKPT --input=PROMPTS.jsonl --output=OUT.jsonl
 
-Reads lines {"prompt": str} or {"messages": [...]} (a closing assistant turn is left out) and adds
+Reads lines {"prompt": str}, {"messages": [...]} or any other format of docs/data.md (a response
+that the line has is left out of the prompt) and adds
 "response", "length" (tokens, EOS included) and "hit_eos", false where --max_new_tokens cut the
 response off. With --samples=N each line appears N times, in the order of the prompts.
 
@@ -22,7 +23,7 @@ from dpr_jax.errors import UserError, naming
 
 def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string("model", None, "CKPT.", flag_values=values)
-  flags.DEFINE_string("input", None, "JSONL, JSON or Parquet.", flag_values=values)
+  flags.DEFINE_string("input", None, "JSONL, JSON, Parquet or Arrow.", flag_values=values)
   flags.DEFINE_string("output", None, "JSONL to write; must not exist.", flag_values=values)
   flags.DEFINE_float("temperature", 1.0, "0 is greedy.", flag_values=values)
   flags.DEFINE_integer("top_k", 0, "0 keeps all tokens.", flag_values=values)

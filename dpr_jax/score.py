@@ -2,11 +2,12 @@
 
     python -m dpr_jax.score --sft=CKPT --ref=CKPT --input=IN.jsonl --output=OUT.jsonl
 
-Reads lines {"prompt": str, "response": str} or {"messages": [...]} that end with the assistant, and
-adds to each "tokens", "token_rewards", "logp_sft", "logp_ref" (over the response tokens, EOS
-included) and "reward", their sum. The order of lines is kept. Of lines that dpr_jax.generate wrote,
-"response" is the answer, and may be empty. A line with "hit_eos": false was cut off: its response
-has no EOS. A line with "token_ids" is scored on exactly those.
+Reads lines {"prompt": str, "response": str}, {"messages": [...]} that end with the assistant, or of
+any other format in docs/data.md, and adds to each "tokens", "token_rewards", "logp_sft", "logp_ref"
+(over the response tokens, EOS included) and "reward", their sum. The order of lines is kept. Of
+lines that dpr_jax.generate wrote, "response" is the answer, and may be empty. A line with
+"hit_eos": false was cut off: its response has no EOS. A line with "token_ids" is scored on exactly
+those.
 """
 
 import pathlib
@@ -23,7 +24,7 @@ from dpr_jax.errors import UserError
 def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string("sft", None, "CKPT of pi_sft.", flag_values=values)
   flags.DEFINE_string("ref", None, "CKPT of pi_ref, of the same architecture.", flag_values=values)
-  flags.DEFINE_string("input", None, "JSONL, JSON or Parquet.", flag_values=values)
+  flags.DEFINE_string("input", None, "JSONL, JSON, Parquet or Arrow.", flag_values=values)
   flags.DEFINE_string("output", None, "JSONL to write; must not exist.", flag_values=values)
   flags.DEFINE_string("html", "", "Also write the tokens as a heatmap page.", flag_values=values)
   flags.DEFINE_integer("max_length", 0, "Tokens of prompt and response; 0: the model's.",
@@ -54,13 +55,15 @@ def _read(path: str) -> tuple[list[Any], list[dict[str, Any]]]:
   Raises:
     UserError: as `read_demos`; an empty response, unless it was generated, is an error.
   """
-  from dpr_jax.data.formats import Demo, iter_records, read_demos, read_prompts
+  from dpr_jax.data.demos import Demo
+  from dpr_jax.data.formats import read_demos, read_prompts
+  from dpr_jax.data.records import iter_records
 
   records = list(iter_records(path))
   lines = [record for record, _ in records]
   generated = lambda r: "response" in r and ("hit_eos" in r or "token_ids" in r)
   if not all(map(generated, lines)):
-    return read_demos(path).demos, lines
+    return read_demos(path, extra_fields=("*",)).demos, lines
   demos = []
   for (messages, record), (_, where) in zip(read_prompts(path), records, strict=True):
     response, ended = record["response"], record.get("hit_eos", True)
@@ -100,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
       ids = _given_ids(line, sft.model.cfg.vocab_size, demo.source)
       responses.append(
           np.asarray(ids, np.int32) if ids else encode_response(
-              demo.response, demo.prompt, tokenizer, template, demo.source, demo.ended
+              demo.messages[-1], demo.prompt, tokenizer, template, demo.source, demo.ended
           )
       )
       length = len(prompts[-1]) + len(responses[-1])

@@ -46,13 +46,24 @@ class ModelSection:
 class DataSection:
   """Demonstrations: the built-in tasks, or a file."""
 
-  demos: str = setting("", "JSONL, JSON or Parquet; '' makes demonstrations of the built-in tasks")
+  demos: str = setting(
+      "", "JSONL, JSON, Parquet or Arrow, gzipped or not, or a folder of such files; '' makes "
+      "demonstrations of the built-in tasks"
+  )
   format: str = setting(
       "auto", "format of the file",
-      choices=("auto", "messages", "prompt_response", "alpaca", "sharegpt", "gsm8k"),
+      choices=("auto", "messages", "prompt_response", "alpaca", "sharegpt", "gsm8k",
+               "question_answer"),
   )
   on_empty: str = setting(
       "error", "what to do with a demonstration whose response is empty", choices=("error", "drop")
+  )
+  on_disorder: str = setting(
+      "error", "what to do with a dialogue that begins with the assistant, ends with the user, or "
+      "has two turns of one role in a row", choices=("error", "drop"),
+  )
+  extra_fields: tuple[str, ...] = setting(
+      (), "unknown fields of the file that change nothing and are carried along; '*' for all"
   )
   max_demos: int = setting(0, "number of demonstrations of the file to use; 0 uses all", low=0)
   holdout: int = setting(256, "demonstrations kept for evaluation, disjoint in prompts", low=1)

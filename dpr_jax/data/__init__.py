@@ -1,17 +1,8 @@
 """Demonstrations: files and built-in tasks -> tokens and masks -> packed, endless batches."""
 
 from dpr_jax.data.batches import PromptBatch, SFTBatch
-from dpr_jax.data.formats import (
-  FORMATS,
-  Demo,
-  DemoSet,
-  check_disjoint,
-  iter_records,
-  prompt_key,
-  read_demos,
-  read_prompts,
-  split_holdout,
-)
+from dpr_jax.data.demos import Demo, check_disjoint, prompt_key, split_holdout
+from dpr_jax.data.formats import FORMATS, DemoSet, read_demos, read_prompts
 from dpr_jax.data.loader import (
   Batches,
   Prompts,
@@ -21,6 +12,7 @@ from dpr_jax.data.loader import (
   sft_batches,
 )
 from dpr_jax.data.packing import PackedRows, pack
+from dpr_jax.data.records import iter_records
 from dpr_jax.data.tasks import TASKS, Task, get_task, make_demos, verify
 from dpr_jax.data.templates import (
   Example,

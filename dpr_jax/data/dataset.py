@@ -1,13 +1,16 @@
 """What a run is trained and evaluated on, from the `data` section of its config."""
 
 import dataclasses
+import pathlib
 from typing import TYPE_CHECKING, Any
 
 from dpr_jax import fingerprints
 from dpr_jax.config.sections import DataSection
-from dpr_jax.data.formats import Demo, check_disjoint, read_demos, split_holdout
+from dpr_jax.data.demos import Demo, check_disjoint, split_holdout
+from dpr_jax.data.formats import read_demos
 from dpr_jax.data.loader import Prompts, make_prompts
 from dpr_jax.data.packing import PackedRows, pack
+from dpr_jax.data.records import data_files
 from dpr_jax.data.tasks import TASKS, make_demos
 from dpr_jax.data.templates import encode_demo
 
@@ -38,20 +41,31 @@ class Dataset:
     }
 
 
+def fingerprint(path: str | pathlib.Path) -> str:
+  """blake2b of a file's content, 16 hex digits; of a folder, that of its data files in order."""
+  if not pathlib.Path(path).is_dir():
+    return fingerprints.of_file(path)
+  return fingerprints.of_bytes("".join(map(fingerprint, data_files(path))).encode())
+
+
 def _demos(section: DataSection, seed: int) -> tuple[list[Demo], list[Demo], str, dict[str, Any]]:
   if not section.demos:
     names = section.tasks or tuple(TASKS)
     train = make_demos(names, section.num_demos, seed, corrupt=section.corrupt)
     heldout = make_demos(names, section.holdout, HOLDOUT_SEED, split="heldout")
     return train, heldout, "tasks", {"source": "built-in tasks", "tasks": list(names)}
-  found = read_demos(section.demos, section.format, section.max_demos, section.on_empty)
+  found = read_demos(
+      section.demos, section.format, section.max_demos, section.on_empty, section.on_disorder,
+      section.extra_fields,
+  )
   train, heldout = split_holdout(found.demos, section.holdout, HOLDOUT_SEED)
   benchmark = "gsm8k" if found.format == "gsm8k" else "exact"
   summary = {
       "source": section.demos,
-      "blake2b": fingerprints.of_file(section.demos),
+      "blake2b": fingerprint(section.demos),
       "format": found.format,
       "dropped_empty": found.dropped_empty,
+      "dropped_disordered": found.dropped_disordered,
       "cut_off": sum(not demo.ended for demo in found.demos),
   }
   return train, heldout, benchmark, summary
@@ -71,7 +85,11 @@ def build_dataset(section: DataSection, tokenizer: "PreTrainedTokenizerFast", se
   examples = [encode_demo(demo, tokenizer, section.train_on, section.template) for demo in train]
   rows = pack(examples, section.row_length, section.overlong, seed)
   budget = (tokenizer, section.prompt_length, section.overlong_prompt, section.template)
-  prompts, held = make_prompts(train, *budget), make_prompts(heldout, *budget)
+  # What methods imitate and evaluation compares with is the last turn.
+  prompts, held = (
+      make_prompts([demo for demo in part if demo.trains_last], *budget)
+      for part in (train, heldout)
+  )
   summary |= {
       "demos": len(train),
       "rows": len(rows),

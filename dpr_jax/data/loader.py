@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from dpr_jax.data.batches import PromptBatch, SFTBatch
-from dpr_jax.data.formats import Demo
+from dpr_jax.data.demos import Demo
 from dpr_jax.data.packing import PackedRows
 from dpr_jax.data.templates import render_prompt
 from dpr_jax.errors import UserError

@@ -17,7 +17,7 @@ import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 
-from dpr_jax.data.formats import Demo
+from dpr_jax.data.demos import Demo
 from dpr_jax.errors import UserError
 
 MAX_PROMPT_BYTES, MAX_ANSWER_BYTES = 24, 16

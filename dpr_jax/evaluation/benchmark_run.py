@@ -25,7 +25,7 @@ import numpy as np
 
 from dpr_jax import lock, signals
 from dpr_jax.config.fields import kind_of
-from dpr_jax.data.formats import Demo
+from dpr_jax.data.demos import Demo
 from dpr_jax.data.limits import check_length
 from dpr_jax.data.templates import encode_response, render_prompt
 from dpr_jax.errors import Stopped, UserError
@@ -175,7 +175,7 @@ class BenchmarkRun:
     """Token ids of the demonstrated responses, int32 [T_i]."""
     tokenizer, asked = self.loaded.tokenizer, self.benchmark.prompt
     return [
-        encode_response(d.response, asked(d), tokenizer, self.template, d.source, d.ended)
+        encode_response(d.messages[-1], asked(d), tokenizer, self.template, d.source, d.ended)
         for d in self.demos
     ]
 

@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 
 from dpr_jax.config.fields import kinds, title_of
-from dpr_jax.data.formats import Demo
+from dpr_jax.data.demos import Demo
+from dpr_jax.data.text_ids import text_of_ids, token_texts
 from dpr_jax.evaluation.auc import auc_difference, auc_interval
 from dpr_jax.evaluation.benchmarks.base import Benchmark
 from dpr_jax.evaluation.metrics import GROUPS
 from dpr_jax.evaluation.responses import response_text
-from dpr_jax.evaluation.scoring import TokenScores, token_texts
+from dpr_jax.evaluation.scoring import TokenScores
 from dpr_jax.evaluation.statistics import interval
 from dpr_jax.rewards.base import Scores, apply_reward, needs
 
@@ -92,7 +93,7 @@ def corrupt_responses(
   for demo, tokens in zip(demos, responses, strict=True):
     pools[demo.task].update(int(t) for t in tokens if int(t) not in special)
   known = sorted({t for pool in pools.values() for t in pool})
-  kinds_of = dict(zip(known, map(_kind, token_texts(tokenizer, known))))
+  kinds_of = {t: _kind(text_of_ids([t], tokenizer)) for t in known}
   out = []
   for i, (demo, tokens) in enumerate(zip(demos, responses)):
     rng = np.random.default_rng([seed, i])
@@ -173,10 +174,10 @@ def corruption_records(
         "prompt": demo.prompt[-1]["content"],
         "groups": list(benchmark.groups(demo)),
         "answer": demo.response,
-        "tokens": token_texts(tokenizer, c.tokens),
+        "tokens": token_texts(c.tokens, tokenizer),
         "token_ids": [int(t) for t in c.tokens],
         "position": c.position,
-        "original": token_texts(tokenizer, [c.original])[0],
+        "original": text_of_ids([c.original], tokenizer),
         "rewards": {name: [round(float(x), 6) for x in of[i]] for name, of in rewards.items()},
         "original_rewards": {
             name: round(float(of[i][c.position]), 6) for name, of in originals.items()

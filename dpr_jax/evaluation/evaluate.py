@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dpr_jax.data.demos import as_record
 from dpr_jax.data.loader import Prompts
 from dpr_jax.data.templates import encode_response
 from dpr_jax.evaluation import frontier
@@ -69,7 +70,7 @@ class Evaluation:
   def demonstrated(self) -> list[np.ndarray]:
     """The demonstrated responses, token ids, int32 [T_i]."""
     return [
-        encode_response(d.response, d.prompt, self.run.tokenizer, ended=d.ended)
+        encode_response(d.messages[-1], d.prompt, self.run.tokenizer, ended=d.ended)
         for d in self.prompts.demos
     ]
 
@@ -249,7 +250,7 @@ def write_heatmaps(run: Any) -> None:
     tokens = [t for _, t in items]
     scores = run.scorer.score(run.sft(), run.reference(), prompts.tokens[:n], tokens)
     records = [
-        {"messages": list(d.prompt), "response": text, **score_record(run.tokenizer, t, s)}
+        {**as_record(d.prompt), "response": text, **score_record(run.tokenizer, t, s)}
         for d, (text, t), s in zip(prompts.demos[:n], items, scores, strict=True)
     ]
     if name == "rollouts":

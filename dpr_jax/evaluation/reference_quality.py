@@ -67,7 +67,9 @@ def _measure(run: Any) -> list[dict[str, Any]]:
   n = min(config.eval.reference_prompts, len(data.tokens))
   chosen = np.sort(rng.choice(len(data.tokens), n, replace=False))
   prompts, demos = [data.tokens[i] for i in chosen], [data.demos[i] for i in chosen]
-  right = [encode_response(d.response, d.prompt, run.tokenizer, ended=d.ended) for d in demos]
+  right = [
+      encode_response(d.messages[-1], d.prompt, run.tokenizer, ended=d.ended) for d in demos
+  ]
   fits = fitting(prompts, right, run.model.cfg.max_length)
   corrupted = corrupt_responses(
       [demos[i] for i in fits], [right[i] for i in fits], run.tokenizer, run.stop_ids,

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from dpr_jax import sharding
+from dpr_jax.data.text_ids import token_texts
 from dpr_jax.models.logprobs import token_logprobs
 from dpr_jax.references.base import Reference, combine_logps
 
@@ -107,19 +108,11 @@ class Scorer:
     return out
 
 
-def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
-  """How each token reads on its own; special tokens keep their names."""
-  return [
-      tokenizer.decode([int(t)], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-      for t in tokens
-  ]
-
-
 def score_record(tokenizer: Any, tokens: Sequence[int], scores: TokenScores) -> dict[str, Any]:
   """The fields that `dpr_jax.score` adds to a line; JSON types."""
   rounded = lambda x: [round(float(v), 6) for v in x]
   return {
-      "tokens": token_texts(tokenizer, tokens),
+      "tokens": token_texts(tokens, tokenizer),
       "token_rewards": rounded(scores.token_rewards),
       "logp_sft": rounded(scores.logp_sft),
       "logp_ref": rounded(scores.logp_ref),

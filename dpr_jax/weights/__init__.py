@@ -11,6 +11,7 @@ from dpr_jax.models import ModelConfig
 from dpr_jax.weights import gguf, hf
 from dpr_jax.weights import tokenizer as tokenizer_lib
 from dpr_jax.weights.hf import save_pretrained
+from dpr_jax.weights.peft import Adapter, is_adapter
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
@@ -29,13 +30,19 @@ def _path(path: str | os.PathLike) -> pathlib.Path:
   return path
 
 
+def _base(path: pathlib.Path) -> pathlib.Path:
+  """The base of an adapter; of a model, itself."""
+  return Adapter(path).base if is_adapter(path) else path
+
+
 def load_pretrained(
     path: str | os.PathLike, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[ModelConfig, dict[str, Any]]:
   """Loads a model.
 
   Args:
-    path: a Hugging Face folder (config.json and safetensors) or a .gguf file.
+    path: a Hugging Face folder (config.json and safetensors), a .gguf file, or the folder of a PEFT
+      adapter (LoRA), which is merged into the base that it names.
     dtype: of the parameters; None keeps the stored dtype, float32 for a quantised GGUF.
     mesh: the parameters are sharded over it by the rules of `dpr_jax.sharding`. None means the
       mesh set by `jax.set_mesh`, else the default device. Each process reads the files itself,
@@ -47,13 +54,16 @@ def load_pretrained(
   Raises:
     UserError: the files are missing, damaged or not supported.
   """
-  path = _path(path)
-  return (gguf.load_gguf if path.is_file() else hf.load_hf)(path, dtype, mesh)
+  path, adapted = _path(path), {}
+  if is_adapter(path):
+    adapter = Adapter(path)
+    path, adapted = adapter.base, {"adapted": adapter.of}
+  return (gguf.load_gguf if path.is_file() else hf.load_hf)(path, dtype, mesh, **adapted)
 
 
 def load_config(path: str | os.PathLike) -> ModelConfig:
-  """Reads the ModelConfig of a Hugging Face folder or a .gguf file, without the weights."""
-  path = _path(path)
+  """Reads the ModelConfig of what `load_pretrained` loads, without the weights."""
+  path = _base(_path(path))
   return gguf.load_gguf_config(path) if path.is_file() else hf.load_hf_config(path)
 
 
@@ -64,6 +74,10 @@ def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
     UserError: there is none, or it has tokens for which the model has no embedding.
   """
   path = _path(path)
+  if is_adapter(path) and (path / "tokenizer.json").is_file():
+    tokenizer = tokenizer_lib.from_folder(path)
+    return tokenizer_lib.fit(tokenizer, load_config(path).vocab_size, str(path))
+  path = _base(path)
   return (tokenizer_lib.from_gguf if path.is_file() else tokenizer_lib.from_folder)(path)
 
 
@@ -72,7 +86,7 @@ def load_generation_config(path: str | os.PathLike) -> dict[str, Any]:
 
   `eos_token_id` may be one id or a list of ids.
   """
-  path = _path(path)
+  path = _base(_path(path))
   if path.is_file():
     return tokenizer_lib.generation_from_gguf(path)
   return tokenizer_lib.generation_from_folder(path)

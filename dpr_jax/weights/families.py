@@ -55,6 +55,12 @@ NEUTRAL: Fields = {
     "auto_map": (),
 }
 
+# Flags of parts that every decoder here has: false is no feature that is off.
+PARTS = frozenset("""
+    causal is_causal use_causal_mask rope use_rope use_rotary use_rotary_embeddings rotary
+    use_rms_norm use_norm norm gated_mlp use_glu scale_attn_weights use_attention add_final_norm
+    """.split())
+
 # Fields that every family reads, and the defaults of Llama.
 COMMON = frozenset(
     """

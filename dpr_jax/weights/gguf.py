@@ -5,6 +5,7 @@ that multiply by (1 + w) are stored as 1 + w, and llama3 rope scaling is a tenso
 """
 
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from dpr_jax.weights import hf_config
 from dpr_jax.weights.families import FAMILIES, Family
 from dpr_jax.weights.gguf_file import GGUFFile
 from dpr_jax.weights.names import GGUF, tensor_specs
-from dpr_jax.weights.placement import check_names, fill_params
+from dpr_jax.weights.placement import Source, check_names, fill_params
 
 ROPE_DIVISORS = "rope_freqs.weight"
 
@@ -153,12 +154,16 @@ def load_gguf_config(path: pathlib.Path) -> ModelConfig:
 
 
 def load_gguf(
-    path: pathlib.Path, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
+    path: pathlib.Path,
+    dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    adapted: Callable[[Source, Mapping[str, str]], Source] = lambda source, names: source,
 ) -> tuple[ModelConfig, dict[str, Any]]:
-  """Implements `dpr_jax.weights.load_pretrained` for a .gguf file."""
+  """Implements `dpr_jax.weights.load_pretrained` for a .gguf file; `adapted` as in `hf`."""
   file = GGUFFile(path)
   family = _family(file)
   cfg = _config(file, family)
   specs, source = tensor_specs(cfg, GGUF), _Source(file, cfg, family.gguf.interleaved)
   check_names(source, specs, lambda name: name == ROPE_DIVISORS)
-  return cfg, fill_params(cfg, specs, source, dtype, mesh)
+  names = {spec.name: theirs.name for spec, theirs in zip(tensor_specs(cfg), specs)}
+  return cfg, fill_params(cfg, specs, adapted(source, names), dtype, mesh)

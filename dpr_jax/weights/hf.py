@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from dpr_jax.models import ModelConfig
 from dpr_jax.sharding import to_host
 from dpr_jax.weights import families, hf_config
 from dpr_jax.weights.names import flatten, tensor_specs
-from dpr_jax.weights.placement import check_names, fill_params
+from dpr_jax.weights.placement import Source, check_names, fill_params
 from dpr_jax.weights.safetensors_file import SafetensorsFile, write_safetensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -100,6 +101,9 @@ def _files(folder: pathlib.Path) -> list[tuple[SafetensorsFile, list[str] | None
         raise UserError(f"{index}: weight_map names {file!r}, which does not exist in {folder}")
       if not file.endswith(".safetensors"):
         raise UserError(f"{index}: weight_map names {file!r}; only .safetensors files are read")
+    if (folder / SINGLE).is_file() and SINGLE not in by_file:
+      raise UserError(f"{index}: names other files than {SINGLE}, which lies beside it; remove "
+                      "whichever is stale")
     return [(SafetensorsFile(folder / file), names) for file, names in by_file.items()]
   if (folder / SINGLE).is_file():
     return [(SafetensorsFile(folder / SINGLE), None)]
@@ -115,18 +119,29 @@ def _files(folder: pathlib.Path) -> list[tuple[SafetensorsFile, list[str] | None
 
 
 def load_hf(
-    folder: pathlib.Path, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
+    folder: pathlib.Path,
+    dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    adapted: Callable[[Source, Mapping[str, str]], Source] = lambda source, names: source,
 ) -> tuple[ModelConfig, dict[str, Any]]:
-  """Implements `dpr_jax.weights.load_pretrained` for a folder."""
+  """Implements `dpr_jax.weights.load_pretrained` for a folder.
+
+  Args:
+    adapted: changes the tensors, given also which tensor of the source has which name here.
+  """
   cfg = load_hf_config(folder)
   source = Folder(folder)
   specs = tensor_specs(cfg)
   # Some files also store the head of a tied model.
   copied = {"lm_head.weight"} & set(source.shapes) if cfg.tied_head else set()
+  if not cfg.tied_head and "lm_head.weight" not in source.shapes:
+    raise UserError(f"{folder}: tensor 'lm_head.weight' is missing, but the config has "
+                    "tie_word_embeddings=false; set it to true if the head is the embedding")
   check_names(source, specs, lambda name: name in copied or bool(_IGNORED.fullmatch(name)))
   if copied:
     _check_tied(source)
-  return cfg, fill_params(cfg, specs, source, dtype, mesh)
+  names = {spec.name: spec.name for spec in specs}
+  return cfg, fill_params(cfg, specs, adapted(source, names), dtype, mesh)
 
 
 def _check_tied(source: Folder) -> None:
@@ -238,11 +253,22 @@ def save_pretrained(
   if tokenizer is not None:
     ids = {name: getattr(tokenizer, name) for name in ids}
     tokenizer.save_pretrained(folder)
+    _for_transformers_4(folder / "tokenizer_config.json")
   ids |= {k: v for k, v in (generation_config or {}).items() if k in ids and v is not None}
   config["dtype"] = str(jnp.result_type(*(dtype for dtype, _ in entries.values())))
   write_json(folder / "config.json", {**config, **ids})
   generation = {**{k: v for k, v in ids.items() if v is not None}, **(generation_config or {})}
   write_json(folder / "generation_config.json", generation)
+
+
+def _for_transformers_4(path: pathlib.Path) -> None:
+  """Names the tokenizer's class and its special tokens as versions 4 and 5 both read them."""
+  fields = read_json(path)
+  fields = {k: v for k, v in fields.items() if k not in ("is_local", "local_files_only")}
+  fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+  if isinstance(fields.get("extra_special_tokens"), list):
+    fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+  write_json(path, fields)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

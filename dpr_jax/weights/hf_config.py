@@ -117,6 +117,8 @@ def _refuse_unknown(family: Family, fields: Fields, where: str) -> None:
     if name in known:
       continue
     if name not in families.NEUTRAL:
+      if value is None or (value is False and name not in families.PARTS):
+        continue  # A feature that is off.
       raise UserError(
           f"{where}: {name}={value!r} is not a known field of model_type={family.model_type!r} and "
           "could change what the model computes; remove it if it is irrelevant"

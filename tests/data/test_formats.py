@@ -2,19 +2,12 @@
 
 import json
 import pathlib
-import random
 
 import pytest
 
-from dpr_jax.data.formats import (
-  Demo,
-  check_disjoint,
-  iter_records,
-  prompt_key,
-  read_demos,
-  read_prompts,
-  split_holdout,
-)
+from dpr_jax.data.demos import check_disjoint, split_holdout
+from dpr_jax.data.formats import read_demos, read_prompts
+from dpr_jax.data.records import iter_records
 from dpr_jax.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -41,10 +34,14 @@ LAYOUTS = [
                       {"role": "assistant", "content": "Me."}], "system": "Be brief."},
    [SYSTEM, ASK, REPLY], "Me."),
   ("gsm8k", {"question": "Who?", "answer": "6*7 = <<6*7=42>>42 <<a=b>>now\n#### 42"},
-   [ASK, {"role": "assistant", "content": "6*7 = 42 now\n#### 42"}], "42"),
-  ("gsm8k", {"question": "Who?", "answer": "Me."}, [ASK, REPLY], "Me."),
+   [ASK, {"role": "assistant", "content": "6*7 = 42 <<a=b>>now\n#### 42"}], "42"),
+  ("question_answer", {"question": "Who?", "answer": "Me."}, [ASK, REPLY], "Me."),
+  ("question_answer", {"question": "Who?", "response": "Me.", "system_prompt": "Be brief."},
+   [SYSTEM, ASK, REPLY], "Me."),
   ("alpaca", {"instruction": "Who?", "input": "", "output": "Me."}, [ASK, REPLY], "Me."),
   ("alpaca", {"instruction": "Who?", "output": "Me."}, [ASK, REPLY], "Me."),
+  ("alpaca", {"instruction": "Who?", "context": "The king", "response": "Me.", "category": "open"},
+   [{"role": "user", "content": "Who?\n\nThe king"}, REPLY], "Me."),
   ("alpaca", {"instruction": "Who?", "input": "The king", "output": "Me."},
    [{"role": "user", "content": "Who?\n\nThe king"}, REPLY], "Me."),
   ("alpaca",
@@ -155,9 +152,9 @@ def test_limit_and_on_empty(tmp_path):
 # (records, format, pattern after the place of record 1, the second)
 BAD_RECORDS = [
   ({"prompt": "q"}, "prompt_response", "field 'response' is missing; found \\['prompt'\\]"),
-  ({"prompt": "q", "response": None}, "prompt_response", "field 'response' must be text, got null"),
+  ({"prompt": "q", "response": None}, "prompt_response", "field 'response' is missing"),
   ({"prompt": 7, "response": "r"}, "prompt_response", "field 'prompt' must be text, got a number"),
-  ({"prompt": ["q"], "response": "r"}, "prompt_response", "'prompt' must be text, got a list"),
+  ({"prompt": ["q"], "response": "r"}, "prompt_response", r"prompt\[0\] must be an object, got"),
   ({"prompt": "q", "response": True}, "prompt_response", "'response' must be text, got a boolean"),
   ({"prompt": "q", "response": "r", "answer": 7}, "prompt_response", "'answer' must be text"),
   ({"prompt": "q", "response": "r", "task": 7}, "prompt_response", "'task' must be text"),
@@ -168,8 +165,9 @@ BAD_RECORDS = [
   ({"messages": "hi"}, "messages", "'messages' must be a non-empty list"),
   ({"text": "hi"}, "messages", "field 'messages' is missing; found \\['text'\\]"),
   ({"messages": [ASK, "Me."]}, "messages", r"messages\[1\] must be an object, got text"),
-  ({"messages": [ASK, {"role": "tool", "content": "x"}]}, "messages",
-   r"messages\[1\]: unknown role 'tool'; known: system, user"),
+  ({"messages": [ASK, {"role": "narrator", "content": "x"}]}, "messages",
+   r"messages\[1\]: unknown role 'narrator'; known: system, developer, user"),
+  ({"messages": [ASK, {"role": "tool", "content": "x"}, REPLY]}, "messages", "roles out of order"),
   ({"messages": [ASK, {"role": "assistant"}]}, "messages",
    r"messages\[1\]: field 'content' is missing"),
   ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, REPLY]}, "messages",
@@ -214,12 +212,12 @@ def test_bad_record_is_named_by_its_place(tmp_path, bad, format, pattern):
 def test_bad_record_of_a_parquet_file(tmp_path):
   path = write_parquet(tmp_path / "d.parquet", [
     {"prompt": "q", "response": "r"}, {"prompt": "q", "response": None}])
-  with pytest.raises(UserError, match=r"d\.parquet\[1\]: field 'response' must be text, got null"):
+  with pytest.raises(UserError, match=r"d\.parquet\[1\]: field 'response' is missing"):
     read_demos(path)
 
 
 @pytest.mark.parametrize("name, content, pattern", [
-  ("none.jsonl", None, "no such file; expected .jsonl, .json or .parquet"),
+  ("none.jsonl", None, "no such file; expected .jsonl, .json, .ndjson"),
   ("d.csv", b"a,b", "unknown suffix '.csv'; expected .jsonl"),
   ("d.jsonl", b"", "empty file"),
   ("d.jsonl", b"\n \n", "empty file"),
@@ -278,7 +276,7 @@ def test_read_prompts(tmp_path):
   with pytest.raises(UserError, match="limit=-1"):
     read_prompts(path, limit=-1)
   for bad, pattern in [
-    ({"question": "q"}, r":2: field 'prompt' or 'messages' is missing; found \['question'\]"),
+    ({"text": "q"}, r":2: the fields \['text'\] fit no known format"),
     ({"prompt": " "}, ":2: empty prompt"),
     ({"prompt": 3}, ":2: field 'prompt' must be text"),
     ({"messages": [REPLY]}, ":2: roles out of order .*ending with user"),
@@ -296,69 +294,6 @@ def test_iter_records_is_lazy_after_the_first_records(tmp_path):
   assert next(records) == ({"a": 1}, f"{path}:1")
   with pytest.raises(UserError, match=":2: malformed JSON"):
     next(records)
-
-
-# --- Holding out ---------------------------------------------------------------------------------
-
-
-def demo(prompt: str, response: str = "r", source: str = "") -> Demo:
-  return Demo(({"role": "user", "content": prompt}, {"role": "assistant", "content": response}),
-              source=source)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_split_holdout(seed):
-  rng = random.Random(1000 + seed)
-  prompts = [f"Question {i}" for i in range(150)]
-  # A third of the prompts occurs several times, spelt with other case and spacing.
-  demos = [demo(p, str(i)) for i, p in enumerate(prompts)]
-  for p in prompts[:50]:
-    demos += [demo(f"  {p.upper()}\n"), demo(p.replace(" ", "   "), "again")][: rng.randint(1, 2)]
-  rng.shuffle(demos)
-  train, heldout = split_holdout(demos, 40, seed)
-  check_disjoint(train, heldout)
-  assert 38 <= len(heldout) <= 40 and len(train) + len(heldout) == len(demos)
-  position = {id(d): i for i, d in enumerate(demos)}
-  places = [position[id(d)] for d in train]
-  assert places == sorted(places)  # file order is kept
-  assert not {prompt_key(d) for d in train} & {prompt_key(d) for d in heldout}
-  again = demos[:]
-  rng.shuffle(again)
-  _, reheld = split_holdout(again, 40, seed)
-  assert {id(d) for d in reheld} == {id(d) for d in heldout}  # whatever the order of the file
-  _, other = split_holdout(demos, 40, seed + 1)
-  assert {id(d) for d in other} != {id(d) for d in heldout}
-  # More held out with the same seed begins with what was held out before, duplicates or not.
-  for more in (41, 80, 130, 160):
-    _, larger = split_holdout(demos, more, seed)
-    assert len(larger) > 40 or more == 41
-    assert [id(d) for d in larger[: len(heldout)]] == [id(d) for d in heldout]
-
-
-def test_split_holdout_edges():
-  demos = [demo("a"), demo("a "), demo("A"), demo("b")]
-  assert split_holdout(demos, 0, 0) == (demos, [])
-  train, heldout = split_holdout(demos, 1, 0)
-  assert [prompt_key(d) for d in heldout] == ["b"] and len(train) == 3
-  for holdout in (-1, 4, 9):
-    with pytest.raises(UserError, match=f"^holdout={holdout} must be at least 0 and below 4"):
-      split_holdout(demos, holdout, 0)
-  with pytest.raises(UserError, match="^holdout=2 is smaller than the 3 demonstrations that"):
-    split_holdout(demos[:3], 2, 0)
-
-
-def test_check_disjoint_names_prompt_and_both_places():
-  train = [demo("What is 1 + 1?", source="t.jsonl:4"), demo("other", source="t.jsonl:5")]
-  check_disjoint(train, [demo("What is 1 + 2?")])
-  with pytest.raises(UserError, match=r"h.jsonl:9: .*'what is 1 \+ 1\?'.*t.jsonl:4"):
-    check_disjoint(train, [demo("what  is 1 + 1?\n", source="h.jsonl:9")])
-  # Compatibility forms of a character count as equal (full-width digits).
-  with pytest.raises(UserError):
-    check_disjoint(train, [demo("What is \uff11 + 1?")])
-
-
-def test_prompt_key_looks_at_the_first_user_turn_only():
-  assert prompt_key(Demo((SYSTEM, ASK, REPLY, MORE, END))) == prompt_key(Demo((ASK, REPLY)))
 
 
 # --- Real files ----------------------------------------------------------------------------------

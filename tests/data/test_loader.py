@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpr_jax.data.formats import Demo
+from dpr_jax.data.demos import Demo
 from dpr_jax.data.loader import (
   Batches,
   make_prompts,

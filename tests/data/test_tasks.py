@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from dpr_jax.data.formats import check_disjoint
+from dpr_jax.data.demos import check_disjoint
 from dpr_jax.data.tasks import (
   MAX_ANSWER_BYTES,
   MAX_PROMPT_BYTES,

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from dpr_jax.data.formats import Demo
+from dpr_jax.data.demos import Demo
 from dpr_jax.data.templates import encode_demo, encode_response, render_prompt, stop_ids
 from dpr_jax.errors import UserError
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
@@ -195,9 +195,16 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(families, templates, 
   messages = conversation(random.Random(3), 2)
   with pytest.raises(UserError, match=r"d\.jsonl:7: the chat template rewrites earlier turns"):
     encode_demo(Demo(messages, source="d.jsonl:7"), tokenizer, template=str(path))
-  with pytest.raises(UserError, match=r"p\.jsonl:1: .*only appends"):
-    render_prompt(messages[:3], tokenizer, template=str(path), source="p.jsonl:1")
-  # One turn is fine, and the empty thought belongs to the response.
+  # What sampling sees is fine, and so is the last turn behind it.
+  want = tokenizer.apply_chat_template(
+    messages[:3], chat_template=path.read_text(), add_generation_prompt=True, return_dict=False)
+  assert render_prompt(messages[:3], tokenizer, template=str(path)).tolist() == want
+  last = encode_demo(Demo(messages), tokenizer, "last", template=str(path))
+  assert last.tokens[: len(want)].tolist() == want and not last.loss_mask[: len(want)].any()
+  assert last.loss_mask[len(want) :].all()
+  untrained = encode_demo(Demo(messages, untrained={1}), tokenizer, template=str(path))
+  np.testing.assert_array_equal(untrained.tokens, last.tokens)
+  # With one turn, too, the empty thought belongs to the response.
   one = encode_demo(Demo(messages[:2]), tokenizer, template=str(path))
   response = tokenizer.decode(one.tokens[one.loss_mask == 1])
   assert response == f"<think>\n\n</think>\n\n{messages[1]['content']}<|im_end|>"
@@ -318,6 +325,9 @@ def test_errors_name_what_is_wrong(families, templates, tmp_path):
     encode_demo(Demo(messages[:1] + messages, source="f:5"), tokenizer)
   path = tmp_path / "odd.jinja"
   path.write_text("{{ messages | length }}{% if add_generation_prompt %}: {% endif %}")
+  with pytest.raises(UserError, match="the chat template does not write the text of messages"):
+    encode_demo(Demo(messages, source="f:6"), tokenizer, template=str(path))
+  path.write_text("{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}")
   with pytest.raises(UserError, match="f:6: the chat template's generation prompt is no prefix"):
     encode_demo(Demo(messages, source="f:6"), tokenizer, template=str(path))
   path.write_text("{% for m in messages %}\n{{ m['content'] ")

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from dpr_jax.data.formats import Demo
+from dpr_jax.data.demos import Demo
 from dpr_jax.errors import UserError
 from dpr_jax.evaluation.benchmark_run import BenchmarkRun, EvaluationFolder, pass_at
 from dpr_jax.evaluation.benchmarks.tasks import Tasks

@@ -9,7 +9,7 @@ import pytest
 
 from dpr_jax.config import default_config, resolve
 from dpr_jax.config.fields import kinds
-from dpr_jax.data.formats import Demo
+from dpr_jax.data.demos import Demo
 from dpr_jax.data.tasks import is_heldout
 from dpr_jax.errors import UserError
 from dpr_jax.evaluation.benchmarks import Benchmark

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dpr_jax.data.formats import Demo
+from dpr_jax.data.demos import Demo
 from dpr_jax.data.tasks import TASKS, make_demos, verify
 from dpr_jax.data.templates import encode_response, stop_ids
 from dpr_jax.evaluation import corruption

@@ -112,7 +112,7 @@ def test_peft_computes_the_same(mesh, tokens, rng, tmp_path):
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
   peft = pytest.importorskip("peft")
-  from dpr_jax.weights import save_pretrained
+  from dpr_jax.weights import load_pretrained, save_pretrained
   from dpr_jax.weights.peft import save_adapter
 
   plain = dataclasses.replace(PLAIN, layer_pattern=("global",), window=0)
@@ -125,3 +125,8 @@ def test_peft_computes_the_same(mesh, tokens, rng, tmp_path):
   with torch.no_grad():
     expected = model(torch.from_numpy(np.array(tokens))).logits.numpy()
   np.testing.assert_allclose(logits(cfg, variables, tokens), expected, atol=1e-4)
+  # The folder of the adapter is a model too: its base, named by a path beside it, merged with it.
+  for base in ("../base", str(tmp_path / "base")):
+    save_adapter(tmp_path / "adapter", cfg, variables["lora"], base=base)
+    read, params = load_pretrained(tmp_path / "adapter")
+    np.testing.assert_allclose(logits(read, {"params": params}, tokens), expected, atol=1e-4)

@@ -123,6 +123,26 @@ def test_float32_gguf_equals_the_folder(hf_model, tmp_path, case):
     np.testing.assert_allclose(got[name], leaf, atol=atol, rtol=0, err_msg=str(name))
 
 
+def test_an_adapter_is_merged_into_its_gguf(hf_model, tmp_path, rng):
+  """Under the names of Hugging Face, with the rows of q and k as they are there."""
+  from dpr_jax.models.lora import LoRA, merge
+  from dpr_jax.models.variables import random_variables
+  from dpr_jax.sharding import make_mesh
+  from dpr_jax.weights.peft import save_adapter
+
+  model = hf_model("llama")
+  path = write(tmp_path / "m.gguf", model.config, _state(model))
+  cfg, params = load_pretrained(path)
+  cfg = dataclasses.replace(cfg, lora=LoRA(rank=2, targets=("query", "key", "down")))
+  lora = random_variables(cfg, make_mesh(), jax.random.key(0))["lora"]
+  lora = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), lora)
+  save_adapter(tmp_path / "adapter", cfg, lora, base=str(path))
+  got = jax.tree.leaves(load_pretrained(tmp_path / "adapter")[1])
+  want = jax.tree.leaves(merge({"params": params, "lora": lora}, cfg.lora)["params"])
+  for x, y in zip(got, want, strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_quantised_gguf_holds_the_quantised_weights(hf_model, tmp_path, kind):
   model = hf_model("llama", hidden_size=64, intermediate_size=32)

@@ -145,6 +145,12 @@ def test_exported_folder_is_complete(tmp_path):
   }
   assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == [260, 3]
   chat = [{"role": "user", "content": "Wie geht's? \u00e9\u4e2d\U0001f600"}]
+  # As transformers 4 reads them: a class that it has, and no list of special tokens under the
+  # name that it takes for a mapping.
+  fields = json.loads((tmp_path / "tokenizer_config.json").read_text())
+  assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
+  assert "extra_special_tokens" not in fields
+  assert set(fields["additional_special_tokens"]) == {"<|user|>", "<|assistant|>", "<|system|>"}
   for loaded in (load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)):
     for text in ("a b  c\n", "<|user|>x<|end|>", chat[0]["content"]):
       assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
@@ -328,6 +334,15 @@ BAD = {
   ),
   "weight_map names a missing tensor": (
     lambda f: _index(f, {"model.nothing": "model.safetensors"}), ["'model.nothing' is missing"]
+  ),
+  "a stale index": (
+    lambda f: (shutil.copy(f / "model.safetensors", f / "old.safetensors"),
+               _index(f, {NORM: "old.safetensors"})),
+    ["index.json", "model.safetensors, which lies beside it", "stale"],
+  ),
+  "no head": (
+    lambda f: _edit(f, lambda t: t.pop("lm_head.weight")),
+    ["'lm_head.weight' is missing", "tie_word_embeddings=false; set it to true"],
   ),
   "no weight_map": (lambda f: _index(f, []), ["weight_map must be"]),
   "pickle": (_only_pickle, ["pytorch_model.bin", "pickled"]),

@@ -201,6 +201,8 @@ REFUSED = [
   ("qwen2", {"rope_parameters": {"full_attention": {}}}, "full_attention={}"),
   ("llama", {"num_local_experts": 8}, "num_local_experts=8"),
   ("llama", {"num_experts_per_tok": 2}, "num_experts_per_tok=2"),
+  ("llama", {"use_parallel_residual": True}, "use_parallel_residual=True"),
+  ("llama", {"is_causal": False}, "is_causal=False"),
   ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
   ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
   ("llama", {"attention_multiplier": 2.0}, "attention_multiplier=2.0"),
@@ -258,6 +260,8 @@ def test_neutral_values_are_accepted():
     "attention_bias": False, "mlp_bias": None, "partial_rotary_factor": 1.0,
     "quantization_config": None, "attention_dropout": 0.0, "rope_scaling": {"type": "default"},
     "layer_types": ["full_attention"] * 4, "hidden_act": "silu",
+    # Of no family here; off, they say nothing.
+    "first_k_dense_replace": None, "use_parallel_residual": False, "logits_soft_cap": None,
   }
   assert from_hf(_small(**neutral)) == from_hf(_small())
 

@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from dpr_jax.config.fields import Value, title_of
-from dpr_jax.data.formats import Demo, Message, read_demos
+from dpr_jax.data.demos import Demo, Message
+from dpr_jax.data.formats import read_demos
 from dpr_jax.evaluation.metrics import Column
 
 
@@ -49,7 +50,7 @@ class Benchmark(Value):
     Raises:
       UserError: another format; names the file and line.
     """
-    return read_demos(path, limit=limit).demos
+    return read_demos(path, limit=limit, extra_fields=("*",)).demos
 
   def prompt(self, demo: Demo) -> tuple[Message, ...]:
     """The prompt that `evaluate` uses: messages that end with a user turn."""

@@ -5,7 +5,7 @@ import dataclasses
 import re
 import string
 
-from dpr_jax.data.formats import Demo
+from dpr_jax.data.demos import Demo
 from dpr_jax.evaluation.benchmarks.base import Benchmark
 from dpr_jax.evaluation.metrics import ACCURACY, Column
 

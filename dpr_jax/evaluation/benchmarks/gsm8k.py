@@ -5,7 +5,8 @@ import functools
 import re
 
 from dpr_jax.config.fields import setting
-from dpr_jax.data.formats import prompt_key, read_demos
+from dpr_jax.data.demos import prompt_key
+from dpr_jax.data.formats import read_demos
 from dpr_jax.errors import UserError
 from dpr_jax.evaluation.benchmarks.base import Benchmark
 from dpr_jax.evaluation.benchmarks.exact import differs
@@ -103,7 +104,7 @@ class GSM8K(Benchmark):
 
 def _read(path, limit):
   """Problems whose answer is a number."""
-  demos = read_demos(path, limit=limit).demos
+  demos = read_demos(path, limit=limit, extra_fields=("*",)).demos
   for demo in demos:
     if not _ANY.fullmatch(demo.answer):
       raise UserError(f"{demo.source}: the answer {demo.answer[:40]!r} is not a number; expected a "
