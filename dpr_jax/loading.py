@@ -6,7 +6,6 @@ DIR/sft, DIR/sft@0.5 (a milestone), DIR/dpr, DIR/seed_0/sft.
 
 import dataclasses
 import pathlib
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,17 +14,13 @@ import jax
 from dpr_jax.config.sections import ModelSection, SFTSection
 from dpr_jax.config.values import build
 from dpr_jax.errors import UserError, naming
+from dpr_jax.keys import root_key
 from dpr_jax.models import ModelConfig, Transformer
 from dpr_jax.models.layer_pruning import pruned_params
 from dpr_jax.models.lora import LoRA, split_trainable
 from dpr_jax.models.variables import abstract_variables, cast, random_adapter, random_variables
 from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.workdir import Workdir
-
-
-def root_key(seed: int, name: str) -> jax.Array:
-  """The root key of what is called `name`; keys of different names are unrelated."""
-  return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
 def compute_dtype(dtype: str) -> str:

@@ -20,13 +20,13 @@ from dpr_jax.data.templates import stop_ids
 from dpr_jax.errors import UserError, naming
 from dpr_jax.evaluation.responses import Responder
 from dpr_jax.evaluation.scoring import Scorer
+from dpr_jax.keys import root_key
 from dpr_jax.loading import (
     base_variables,
     compute_dtype,
     describe_checkpoint,
     fresh_adapter,
     load_checkpoint,
-    root_key,
     stage_variables,
 )
 from dpr_jax.methods.base import Method
