@@ -58,10 +58,10 @@ def parse(argv: Sequence[str]):
 
 
 def main(argv: Sequence[str]) -> None:
-  run_config, workdir, compiled = parse(argv)
-  from dpr_jax import distributed
+  from dpr_jax import agreement, distributed
 
   distributed.initialize()
+  run_config, workdir, compiled = agreement.agree(lambda: parse(argv))
   import jax
 
   from dpr_jax import pipeline

@@ -12,6 +12,7 @@ import jax
 from dpr_jax import config as config_lib
 from dpr_jax import sharding
 from dpr_jax import sweep as sweep_lib
+from dpr_jax.agreement import agree, check_shared
 from dpr_jax.compilation_cache import keep_compilations
 from dpr_jax.errors import naming
 from dpr_jax.evaluation.evaluate import evaluate, write_corruption, write_heatmaps
@@ -21,7 +22,7 @@ from dpr_jax.methods.sft import sft_stage
 from dpr_jax.report import gaming, write_report
 from dpr_jax.run import Run, set_up
 from dpr_jax.training.metrics import read_metrics
-from dpr_jax.workdir import Workdir, write_json
+from dpr_jax.workdir import Workdir, code_fingerprint, versions, write_json
 
 
 def make_reference(run: Run) -> None:
@@ -133,7 +134,12 @@ def run(
   with naming("config.mesh"):
     mesh = sharding.make_mesh(section.data, section.fsdp, section.tensor)
   root = Workdir(workdir)
-  root.check(config)
+  agree(
+      lambda: root.check(config),
+      lambda _: {"config": config_lib.to_json(config), "versions": versions(),
+                 "code of dpr_jax": code_fingerprint()},
+  )
+  check_shared(root.path, f"--workdir={workdir}")
   keep_compilations(compilation_cache, default=root.compilations)
   stages = sweep_seed if config.sweep.field else run_stages
   with jax.set_mesh(mesh):

@@ -14,6 +14,7 @@ import tqdm
 
 from dpr_jax import config as config_lib
 from dpr_jax import sharding, weights
+from dpr_jax.agreement import agree
 from dpr_jax.config.fields import kind_class, title_of
 from dpr_jax.data.dataset import Dataset, build_dataset
 from dpr_jax.data.templates import stop_ids
@@ -318,6 +319,24 @@ def set_up(
   Args:
     like: a run set up before, whose data are taken if they are the same.
   """
+  run, record = agree(
+      lambda: _read(config, workdir, mesh, like),
+      lambda made: {
+          "contents of config.data.demos": made[0].data.summary.get("blake2b"),
+          **made[1],
+          "tokens of config.data": made[0].data.fingerprint(),
+      },
+  )
+  workdir.claim(config, **record)
+  if jax.process_index() == 0:
+    run.tokenizer.save_pretrained(workdir.tokenizer)
+  return run
+
+
+def _read(
+    config: config_lib.RunConfig, workdir: Workdir, mesh: jax.sharding.Mesh, like: Run | None
+) -> tuple[Run, dict[str, Any]]:
+  """A run, and what config.json says of its input."""
   workdir.check(config)
   check_mesh(config, mesh)
   for name in config.compare:
@@ -339,9 +358,8 @@ def set_up(
         f"config.eval.skip_prompts={skip} leaves nothing to evaluate on: of config.data.holdout="
         f"{config.data.holdout} there are {found} prompts within config.data.prompt_length"
     )
-  workdir.claim(
-      config,
-      model={
+  record = {
+      "model": {
           "source": config.model.pretrained or "random",
           "pretrained": absolute(config.model.pretrained),
           "generation_config": generation_config,
@@ -349,10 +367,8 @@ def set_up(
           "config": model.cfg.to_dict(),
           "stop_ids": list(ends),
       },
-      data={**data.summary, "template": absolute(config.data.template)},
-      devices={"platform": jax.default_backend(), "count": jax.device_count()},
-      described=describe(config),
-  )
-  if jax.process_index() == 0:
-    tokenizer.save_pretrained(workdir.tokenizer)
-  return Run(config, workdir, mesh, tokenizer, model, ends, data)
+      "data": {**data.summary, "template": absolute(config.data.template)},
+      "devices": {"platform": jax.default_backend(), "count": jax.device_count()},
+      "described": describe(config),
+  }
+  return Run(config, workdir, mesh, tokenizer, model, ends, data), record

@@ -16,6 +16,7 @@ With several seeds, seed_N/ is a whole workdir for each, and report/ is of all o
 a workdir for each of its points, such as beta=0.5/, whose shared stages are links (see sweep.py).
 """
 
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -28,6 +29,7 @@ from typing import Any
 import jax
 
 from dpr_jax import config as config_lib
+from dpr_jax.agreement import PROBE
 from dpr_jax.errors import UserError
 from dpr_jax.sharding import barrier
 
@@ -46,6 +48,15 @@ def versions() -> dict[str, str]:
   for name in _PACKAGES:
     out[name] = importlib.metadata.version(name)
   return out
+
+
+def code_fingerprint() -> str:
+  """blake2b of the package's source files, 16 hex digits."""
+  root = pathlib.Path(__file__).parent
+  digest = hashlib.blake2b(digest_size=8)
+  for path in sorted(root.rglob("*.py")):
+    digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+  return digest.hexdigest()
 
 
 def _finite(value: Any) -> Any:
@@ -128,7 +139,7 @@ class Workdir:
       raise UserError(f"--workdir={self.path} is a file; it must be a folder, or not exist yet")
     if not self.config_file.exists():
       # Written before config.json, by a run that was killed in between.
-      ours = {self.compilations.name, self.config_file.name + ".tmp"}
+      ours = {self.compilations.name, self.config_file.name + ".tmp", PROBE}
       foreign = sorted(p.name for p in self.path.iterdir() if p.name not in ours)
       if foreign:
         raise UserError(

@@ -30,6 +30,14 @@ class Dataset:
   benchmark: str  # kind of the benchmark that fits the demonstrations.
   summary: dict[str, Any]  # counts and origin, for config.json and the report.
 
+  def fingerprint(self) -> str:
+    """blake2b of all tokens, 16 hex digits."""
+    rows, digest = self.rows, hashlib.blake2b(digest_size=8)
+    prompts = (p for kept in (self.prompts, self.heldout) for p in kept.tokens)
+    for array in (rows.tokens, rows.segment_ids, rows.loss_mask, *prompts):
+      digest.update(array.tobytes() + b"|")
+    return digest.hexdigest()
+
 
 def fingerprint(path: str | pathlib.Path) -> str:
   """blake2b of a file's content, 16 hex digits."""
