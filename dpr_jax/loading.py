@@ -5,8 +5,9 @@ DIR/sft, DIR/sft@0.5 (a milestone), DIR/dpr, DIR/seed_0/sft.
 """
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -132,6 +133,21 @@ def _check_pretrained(spec: str, path: pathlib.Path, fraction: str) -> None:
     )
 
 
+def _in_one_line(load: Callable[..., Any]) -> Callable[..., Any]:
+  """Turns what a file that is missing or half written raises into a UserError."""
+
+  @functools.wraps(load)
+  def loaded(spec: str, *args: Any, **kwargs: Any) -> Any:
+    try:
+      return load(spec, *args, **kwargs)
+    except (OSError, LookupError) as e:
+      raise UserError(f"{spec} cannot be read ({type(e).__name__}: {e}); if its run is writing it "
+                      "at the moment, try again") from e
+
+  return loaded
+
+
+@_in_one_line
 def describe_checkpoint(spec: str) -> tuple[ModelConfig, Any]:
   """(ModelConfig, tokenizer) of what a CKPT argument names, without reading weights.
 
@@ -151,6 +167,7 @@ def describe_checkpoint(spec: str) -> tuple[ModelConfig, Any]:
   return weights.load_config(path), weights.load_tokenizer(path)
 
 
+@_in_one_line
 def load_checkpoint(
     spec: str,
     mesh: jax.sharding.Mesh,

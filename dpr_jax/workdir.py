@@ -159,19 +159,25 @@ class Workdir:
   def claim(self, config: config_lib.RunConfig, **facts: Any) -> None:
     """Writes config.json; call `check` first. A resumed run must find the same data.
 
+    Its "versions" are those of now; its "history" has those of every part of the run, in order.
+
     Raises:
       UserError: the demonstrations file has changed since the run began.
     """
     barrier("claim")  # No process is still checking a folder that the first one writes to.
+    now, past = versions(), []
     if self.config_file.exists():
-      old = self.read_config().get("data", {}).get("blake2b")
+      found = self.read_config()
+      past = found.get("history") or [found.get("versions", now)]
+      old = found.get("data", {}).get("blake2b")
       new = facts.get("data", {}).get("blake2b")
       if old != new:
         raise UserError(
             f"config.data.demos={config.data.demos}: the file has changed since the run in "
             f"--workdir={self.path} began ({old} there, {new} now); use a new folder"
         )
-    record = {"config": config_lib.to_json(config), "seed": config.seed, "versions": versions()}
+    record = {"config": config_lib.to_json(config), "seed": config.seed, "versions": now,
+              "history": past if past[-1:] == [now] else [*past, now]}
     try:
       write_json(self.config_file, {**record, **facts})
     except OSError as e:

@@ -139,8 +139,8 @@ class MetricsWriter:
       trained = "no token" if empty else f"{share:.1%} of the tokens"
       print(
           f"{self._stage}: step {step} trained {trained}; the others are masked: rollouts that "
-          "were truncated at max_new_tokens and are left out, or rows without a response. Later steps "
-          "of the kind show in metrics.jsonl only",
+          "were truncated at max_new_tokens and are left out, or rows without a response. Later "
+          "steps of the kind show in metrics.jsonl only",
           file=sys.stderr,
       )
     line = {"step": step, "loss": values.pop("loss"), "tokens": self._tokens}
