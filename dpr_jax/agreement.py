@@ -20,12 +20,15 @@ from dpr_jax.errors import UserError
 
 T = TypeVar("T")
 
-_SECONDS = 600  # One host may read its data from a much slower disk than another.
 PROBE = ".seen_by_all_hosts"
 _rounds = itertools.count()
 
 
-def agree(make: Callable[[], T], facts: Callable[[T], Mapping[str, Any]] = lambda value: {}) -> T:
+def agree(
+    make: Callable[[], T],
+    facts: Callable[[T], Mapping[str, Any]] = lambda value: {},
+    seconds: float = 60.0,
+) -> T:
   """What `make` returns in this process, once all processes have come so far and agree.
 
   Every process must call it the same number of times.
@@ -33,6 +36,7 @@ def agree(make: Callable[[], T], facts: Callable[[T], Mapping[str, Any]] = lambd
   Args:
     facts: what of it must be the same in all processes, as JSON; compared in its order. A nested
       entry is called by its dotted path. Not called in a run of one process.
+    seconds: how long the others may take longer than this process.
 
   Raises:
     UserError: process 0 and another have different facts, or `make` raised in another process.
@@ -49,16 +53,22 @@ def agree(make: Callable[[], T], facts: Callable[[T], Mapping[str, Any]] = lambd
     own = e
     kind = "" if isinstance(e, UserError) else f"stopped by {type(e).__name__}: "
     mine = {"error": f"process {process}: {kind}{e}"}
-  board = _Board(f"dpr_jax/agreement/{next(_rounds)}")
+  board = _Board(f"dpr_jax/agreement/{next(_rounds)}", seconds)
   if process == 0:
     board.put("lead", mine)
-    others = [board.get(f"of_{i}", i) for i in range(1, processes)]
-    found = next(filter(None, [mine.get("error"), *others]), "")
+    others = (board.get(f"of_{i}", i) for i in range(1, processes))
+    try:
+      found = next(filter(None, itertools.chain([mine.get("error")], others)), "")
+    except UserError as e:
+      found = str(e)
     board.put("result", found)
   else:
-    lead = board.get("lead", 0)
-    board.put(f"of_{process}", mine.get("error") or _difference(lead, mine, process))
-    found = board.get("result", 0)
+    try:
+      lead = board.get("lead", 0)
+      board.put(f"of_{process}", mine.get("error") or _difference(lead, mine, process))
+      found = board.get("result", 0)
+    except UserError as e:
+      found = str(e)
   if own is not None:
     raise own
   if found:
@@ -135,8 +145,9 @@ def _difference(lead: Mapping[str, Any], mine: Mapping[str, Any], process: int) 
 class _Board:
   """Values that processes leave for each other at the coordination service."""
 
-  def __init__(self, prefix: str):
+  def __init__(self, prefix: str, seconds: float):
     self._client, self._prefix = distributed.global_state.client, prefix
+    self._seconds = seconds
 
   def put(self, name: str, value: Any) -> None:
     self._client.key_value_set(f"{self._prefix}/{name}", json.dumps(value))
@@ -148,8 +159,10 @@ class _Board:
       UserError: it does not in time.
     """
     try:
-      return json.loads(self._client.blocking_key_value_get(f"{self._prefix}/{name}",
-                                                            1000 * _SECONDS))
+      # Process 0 answers after it has waited for all others.
+      milliseconds = round(1000 * self._seconds * (2 if name == "result" else 1))
+      found = self._client.blocking_key_value_get(f"{self._prefix}/{name}", milliseconds)
     except jax.errors.JaxRuntimeError as e:
       raise UserError(f"process {process} has not come as far as process {_processes()[0]} "
-                      f"within {_SECONDS} s: {str(e):.100}") from None
+                      f"within {self._seconds:g} s: {str(e):.100}") from None
+    return json.loads(found)

@@ -326,6 +326,7 @@ def set_up(
           **made[1],
           "tokens of config.data": made[0].data.fingerprint(),
       },
+      seconds=600.0,  # One host may read its data from a much slower disk than another.
   )
   workdir.claim(config, **record)
   if jax.process_index() == 0:
