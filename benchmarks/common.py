@@ -18,6 +18,7 @@ from dpr_jax import config as config_lib
 from dpr_jax import sharding
 from dpr_jax.config.files import load_config
 from dpr_jax.errors import UserError
+from dpr_jax.keys import make_key
 from dpr_jax.loading import compute_dtype
 from dpr_jax.models import ModelConfig, Transformer
 from dpr_jax.models.lora import LoRA
@@ -122,7 +123,7 @@ def load_model(
   how = {"dtype": dtype, "remat": args.remat, "lora": LoRA(rank=args.lora_rank),
          "logits_budget": args.logits_budget}
   base_dtype = "float32" if training and not args.lora_rank else dtype
-  rng = jax.random.key(args.seed)
+  rng = make_key(args.seed)
   if args.model:
     from dpr_jax.loading import load_checkpoint
 

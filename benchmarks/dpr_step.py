@@ -29,6 +29,7 @@ from dpr_jax import cli, sharding
 from dpr_jax.config import OptimizerConfig
 from dpr_jax.data.batches import PromptBatch
 from dpr_jax.errors import UserError
+from dpr_jax.keys import make_key
 from dpr_jax.losses import make_reinforce_loss
 from dpr_jax.losses.reinforce import reinforce_batch
 from dpr_jax.models import Transformer
@@ -82,7 +83,7 @@ class Workload(common.Workload):
     self.ref = {**frozen, **moved(cast(trainable, cfg.dtype), 1.01)}
     # Without a control to carry: the state that the train step and all whole steps take.
     step = make_train_step(make_reinforce_loss(self.model), self.optimizer)
-    self.state = step.init(trainable, jax.random.key(args.seed), frozen)
+    self.state = step.init(trainable, make_key(args.seed), frozen)
     del trainable
     shape = (args.batch // args.samples, args.prompt)
     tokens = np.random.default_rng(args.seed + 1).integers(0, cfg.vocab_size, shape, dtype=np.int32)
@@ -91,7 +92,7 @@ class Workload(common.Workload):
     self.own = sharding.place(
         jax.tree.map(lambda x: np.repeat(x, args.samples, axis=0), few), self.mesh
     )
-    self.key = jax.random.key(args.seed + 2)
+    self.key = make_key(args.seed + 2)
     self.first_key = jax.random.fold_in(self.key, 0)  # That of step 0.
     tricks = Tricks(args.slots, args.samples)
     self.main_parts = None

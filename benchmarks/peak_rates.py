@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import protocol
+from dpr_jax.keys import make_key
 from dpr_jax.loading import compute_dtype
 
 
@@ -24,7 +25,7 @@ class PeakRates:
     self.bytes = (megabytes or (512 if on_cpu else 2048)) << 20
 
   def setup(self) -> dict:
-    a = jax.random.normal(jax.random.key(0), (self.size, self.size), jnp.float32)
+    a = jax.random.normal(make_key(0), (self.size, self.size), jnp.float32)
     a = a.astype(self.dtype)
     x = jnp.ones((self.bytes // 4,), jnp.float32)
     product = jax.jit(lambda a: a @ a)

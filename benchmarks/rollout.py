@@ -19,12 +19,14 @@ next row when a response ends; `wide`, all rows at once, with the memory that ta
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common, counts, rounds
 from dpr_jax import cli, sharding
 from dpr_jax.data.batches import PromptBatch
 from dpr_jax.errors import UserError
+from dpr_jax.keys import make_key, row_keys
 from dpr_jax.rollout.sampler import generate
 
 
@@ -43,7 +45,7 @@ class Workload(common.Workload):
     self.model, self.variables = common.load_model(args, self.mesh, training=False)
     cfg = self.model.cfg
     common.check_length(cfg, args.prompt + args.new)
-    self.key = jax.random.key(args.seed)
+    self.key = make_key(args.seed)
     self.results = {}
     self.programs = {}
     stops = skewed_stops(cfg.vocab_size, args.skew, args.seed) if args.skew else ()
@@ -98,27 +100,27 @@ class Workload(common.Workload):
   def sampler(self, name, parts, *, new, stop_ids=(), **how):
     """A variant: one program, called for each part."""
     program = jax.jit(
-        lambda variables, prompts, first_row: generate(
-            self.model, (variables,), prompts, self.key, max_new_tokens=new, stop_ids=stop_ids,
-            first_row=first_row, **how,
+        lambda variables, prompts, keys: generate(
+            self.model, (variables,), prompts, keys, max_new_tokens=new, stop_ids=stop_ids, **how
         )
     )
-    first_rows = np.cumsum([0] + [len(part.lengths) for part in parts[:-1]]).astype(np.int32)
+    rows = [len(part.lengths) * how.get("samples_per_prompt", 1) for part in parts]
+    keys = jnp.split(row_keys(self.key, sum(rows)), np.cumsum(rows)[:-1])
     parts = [sharding.place(part, self.mesh) for part in parts]
-    self.programs[name] = (program, parts[0])
+    self.programs[name] = (program, parts[0], keys[0])
 
     def call():
       # Parts of one batch: however it is split, the responses are the same.
       self.results[name] = [
-          program(self.variables, part, first) for part, first in zip(parts, first_rows)
+          program(self.variables, part, own) for part, own in zip(parts, keys, strict=True)
       ]
       return self.results[name]
 
     return call
 
   def compiled(self):
-    return {name: program.lower(self.variables, part, np.int32(0)).compile()
-            for name, (program, part) in self.programs.items()}
+    return {name: program.lower(self.variables, part, keys).compile()
+            for name, (program, part, keys) in self.programs.items()}
 
   def finish(self):
     facts = super().finish()

@@ -8,13 +8,13 @@ weights of the same shape: a plain torch loop, TRL's SFTTrainer, Tunix's PeftTra
 
 import sys
 
-import jax
 import numpy as np
 
 from benchmarks import common, counts, rounds
 from dpr_jax import cli, sharding
 from dpr_jax.config import OptimizerConfig
 from dpr_jax.data.batches import SFTBatch
+from dpr_jax.keys import make_key
 from dpr_jax.losses import make_sft_loss
 from dpr_jax.models.logprobs import chunk_columns
 from dpr_jax.models.lora import split_trainable
@@ -36,7 +36,7 @@ class Workload(common.Workload):
     )
     trainable, frozen = split_trainable(variables)
     del variables
-    self.state = self.step.init(trainable, jax.random.key(args.seed), frozen)
+    self.state = self.step.init(trainable, make_key(args.seed), frozen)
     shape = (args.batch, args.length)
     tokens = np.random.default_rng(args.seed).integers(0, cfg.vocab_size, shape, dtype=np.int32)
     self.batch = sharding.place(

@@ -27,6 +27,7 @@ from dpr_jax.cli import models as models_cli
 from dpr_jax.cli.flags import flag_value
 from dpr_jax.cli.values import define_fields, make_value, value_class
 from dpr_jax.errors import UserError, naming
+from dpr_jax.keys import MAX_SEED
 
 BENCHMARKS, METRICS = "dpr_jax.evaluation.benchmarks", "dpr_jax.evaluation.metrics"
 # What a benchmark that only scores demonstrated responses has no use for.
@@ -49,7 +50,8 @@ def define(values: flags.FlagValues) -> None:
                             flag_values=values)
   flags.DEFINE_integer("max_prompts", 0, "The first so many of the data; 0 takes all.",
                        lower_bound=0, flag_values=values)
-  flags.DEFINE_integer("seed", 0, "Of the sampling.", lower_bound=0, flag_values=values)
+  flags.DEFINE_integer("seed", 0, "Of the sampling.", lower_bound=0, upper_bound=MAX_SEED,
+                       flag_values=values)
   flags.DEFINE_list("metrics", ["length", "eos_rate"], "Of each response: kinds, module:Class or "
                     "file.py:Class, separated by commas.", flag_values=values)
   models_cli.define_model_flags(values, "Responses decoded, or scored,")

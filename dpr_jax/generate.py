@@ -19,6 +19,7 @@ from absl import flags
 from dpr_jax import cli
 from dpr_jax.cli import models as models_cli
 from dpr_jax.errors import UserError, naming
+from dpr_jax.keys import MAX_SEED
 
 
 def define(values: flags.FlagValues) -> None:
@@ -32,7 +33,8 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_multi_string("stop", [], "Ends a response at this text, which is left out; may be "
                             "repeated.", flag_values=values)
   flags.DEFINE_integer("samples", 1, "Responses per prompt.", lower_bound=1, flag_values=values)
-  flags.DEFINE_integer("seed", 0, "Of the sampling.", flag_values=values)
+  flags.DEFINE_integer("seed", 0, "Of the sampling.", lower_bound=0, upper_bound=MAX_SEED,
+                       flag_values=values)
   models_cli.define_model_flags(values, "Responses decoded")
 
 
@@ -46,11 +48,11 @@ def main(argv: Sequence[str]) -> None:
   from dpr_jax.data.formats import read_prompts
 
   items = read_prompts(values.input)
-  import jax
 
   from dpr_jax.data.limits import check_length
   from dpr_jax.data.templates import render_prompt
   from dpr_jax.evaluation.responses import Responder, response_text
+  from dpr_jax.keys import make_key
   from dpr_jax.loading import load_checkpoint
   from dpr_jax.rollout import Sampling
   from dpr_jax.rollout.stop_strings import check_stop_strings
@@ -83,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
     )
     with models_cli.bar("generate", len(prompts) * values.samples, "response") as progress:
       responses = responder.respond(
-          (loaded.variables,), prompts, jax.random.key(values.seed), sampling=sampling,
+          (loaded.variables,), prompts, make_key(values.seed), sampling=sampling,
           samples_per_prompt=values.samples, on_batch=progress.update,
       )
   records = []

@@ -5,9 +5,9 @@ DIR/sft, DIR/sft@0.5 (a milestone), DIR/dpr, DIR/seed_0/sft.
 """
 
 import dataclasses
+import functools
 import pathlib
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,17 +16,13 @@ from dpr_jax import fingerprints, inputs
 from dpr_jax.config.sections import ModelSection, SFTSection
 from dpr_jax.config.values import build
 from dpr_jax.errors import UserError, naming
+from dpr_jax.keys import root_key
 from dpr_jax.models import ModelConfig, Transformer
 from dpr_jax.models.layer_pruning import pruned_params
 from dpr_jax.models.lora import LoRA, split_trainable
 from dpr_jax.models.variables import abstract_variables, cast, random_adapter, random_variables
 from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.workdir import Workdir
-
-
-def root_key(seed: int, name: str) -> jax.Array:
-  """The root key of what is called `name`; keys of different names are unrelated."""
-  return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
 def compute_dtype(dtype: str) -> str:
@@ -157,6 +153,21 @@ def fingerprint_checkpoint(spec: str) -> dict[str, str]:
   return inputs.pretrained_files(path)
 
 
+def _in_one_line(load: Callable[..., Any]) -> Callable[..., Any]:
+  """Turns what a file that is missing or half written raises into a UserError."""
+
+  @functools.wraps(load)
+  def loaded(spec: str, *args: Any, **kwargs: Any) -> Any:
+    try:
+      return load(spec, *args, **kwargs)
+    except (OSError, LookupError) as e:
+      raise UserError(f"{spec} cannot be read ({type(e).__name__}: {e}); if its run is writing it "
+                      "at the moment, try again") from e
+
+  return loaded
+
+
+@_in_one_line
 def describe_checkpoint(spec: str) -> tuple[ModelConfig, Any]:
   """(ModelConfig, tokenizer) of what a CKPT argument names, without reading weights.
 
@@ -176,6 +187,7 @@ def describe_checkpoint(spec: str) -> tuple[ModelConfig, Any]:
   return weights.load_config(path), weights.load_tokenizer(path)
 
 
+@_in_one_line
 def load_checkpoint(
     spec: str,
     mesh: jax.sharding.Mesh,

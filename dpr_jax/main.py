@@ -68,10 +68,10 @@ def parse(argv: Sequence[str]):
 
 @cli.readable
 def main(argv: Sequence[str]) -> None:
-  run_config, how = parse(argv)
-  from dpr_jax import distributed
+  from dpr_jax import agreement, distributed
 
   distributed.initialize()
+  run_config, how = agreement.agree(lambda: parse(argv))
   import jax
 
   from dpr_jax import pipeline

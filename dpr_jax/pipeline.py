@@ -3,6 +3,7 @@
 For one seed or several, and for one config or the points of a sweep.
 """
 
+import contextlib
 import dataclasses
 import sys
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 from dpr_jax import config as config_lib
 from dpr_jax import sharding
 from dpr_jax import sweep as sweep_lib
+from dpr_jax.agreement import agree, check_shared
 from dpr_jax.changes import record_changes
 from dpr_jax.compilation_cache import keep_compilations
 from dpr_jax.errors import naming
@@ -24,7 +26,7 @@ from dpr_jax.report import gaming, write_report
 from dpr_jax.run import Run, set_up
 from dpr_jax.training.checkpoints import DamagedCheckpoint, make_way
 from dpr_jax.training.metrics import read_metrics
-from dpr_jax.workdir import Workdir, write_json
+from dpr_jax.workdir import Workdir, code_fingerprint, versions, write_json
 
 
 def make_reference(run: Run) -> None:
@@ -140,8 +142,11 @@ def run(
   with naming("config.mesh"):
     mesh = sharding.make_mesh(section.data, section.fsdp, section.tensor)
   root = Workdir(workdir)
-  if not with_changes:
-    root.check(config)
+  agree(
+      lambda: None if with_changes else root.check(config),
+      lambda _: {"config": config_lib.to_json(config), "versions": versions(),
+                 "code of dpr_jax": code_fingerprint()},
+  )
 
   def finish(config: config_lib.RunConfig, workdir: Workdir) -> dict[str, Any]:
     """All stages of one seed; a damaged checkpoint of a finished one is trained again."""
@@ -154,10 +159,13 @@ def run(
           raise
         make_way(damaged)
 
-  with locked(root.path, "--workdir"), jax.set_mesh(mesh):
+  with contextlib.ExitStack() as held:
+    agree(lambda: held.enter_context(locked(root.path, "--workdir")))
+    held.enter_context(jax.set_mesh(mesh))
+    check_shared(root.path, f"--workdir={workdir}")
     if with_changes:
       record_changes(root, config)
-    root.check(config)  # Another run may have begun before this one held the lock.
+    agree(lambda: root.check(config))  # Another run may have begun before this one held the lock.
     keep_compilations(compilation_cache, default=root.compilations)
     if config.seeds == 1:
       return finish(config, root)

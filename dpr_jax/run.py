@@ -15,12 +15,14 @@ import tqdm
 
 from dpr_jax import config as config_lib
 from dpr_jax import inputs, sharding, weights
+from dpr_jax.agreement import agree
 from dpr_jax.config.fields import kind_class, title_of
 from dpr_jax.data.dataset import Dataset, build_dataset
 from dpr_jax.data.templates import stop_ids
 from dpr_jax.errors import UserError, naming
 from dpr_jax.evaluation.responses import Responder
 from dpr_jax.evaluation.scoring import Scorer
+from dpr_jax.keys import root_key
 from dpr_jax.loading import (
     base_variables,
     compute_dtype,
@@ -28,7 +30,6 @@ from dpr_jax.loading import (
     fingerprint_checkpoint,
     fresh_adapter,
     load_checkpoint,
-    root_key,
     split_checkpoint,
     stage_variables,
 )
@@ -325,6 +326,25 @@ def set_up(
   Args:
     like: a run set up before, whose data are taken if they are the same.
   """
+  run, record = agree(
+      lambda: _read(config, workdir, mesh, like),
+      lambda made: {
+          "contents of config.data.demos": made[0].data.summary.get("blake2b"),
+          **made[1],
+      },
+      seconds=600.0,  # One host may read its data from a much slower disk than another.
+  )
+  copied = workdir.has_tokenizer()
+  workdir.claim(config, **record)
+  if jax.process_index() == 0 and not copied:
+    workdir.record(*inputs.save_tokenizer(run.tokenizer, workdir.tokenizer))
+  return run
+
+
+def _read(
+    config: config_lib.RunConfig, workdir: Workdir, mesh: jax.sharding.Mesh, like: Run | None
+) -> tuple[Run, dict[str, Any]]:
+  """A run, and what config.json says of its input."""
   workdir.check(config)
   check_mesh(config, mesh)
   for name in config.compare:
@@ -333,9 +353,8 @@ def set_up(
                       "workdir; use letters, digits and _, and none of its own names")
   workdir.set_aside_damaged()
   then = workdir.read_config().get("inputs", {}) if workdir.config_file.exists() else {}
-  copied = bool(then) and (workdir.tokenizer / "tokenizer.json").is_file()
   day = datetime.date.fromisoformat(then.get("date", datetime.date.today().isoformat()))
-  tokenizer = workdir.load_tokenizer() if copied else inputs.make_tokenizer(
+  tokenizer = workdir.load_tokenizer() if workdir.has_tokenizer() else inputs.make_tokenizer(
       config.model.pretrained, config.data.template, day
   )
   tokenizer, model, ends, generation_config = build_model(config, tokenizer)
@@ -363,10 +382,9 @@ def set_up(
     if name not in then or split_checkpoint(spec)[0].exists():  # Else it has moved.
       with naming(name):
         found[name] = fingerprint_checkpoint(spec)
-  workdir.claim(
-      config,
-      inputs={**then, **found},
-      model={
+  record = {
+      "inputs": {**then, **found},
+      "model": {
           "source": config.model.pretrained or "random",
           "pretrained": absolute(config.model.pretrained),
           "generation_config": generation_config,
@@ -374,10 +392,8 @@ def set_up(
           "config": model.cfg.to_dict(),
           "stop_ids": list(ends),
       },
-      data={**data.summary, "template": absolute(config.data.template)},
-      devices={"platform": jax.default_backend(), "count": jax.device_count()},
-      described=describe(config),
-  )
-  if jax.process_index() == 0 and not copied:
-    workdir.record(*inputs.save_tokenizer(tokenizer, workdir.tokenizer))
-  return Run(config, workdir, mesh, tokenizer, model, ends, data)
+      "data": {**data.summary, "template": absolute(config.data.template)},
+      "devices": {"platform": jax.default_backend(), "count": jax.device_count()},
+      "described": describe(config),
+  }
+  return Run(config, workdir, mesh, tokenizer, model, ends, data), record

@@ -20,6 +20,7 @@ a workdir for each of its points, such as beta=0.5/, whose shared stages are lin
 """
 
 import base64
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -35,6 +36,7 @@ import jax
 
 from dpr_jax import config as config_lib
 from dpr_jax import fingerprints, lock, weights
+from dpr_jax.agreement import PROBE, agree
 from dpr_jax.errors import UserError
 from dpr_jax.sharding import barrier
 
@@ -54,6 +56,15 @@ def versions() -> dict[str, str]:
   for name in _PACKAGES:
     out[name] = importlib.metadata.version(name)
   return out
+
+
+def code_fingerprint() -> str:
+  """blake2b of the package's source files, 16 hex digits."""
+  root = pathlib.Path(__file__).parent
+  digest = hashlib.blake2b(digest_size=8)
+  for path in sorted(root.rglob("*.py")):
+    digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+  return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -220,13 +231,14 @@ class Workdir:
                       "(python -m dpr_jax.main) again, which makes it again")
     return weights.load_tokenizer(self.tokenizer)
 
-  def set_aside_damaged(self) -> None:
-    """Renames finished files that were emptied, cut or edited, so that they are made again.
+  def has_tokenizer(self) -> bool:
+    """Whether the run has copied its tokenizer."""
+    if not (self.tokenizer / "tokenizer.json").is_file() or not self.config_file.exists():
+      return False
+    return bool(self.read_config().get("inputs"))
 
-    Raises:
-      UserError: the metrics of a finished stage are damaged, which only training makes again; or a
-        file cannot be read.
-    """
+  def _damaged(self) -> list[tuple[pathlib.Path, str]]:
+    """Files to set aside, and why; raises as `set_aside_damaged`."""
     try:
       found = list(self._changed())
     except OSError as e:
@@ -238,7 +250,16 @@ class Workdir:
             f"{path}: {why}; restore it from a copy, or train the stage again: mv {stage} "
             f"{stage}.damaged and run the same command"
         )
-    barrier("finished files")
+    return found
+
+  def set_aside_damaged(self) -> None:
+    """Renames finished files that were emptied, cut or edited, so that they are made again.
+
+    Raises:
+      UserError: the metrics of a finished stage are damaged, which only training makes again; or a
+        file cannot be read.
+    """
+    found = agree(self._damaged, seconds=600.0)
     for path, why in found if jax.process_index() == 0 else ():
       path = self.tokenizer if path.parent == self.tokenizer else path
       if path.exists() and path.name != "metrics.jsonl":
@@ -267,7 +288,7 @@ class Workdir:
       raise UserError(f"--workdir={self.path} is a file; it must be a folder, or not exist yet")
     if not self.config_file.exists():
       # Written before config.json, by a run that was killed in between.
-      ours = {self.compilations.name, self.config_file.name + ".tmp"}
+      ours = {self.compilations.name, self.config_file.name + ".tmp", PROBE}
       foreign = sorted(
           p.name for p in self.path.iterdir()
           if p.name not in ours and not p.name.startswith(lock.FILE)
@@ -294,16 +315,21 @@ class Workdir:
     Args:
       facts: `inputs` are fingerprints by what they are of, for messages: a str, or one per file.
 
+    Its "versions" are those of now; its "history" has those of every part of the run, in order.
+
     Raises:
       UserError: the demonstrations, the weights, the tokenizer or a template have changed since
         the run began, or give other tokens.
     """
     barrier("claim")  # No process is still checking a folder that the first one writes to.
+    now, past = versions(), []
     if self.config_file.exists():
       before = self.read_config()
+      past = before.get("history") or [before.get("versions", now)]
       facts |= {name: before[name] for name in ("changes",) if name in before}
       check_inputs(before, facts, f"--workdir={self.path}")
-    record = {"config": config_lib.to_json(config), "seed": config.seed, "versions": versions()}
+    record = {"config": config_lib.to_json(config), "seed": config.seed, "versions": now,
+              "history": past if past[-1:] == [now] else [*past, now]}
     try:
       write_json(self.config_file, {**record, **facts})
     except OSError as e:

@@ -93,15 +93,33 @@ def new_folder(flag: str, path: str) -> pathlib.Path:
   return target
 
 
+def _given(values: flags.FlagValues) -> dict[str, Any]:
+  """What all processes must be given: the flags, and the contents of the files of data."""
+  from dpr_jax.data.dataset import fingerprint
+
+  facts = {f"--{name}": value for name, value in values.flag_values_dict().items()}
+  for name in ("input", "data", "template"):
+    path = facts.get(f"--{name}")
+    if path and pathlib.Path(path).is_file():
+      facts[f"contents of --{name}={path}"] = fingerprint(path)
+  return facts
+
+
 @contextlib.contextmanager
 def model_mesh(values: flags.FlagValues) -> Iterator[tuple[Any, str]]:
-  """Sets the mesh that --mesh names; yields (mesh, compute dtype)."""
+  """Sets the mesh that --mesh names; yields (mesh, compute dtype).
+
+  Raises:
+    UserError: a wrong --mesh or --batch_size, or processes that were given different things.
+  """
   import jax
 
   from dpr_jax import distributed, sharding
+  from dpr_jax.agreement import agree
   from dpr_jax.loading import compute_dtype
 
   distributed.initialize()
+  agree(lambda: None, lambda _: _given(values))
   compilation_cache.keep_compilations(values.compilation_cache)
   try:
     data, fsdp, tensor = (int(x) for x in values.mesh.split(","))

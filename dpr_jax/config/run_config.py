@@ -19,6 +19,7 @@ from dpr_jax.config.sections import (
 )
 from dpr_jax.config.values import Config, build, get_path, to_config, to_json
 from dpr_jax.errors import UserError
+from dpr_jax.keys import MAX_SEED
 from dpr_jax.models.config import COMPUTATION
 
 
@@ -27,7 +28,7 @@ class RunConfig:
   """The fields of a run: its seeds, its reference, its methods, and the sections below."""
 
   seed: int = setting(
-      0, "seed of the data order, the initial weights and sampling", low=0, high=2**63 - 1
+      0, "seed of the data order, the initial weights and sampling", low=0, high=MAX_SEED
   )
   seeds: int = setting(
       1, "number of seeds, counted up from `seed`; each gets a workdir of its own", low=1
@@ -131,6 +132,9 @@ def _check_columns(run: RunConfig) -> None:
 
 def _check_sections(run: RunConfig) -> None:
   """Fields of different sections that contradict each other."""
+  if run.seed + run.seeds - 1 > MAX_SEED:
+    raise UserError(f"config.seed={run.seed} leaves no room for config.seeds={run.seeds}; the last "
+                    f"one must be at most {MAX_SEED}")
   if run.model.keep_layers and not run.model.pretrained:
     raise UserError(f"config.model.keep_layers={run.model.keep_layers} chooses among layers of "
                     "config.model.pretrained; set config.model.shape.num_layers of a random model")

@@ -4,7 +4,7 @@
     responses.jsonl  one line per prompt and sample, in the order of the data
     results.json     means and intervals; a function of responses.jsonl
 
-The random key of a block depends on the seed and on the index of the block alone, and the lines of
+The random key of a response depends on the seed, its prompt and its number alone, and the lines of
 a block are appended as a whole. So an evaluation that was interrupted anywhere resumes, yields the
 same files, byte for byte, and samples no response twice.
 """
@@ -31,10 +31,11 @@ from dpr_jax.data.templates import encode_response, render_prompt
 from dpr_jax.errors import Stopped, UserError
 from dpr_jax.evaluation.benchmarks.base import Benchmark
 from dpr_jax.evaluation.metrics import Column, ResponseMetric, score_response
-from dpr_jax.evaluation.responses import Responder, response_text
+from dpr_jax.evaluation.responses import Responder, prompt_seeds, response_text
 from dpr_jax.evaluation.scoring import Scorer
 from dpr_jax.evaluation.statistics import interval
-from dpr_jax.loading import LoadedModel, root_key
+from dpr_jax.keys import root_key
+from dpr_jax.loading import LoadedModel
 from dpr_jax.rollout import Sampling
 from dpr_jax.sharding import barrier
 from dpr_jax.workdir import read_lines, versions, write_json
@@ -171,6 +172,10 @@ class BenchmarkRun:
     return [render_prompt(asked(d), tokenizer, self.template, d.source) for d in self.demos]
 
   @functools.cached_property
+  def _seeds(self) -> np.ndarray:
+    return prompt_seeds(self.prompts)
+
+  @functools.cached_property
   def demonstrated(self) -> list[np.ndarray]:
     """Token ids of the demonstrated responses, int32 [T_i]."""
     tokenizer, asked = self.loaded.tokenizer, self.benchmark.prompt
@@ -236,8 +241,9 @@ class BenchmarkRun:
         )
       return out
     responses = self._responder.respond(
-        (variables,), prompts, jax.random.fold_in(root_key(self.seed, "benchmark"), number),
-        sampling=self.sampling, samples_per_prompt=self.samples, on_batch=on_batch,
+        (variables,), prompts, root_key(self.seed, "benchmark"), sampling=self.sampling,
+        samples_per_prompt=self.samples, seeds=self._seeds[block.start : block.stop],
+        on_batch=on_batch,
     )
     out = []
     for (i, sample), response in zip(self.lines(block), responses, strict=True):

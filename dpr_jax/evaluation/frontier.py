@@ -36,7 +36,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from dpr_jax.evaluation.metrics import checked_scores
@@ -78,11 +77,11 @@ def measure(evaluation: Any, system: Any) -> None:
 
   total = len(prompts) * k * len(section.temperatures)
   with run.bar(f"frontier {system.name}", total, "response") as bar:
-    for i, temperature in enumerate(section.temperatures):
+    for temperature in section.temperatures:
       responses, _ = system.respond(
           evaluation.members(system), run.responder, prompts,
-          jax.random.fold_in(run.rng("frontier"), i), temperature=temperature,
-          seed=run.config.seed, samples_per_prompt=k, on_batch=bar.update,
+          run.rng(f"frontier/{temperature}"), temperature=temperature, seed=run.config.seed,
+          samples_per_prompt=k, on_batch=bar.update,
       )
       texts = [
           response_text(run.tokenizer, r.tokens, r.hit_eos, run.stop_ids) for r in responses

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dpr_jax.evaluation.responses import Response
+from dpr_jax.evaluation.responses import Response, prompt_seeds
 from dpr_jax.evaluation.scoring import Scorer
 from dpr_jax.evaluation.systems import System
 from dpr_jax.references.base import Reference
@@ -94,6 +94,6 @@ def resample(
   log_ratio = [s.token_rewards.astype(np.float64).sum() for s in scores]
   w_GxN = importance_weights(np.reshape(log_ratio, (len(prompts), n)), alpha)
   # Inverse of the distribution function; the last column is 1 but for rounding.
-  u_G = np.random.default_rng(seed).random(len(prompts))
+  u_G = np.asarray([np.random.default_rng([seed, *s]).random() for s in prompt_seeds(prompts)])
   chosen_G = np.minimum((w_GxN.cumsum(axis=1) <= u_G[:, None]).sum(axis=1), n - 1)
   return [candidates[g * n + c] for g, c in enumerate(chosen_G)], effective_samples(w_GxN)

@@ -1,7 +1,9 @@
 """Responses of one or several models to a list of prompts, batch by batch."""
 
+import collections
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,18 +14,46 @@ from dpr_jax import sharding
 from dpr_jax.data.batches import PromptBatch
 from dpr_jax.data.loader import pad_prompts, prompt_width
 from dpr_jax.evaluation.scoring import Scorer
+from dpr_jax.keys import vectorizable
 from dpr_jax.rollout.sampler import generate
 from dpr_jax.rollout.sampling import ON_POLICY, Sampling
 from dpr_jax.rollout.stop_strings import build_stop_strings
 
+
+def _answer(model, members, prompts, seeds_Gx2, rng, samples_per_prompt, **how):
+  rng, samples_N = vectorizable(rng), np.arange(samples_per_prompt, dtype=np.int32)
+
+  def keys_of(words_2):
+    key = jax.random.fold_in(jax.random.fold_in(rng, words_2[0]), words_2[1])
+    return jax.vmap(lambda sample: jax.random.fold_in(key, sample))(samples_N)
+
+  keys_B = jax.vmap(keys_of)(seeds_Gx2).reshape(-1)
+  return generate(model, members, prompts, keys_B, samples_per_prompt=samples_per_prompt, **how)
+
+
 _generate = jax.jit(
-    generate,
+    _answer,
     static_argnums=0,
     static_argnames=(
         "max_new_tokens", "stop_ids", "sampling", "weights", "samples_per_prompt", "slots"
     ),
 )
 _WAVE = 4  # batches of prompts that one program answers, refilling its slots.
+
+
+def prompt_seeds(prompts: Sequence[np.ndarray]) -> np.ndarray:
+  """What tells prompts apart in the random keys, uint32 [G, 2]: their tokens, whatever is beside.
+
+  Of equal prompts each has its own, by their order.
+  """
+  before, out = collections.Counter(), []
+  for prompt in prompts:
+    tokens = np.asarray(prompt, "<i4").tobytes()
+    number = before[tokens].to_bytes(8, "little")
+    before[tokens] += 1
+    digest = hashlib.blake2b(number + tokens, digest_size=8).digest()
+    out.append(np.frombuffer(digest, "<u4"))
+  return np.asarray(out, np.uint32).reshape(-1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +107,24 @@ class Responder:
       sampling: Sampling = ON_POLICY,
       weights: Sequence[float] = (1.0,),
       samples_per_prompt: int = 1,
+      seeds: np.ndarray | None = None,
       on_batch: Callable[[int], None] = lambda n: None,
   ) -> list[Response]:
     """Responses in the order of `prompts`, those of one prompt adjacent.
+
+    A sampled response depends on its prompt and its number alone, but for rounding: not on the
+    other prompts, the batch size or the mesh.
 
     Args:
       members, weights, sampling: see `rollout.sampler.generate`.
       prompts: token ids, int32 [P_i] each.
       samples_per_prompt: responses per prompt, which share its prefill.
+      seeds: `prompt_seeds`, where these prompts are part of more.
       on_batch: called with the number of responses just given.
     """
     n, ways = samples_per_prompt, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
     out: list[Response | None] = [None] * (len(prompts) * n)
+    seeds_Gx2 = prompt_seeds(prompts) if seeds is None else seeds
     # The longest first: a memory error comes at once.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     unit = -(-self.batch_size // (n * ways)) * ways  # prompts that fill the slots once.
@@ -100,12 +136,14 @@ class Responder:
       width = prompt_width(len(prompts[chosen[0]]), self.prompt_length)
       filler = [np.zeros((0,), np.int32)] * (-len(chosen) % unit)
       batch: PromptBatch = pad_prompts([prompts[i] for i in chosen] + filler, width)
+      padding = ((0, len(filler)), (0, 0))
       sample = sharding.to_host(
           _generate(
               self.model,
               tuple(members),
               sharding.place(batch, self.mesh),
-              jax.random.fold_in(rng, start // wave),
+              np.pad(seeds_Gx2[chosen], padding),
+              rng,
               max_new_tokens=self.max_new_tokens,
               stop_ids=tuple(self.stop_ids),
               sampling=fixed,

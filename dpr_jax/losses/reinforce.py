@@ -81,6 +81,7 @@ def reinforce_batch(
   mean = jnp.sum(advantages * mask) / tokens
   metrics = {
       "shaped_reward": jnp.sum(shaped) / jnp.maximum(jnp.sum(jnp.any(mask > 0, axis=1)), 1.0),
+      "trained_share": jnp.sum(mask) / jnp.maximum(jnp.sum(rollout.mask), 1.0),
       "advantage_mean": mean,
       "advantage_std": jnp.sqrt(jnp.sum(jnp.square(advantages - mean) * mask) / tokens),
   }

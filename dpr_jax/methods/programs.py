@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpr_jax import sharding
+from dpr_jax.keys import make_key
 from dpr_jax.models import Transformer
 from dpr_jax.models.lora import split_trainable
 from dpr_jax.models.variables import abstract_variables
@@ -73,7 +74,7 @@ class Shapes:
 
   @functools.cached_property
   def key(self) -> jax.Array:
-    return jax.random.key(self.config.seed)
+    return make_key(self.config.seed)
 
   @functools.cached_property
   def abstract_key(self) -> jax.ShapeDtypeStruct:

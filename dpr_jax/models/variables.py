@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from dpr_jax import sharding
+from dpr_jax.keys import make_key
 from dpr_jax.models.config import ModelConfig
 from dpr_jax.models.transformer import init_variables
 
 
 def _boxed(cfg: ModelConfig) -> Any:
-  return jax.eval_shape(lambda rng: init_variables(cfg, rng), jax.random.key(0))
+  return jax.eval_shape(lambda rng: init_variables(cfg, rng), make_key(0))
 
 
 def abstract_variables(cfg: ModelConfig, mesh: jax.sharding.Mesh, dtype: str | None = None) -> Any:

@@ -16,7 +16,7 @@ class EMA(ReferenceKind):
   """
 
   kind = "ema"
-  decay: float = setting(0.99, "decay of the average per step", above=0, high=0.999999)
+  decay: float = setting(0.99, "decay of the average per step", low=0.1, high=0.999999)
 
   @property
   def ema_decay(self):

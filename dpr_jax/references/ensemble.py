@@ -25,7 +25,10 @@ class Ensemble(ReferenceKind):
     return [step(f, f"fractions[{i}]") for i, f in enumerate(self.fractions)]
 
   def check(self, config):
-    self._steps(config)
+    steps = self._steps(config)
+    if len(set(steps)) < len(steps):
+      raise ValueError(f"fractions={self.fractions} are the steps {steps} of {config.sft.steps}; "
+                       "an ensemble needs different ones")
 
   @property
   def num_members(self):

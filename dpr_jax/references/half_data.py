@@ -17,12 +17,12 @@ class HalfData(ReferenceKind):
     """Updates of its run.
 
     Raises:
-      ValueError: the fraction is outside of (0, 1), or gives no step.
+      ValueError: the fraction is outside of (0, 1), or gives no step or all of them.
     """
     steps = round(self.fraction * config.sft.steps)
-    if not 0 < self.fraction < 1 or steps < 1:
+    if not 0 < self.fraction < 1 or not 1 <= steps < config.sft.steps:
       raise ValueError(f"fraction={self.fraction} must lie between 0 and 1 and leave at least one "
-                       f"of the {config.sft.steps} SFT steps")
+                       f"of the {config.sft.steps} SFT steps, but not all of them")
     return steps
 
   def check(self, config):

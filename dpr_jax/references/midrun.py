@@ -14,7 +14,10 @@ class Midrun(ReferenceKind):
   fraction: float = setting(0.5, "fraction of the SFT steps, among sft.milestones")
 
   def check(self, config):
-    config.sft.milestone_step(self.fraction)
+    sft = config.sft
+    if sft.milestone_step(self.fraction) == sft.steps:
+      raise ValueError(f"fraction={self.fraction} of {sft.steps} steps is the last of them: ref "
+                       "would be sft, and every reward 0; name an earlier milestone")
 
   def __call__(self, run, dtype):
     step = run.config.sft.milestone_step(self.fraction)

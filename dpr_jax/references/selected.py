@@ -30,13 +30,14 @@ class Selected(ReferenceKind):
 
   def check(self, config):
     if len(self._fractions(config)) < 2:
-      raise ValueError("needs at least two sft.milestones before the end")
+      raise ValueError("needs at least two sft.milestones, at different steps before the end")
     if not config.eval.reference_prompts:
       raise ValueError("is measured on eval.reference_prompts, which must be at least 1")
 
   def _fractions(self, config):
     kept = config.sft.milestone_steps()
-    return [f for f, step in kept.items() if step != config.sft.steps]
+    first = {step: f for f, step in reversed(kept.items()) if step != config.sft.steps}
+    return sorted(first.values())
 
   def candidates(self, run):
     return [Midrun(fraction=f) for f in self._fractions(run.config)]

@@ -6,6 +6,8 @@ Padding never leaks: values outside of the mask are ignored.
 import jax
 import jax.numpy as jnp
 
+from dpr_jax.rewards.shaping import standardized
+
 RETURNS = ("reward_to_go", "full_return", "per_token")
 VARIANCE_BASELINES = ("none", "position_mean", "leave_one_out", "whiten")
 
@@ -86,10 +88,7 @@ def advantages(
     others = lambda x: rest(grouped(x)).reshape(batch, length)
     b = others(g) / jnp.maximum(others(mask_BxT), 1.0)
   elif variance_baseline == "whiten":
-    count = jnp.maximum(jnp.sum(mask_BxT), 1.0)
-    mean = jnp.sum(g) / count
-    variance = jnp.sum(jnp.square(g - mean) * mask_BxT) / count
-    return jnp.where(mask_BxT > 0, (g - mean) * jax.lax.rsqrt(variance + 1e-8), 0.0)
+    return jnp.where(mask_BxT > 0, standardized(g, mask_BxT), 0.0)
   else:
     raise ValueError(f"variance_baseline={variance_baseline!r} is not one of {VARIANCE_BASELINES}")
   return jnp.where(mask_BxT > 0, g - b, 0.0)

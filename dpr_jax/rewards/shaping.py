@@ -8,6 +8,25 @@ import jax
 import jax.numpy as jnp
 
 
+def standardized(
+    x: jax.Array, mask: jax.Array, axis: int | None = None, epsilon: float = 1e-8
+) -> jax.Array:
+  """(x - mean) / std of the masked values along `axis` (None: all); not masked itself.
+
+  Values that are equal but for float32 rounding become 0, where a division would blow the rounding
+  up to the size of a signal.
+  """
+  x = jnp.where(mask > 0, x, 0.0)
+  count = jnp.maximum(jnp.sum(mask, axis=axis, keepdims=True), 1.0)
+  mean = jnp.sum(x, axis=axis, keepdims=True) / count
+  variance = jnp.sum(jnp.square(x - mean) * mask, axis=axis, keepdims=True) / count
+  # By the range, because the rounding of a long sum would pass for a variance.
+  high = jnp.max(jnp.where(mask > 0, x, -jnp.inf), axis=axis, keepdims=True)
+  low = jnp.min(jnp.where(mask > 0, x, jnp.inf), axis=axis, keepdims=True)
+  equal = high - low <= 1e-5 * jnp.maximum(jnp.abs(high), jnp.abs(low))
+  return jnp.where(equal, 0.0, (x - mean) * jax.lax.rsqrt(variance + epsilon))
+
+
 def hybrid(
     rewards: jax.Array, external_B: jax.Array, mask: jax.Array, weight: float
 ) -> jax.Array:

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dpr_jax.rewards.shaping import standardized
+
 
 @struct.dataclass
 class RewardContext:
@@ -64,16 +66,7 @@ def zscore_by_position(epsilon: float = 1e-6) -> Transform:
   Removes what is common to a position, a pressure on length included. A position with
   one row becomes 0.
   """
-
-  def apply(rewards, context):
-    mask = context.mask
-    rewards = jnp.where(mask > 0, rewards, 0.0)
-    count = jnp.maximum(jnp.sum(mask, axis=0, keepdims=True), 1.0)
-    mean = jnp.sum(rewards, axis=0, keepdims=True) / count
-    variance = jnp.sum(jnp.square(rewards - mean) * mask, axis=0, keepdims=True) / count
-    return (rewards - mean) * jax.lax.rsqrt(variance + epsilon)
-
-  return apply
+  return lambda rewards, context: standardized(rewards, context.mask, 0, epsilon)
 
 
 def mask_unsure(nats: float) -> Transform:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dpr_jax.keys import IMPLEMENTATION
 from dpr_jax.models import cache as cache_lib
 from dpr_jax.rollout.sampling import Sampling, sample_token
 from dpr_jax.rollout.stop_strings import MATCHED, StopStrings
@@ -31,6 +32,7 @@ class Slots:
   row: jax.Array  # int32 [K], the row that the slot answers.
   age: jax.Array  # int32 [K], tokens sampled for that row.
   token: jax.Array  # int32 [K], the last token sampled.
+  key_words: jax.Array  # uint32 [K, W], the random key of that row.
   alive: jax.Array  # bool [K], the response continues after that token.
   tokens: jax.Array  # int32 [B, N], -1 where no token was sampled.
   logp: jax.Array  # float32 [B, N]
@@ -54,8 +56,7 @@ class Decoding:
   temperature: jax.Array | None  # in place of that of `sampling`, unless this is greedy.
   stop_ids: tuple[int, ...]
   stop_strings: StopStrings | None
-  rng: jax.Array
-  first_row: jax.Array | int  # Index of the first row in the random keys.
+  key_words_BxW: jax.Array  # uint32, the random key of each row.
   rows: int
   slots: int
   lanes: int
@@ -75,6 +76,7 @@ class Decoding:
         row=jnp.arange(self.slots, dtype=jnp.int32),
         age=jnp.zeros((self.slots,), jnp.int32),
         token=jnp.zeros((self.slots,), jnp.int32),
+        key_words=self.key_words_BxW[: self.slots],
         alive=jnp.zeros((self.slots,), bool),
         tokens=filled(-1, jnp.int32),
         logp=filled(0.0, jnp.float32),
@@ -168,8 +170,8 @@ class Decoding:
       logits = self.unembed(variables, hidden)
       logits_KxV = logits_KxV + (logits if weight == 1.0 else weight * logits)
     logits_KxV = constrain(logits_KxV, "batch", "vocab")
-    key_of = lambda row, age: jax.random.fold_in(jax.random.fold_in(self.rng, row), age)
-    keys_K = jax.vmap(key_of)(self.first_row + s.row, s.age)
+    rows_K = jax.random.wrap_key_data(s.key_words, impl=IMPLEMENTATION)
+    keys_K = jax.vmap(jax.random.fold_in)(rows_K, s.age)
     token_K = sample_token(logits_KxV, keys_K, self.sampling, self.temperature)
     hit_KxV = jnp.arange(logits_KxV.shape[-1], dtype=jnp.int32)[None, :] == token_K[:, None]
     lse_K = jax.nn.logsumexp(logits_KxV, axis=-1)
@@ -217,11 +219,11 @@ class Decoding:
     new_LxK = idle_LxK & (row_LxK < self.rows // self.lanes)
     group_LxK = jnp.where(new_LxK, row_LxK // samples_per_prompt, 0)
 
-    def take(x, axis):
+    def take(x, axis, index_LxK=group_LxK):
       lanes, slots = self.lanes, self.slots
       x = x.reshape(*x.shape[:axis], lanes, x.shape[axis] // lanes, *x.shape[axis + 1 :])
       pick = lambda x, i: jnp.take(x, i, axis=axis, mode="clip")
-      out = jax.vmap(pick, in_axes=(axis, 0), out_axes=axis)(x, group_LxK)
+      out = jax.vmap(pick, in_axes=(axis, 0), out_axes=axis)(x, index_LxK)
       return out.reshape(*x.shape[:axis], slots, *x.shape[axis + 2 :])
 
     new_K = new_LxK.reshape(self.slots)
@@ -232,6 +234,7 @@ class Decoding:
         waiting=s.waiting + jnp.sum(new_LxK, axis=1, dtype=jnp.int32),
         row=jnp.where(new_K, self._first_row_K + row_LxK.reshape(self.slots), s.row),
         age=jnp.where(new_K, 0, s.age),
+        key_words=jnp.where(new_K[:, None], take(self.key_words_BxW, 0, row_LxK), s.key_words),
         stop_state=stop_state_K,
         caches=tuple(
             cache_lib.admit(self.decoder.cfg, cache, source, take, new_K)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpr_jax.data.batches import PromptBatch
+from dpr_jax.keys import row_keys
 from dpr_jax.models import cache as cache_lib
 from dpr_jax.models import unrolled
 from dpr_jax.models.variables import gathered
@@ -78,14 +79,14 @@ def generate(
     refill: float = 0.125,
     with_entropy: bool = False,
     stop_strings: StopStrings | None = None,
-    first_row: jax.Array | int = 0,
 ) -> Generation:
   """Samples responses to every prompt. Traceable; jit it with the settings static.
 
   Args:
     members: variables of each model of the mixture; a single one for ordinary sampling.
     prompts: G rows. A row of length 0 is a filler and gets an empty response.
-    rng: row b samples its j-th token with the key fold_in(fold_in(rng, first_row + b), j).
+    rng: a key for each row, [B], or one key, of which row b gets fold_in(rng, b). A row samples
+      its j-th token with fold_in(key of the row, j).
     max_new_tokens: the length N at which a response is truncated.
     stop_ids: token ids that end a response. The stop token belongs to the response.
     sampling: how tokens are sampled; anything but the default is off-policy.
@@ -102,8 +103,6 @@ def generate(
       tokenizer. The token that completes a string belongs to the response. Text of the prompt
       never counts, not even as the beginning of a string. Pass them to a jitted function as an
       argument, so that it is compiled once for all strings.
-    first_row: int32, index of the first row within a larger batch of responses. A batch that is
-      sampled in parts then gives the same responses as in one piece.
 
   Raises:
     ValueError: `stop_strings` are of another vocabulary than the model's.
@@ -139,8 +138,7 @@ def generate(
       temperature=temperature,
       stop_ids=tuple(stop_ids),
       stop_strings=stop_strings,
-      rng=rng,
-      first_row=first_row,
+      key_words_BxW=jax.random.key_data(row_keys(rng, rows)),
       rows=rows,
       slots=slots,
       lanes=lanes,

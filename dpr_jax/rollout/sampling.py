@@ -4,6 +4,7 @@ Dims: B rows, V vocabulary in P parts of S tokens each, M blocks of C tokens eac
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,8 @@ class Sampling:
   top_p: float = 1.0  # Of those, only the smallest set that has this much probability.
 
   def __post_init__(self):
-    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-      raise ValueError(f"{self}: temperature >= 0, top_k >= 0 and 0 < top_p <= 1 are needed")
+    if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
+      raise ValueError(f"{self}: finite temperature >= 0, top_k >= 0 and 0 < top_p <= 1 are needed")
 
 
 ON_POLICY = Sampling()
@@ -32,10 +33,15 @@ def filter_logits(
 ) -> jax.Array:
   """Returns the logits after temperature, top-k and top-p; -inf marks a forbidden token.
 
+  The largest one is 0: divided by a tiny temperature it stays the largest, not one of many
+  infinities.
+
   Args:
     temperature: float32 scalar in place of that of `sampling`; it may be traced.
   """
-  logits_BxV = logits_BxV / (sampling.temperature if temperature is None else temperature)
+  temperature = jnp.float32(sampling.temperature) if temperature is None else temperature
+  logits_BxV = logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True)
+  logits_BxV = logits_BxV / jnp.maximum(temperature, _COLDEST)
   if sampling.top_k:
     k = min(sampling.top_k, logits_BxV.shape[-1])
     least = jax.lax.top_k(logits_BxV, k)[0][:, -1:]
@@ -51,6 +57,7 @@ def filter_logits(
   return logits_BxV
 
 
+_COLDEST = 1e-30  # Devices take what is much smaller for 0.
 _BLOCK = 256  # Tokens per block of the two-level search.
 
 
@@ -73,8 +80,7 @@ def sample_token(
   """
   if sampling.temperature == 0:
     return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-  logits_BxV = filter_logits(logits_BxV, sampling, temperature)
-  p_BxV = jnp.exp(logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True))
+  p_BxV = jnp.exp(filter_logits(logits_BxV, sampling, temperature))
   rows, vocab = p_BxV.shape
   # No block crosses a device boundary of a split vocabulary, so only block sums are communicated.
   parts = vocab_ways(vocab)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dpr_jax.keys import make_key
 from dpr_jax.losses.reinforce import ReinforceBatch, make_reinforce_loss, reinforce_batch
 from dpr_jax.models import cache as cache_lib
 from dpr_jax.models.config import ModelConfig
@@ -186,7 +187,7 @@ def ascend(
   # magnitude on the way, and the usual 0.999 would hold back the last digits for long.
   optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps), b2=0.95)
   state = TrainState.create(
-      model.variables(sft_SxA if start_SxA is None else start_SxA), optimizer, jax.random.key(0)
+      model.variables(sft_SxA if start_SxA is None else start_SxA), optimizer, make_key(0)
   )
   train_step = make_train_step(make_reinforce_loss(model, loss_aggregation="sequences"), optimizer)
   advantages = jax.jit(

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ def _parse(
     else:
       damaged.append(number)
   return lines, damaged
+
+_LEAST_SHARE = 0.1  # of the sampled tokens, below which somebody is told.
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -80,6 +83,7 @@ class MetricsWriter:
     self._lead = jax.process_index() == 0
     self._tokens, self._seconds = 0.0, 0.0
     self._file = self._board = self._bar = None
+    self._warned = False
     path = Path(directory) / "metrics.jsonl"
     lines, damaged = _parse(path, ("step", "loss", "tokens", "seconds"))
     kept = [line for line in lines if line["step"] <= start_step]
@@ -166,6 +170,16 @@ class MetricsWriter:
           f"{self._stage}: the loss or gradient of step {step} is not finite "
           f"(loss {values['loss']}); the update was not applied. Lower the learning rate, or look "
           "at the batch."
+      )
+    empty, share = values.pop("empty", 0.0), values.get("trained_share", 1.0)
+    if (empty or share < _LEAST_SHARE) and not self._warned and self._lead:
+      self._warned = True
+      trained = "no token" if empty else f"{share:.1%} of the tokens"
+      print(
+          f"{self._stage}: step {step} trained {trained}; the others are masked: rollouts that "
+          "were truncated at max_new_tokens and are left out, or rows without a response. Later "
+          "steps of the kind show in metrics.jsonl only",
+          file=sys.stderr,
       )
     line = {"step": step, "loss": values.pop("loss"), "tokens": self._tokens}
     line |= {"seconds": round(self._seconds, 3), **values}

@@ -254,12 +254,14 @@ class TrainStep:
       trainable = optax.apply_updates(trainable, updates)
       return trainable, opt_state, self._averaged(ema, trainable)
 
+    # Without a token there is nothing to learn: momentum and weight decay do not act either.
     # A branch, not a where over new and old: that would need both at once.
     trainable, opt_state, ema = jax.lax.cond(
-        finite, apply, lambda *old: old, state.trainable, state.opt_state, state.ema
+        finite & (weight != 0), apply, lambda *old: old, state.trainable, state.opt_state, state.ema
     )
     state = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, ema=ema)
     out = {"loss": loss_sum / safe, "grad_norm": grad_norm, "skipped": 1.0 - finite}
+    out["empty"] = (weight == 0).astype(jnp.float32)
     return state, {**reduce_metrics(metrics), **out}
 
   def _averaged(self, ema, trainable):
@@ -283,7 +285,8 @@ def make_train_step(
   The returned state keeps the shardings of the state that came in, and takes its buffers
   (`donate`); `state.frozen` and `state.rng` are never donated. The update is sum(gradients) /
   sum(weights) over micro-batches and devices. An update whose loss or gradient is not finite
-  leaves variables and moments as they were and reports `skipped` = 1.
+  leaves variables and moments as they were and reports `skipped` = 1; so does one whose weights are
+  0, which reports `empty` = 1.
 
   Args:
     loss_fn: see the module docstring. `rng` is a fresh key every step and micro-batch.
@@ -292,6 +295,6 @@ def make_train_step(
     ema_decay: d of ema = d * ema + (1 - d) * variables after each update, for a state that keeps
       one (`train_step.init`, or `TrainState.create(..., ema=True)`); 0 keeps none.
 
-  The metrics are device scalars: `loss`, `grad_norm`, `skipped` and those of the loss.
+  The metrics are device scalars: `loss`, `grad_norm`, `skipped`, `empty` and those of the loss.
   """
   return TrainStep(loss_fn, optimizer, accumulation, ema_decay, donate)

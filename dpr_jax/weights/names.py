@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from dpr_jax.keys import make_key
 from dpr_jax.models import ModelConfig, init_variables
 
 # Path below the layer -> names below the layer (Hugging Face, GGUF), without .weight or .bias.
@@ -75,7 +76,7 @@ class TensorSpec:
 def abstract_params(cfg: ModelConfig) -> Any:
   """Returns the shapes of the parameters, boxed with their logical axes."""
   cfg = dataclasses.replace(cfg, remat="none", attention="xla")
-  return jax.eval_shape(lambda key: init_variables(cfg, key), jax.random.key(0))["params"]
+  return jax.eval_shape(lambda key: init_variables(cfg, key), make_key(0))["params"]
 
 
 # Nested dicts <-> {path: leaf}.

@@ -97,4 +97,4 @@ def test_losses_rewards_and_models_read_and_write_no_files():
 def test_models_know_nothing_of_training():
   for path in (ROOT / "dpr_jax" / "models").glob("*.py"):
     ours = {room(name) for name in imported(path) if name.startswith("dpr_jax.")}
-    assert ours <= {"models", "sharding", "errors"}, path
+    assert ours <= {"models", "sharding", "errors", "keys"}, path

@@ -8,7 +8,7 @@ import pytest
 
 from dpr_jax import sharding
 from dpr_jax.errors import UserError
-from dpr_jax.evaluation.responses import Responder, response_text
+from dpr_jax.evaluation.responses import Responder, prompt_seeds, response_text
 from dpr_jax.evaluation.scoring import Scorer, score_record
 from dpr_jax.references.base import Reference
 from dpr_jax.rollout.sampling import Sampling
@@ -69,6 +69,36 @@ def test_greedy_responses_do_not_depend_on_the_batch(mesh, make_model, rng):
     assert alone.hit_eos == response.hit_eos == (response.tokens[-1] in STOP)
     (logp,) = responder.scorer.logps(variables, [prompt], [response.tokens])
     assert response.logp == pytest.approx(logp.sum(), abs=1e-3)
+
+
+def test_a_sampled_response_depends_on_its_prompt_and_number_alone(mesh, make_model, rng):
+  """Not on the batch size, on another prompt before or after it, or on the order of the prompts."""
+  model, variables = make_model(3)
+  prompts, samples = ragged(rng, 18, 1, 9), 2
+  responder = lambda rows: Responder(model, mesh, rows, 10, max_new_tokens=6, stop_ids=STOP)
+
+  def sample(rows, prompts, **how):
+    out = responder(rows).respond(
+        (variables,), prompts, jax.random.key(5), samples_per_prompt=samples, **how
+    )
+    tokens = [r.tokens.tolist() for r in out]
+    return [tokens[i : i + samples] for i in range(0, len(tokens), samples)]
+
+  whole = sample(8, prompts)
+  assert len({str(t) for of_prompt in whole for t in of_prompt}) > 9 * samples
+  assert sample(3, prompts) == whole
+  more = [np.full(9, 11, np.int32)]
+  assert sample(8, more + prompts)[1:] == sample(8, prompts + more)[:-1] == whole
+  assert sample(8, prompts[::-1]) == whole[::-1]
+  half = slice(9, 18)
+  assert sample(8, prompts[half], seeds=prompt_seeds(prompts)[half]) == whole[half]
+
+
+def test_equal_prompts_get_responses_of_their_own(mesh, make_model):
+  model, variables = make_model(3)
+  responder = Responder(model, mesh, 8, prompt_length=10, max_new_tokens=6, stop_ids=STOP)
+  out = responder.respond((variables,), [np.asarray([9, 10])] * 8, jax.random.key(5))
+  assert len({tuple(r.tokens) for r in out}) > 4
 
 
 def test_text_leaves_out_what_ended_the_response():

@@ -46,7 +46,8 @@ def test_choices_follow_the_weights(rng):
   )
   seed = int(rng.integers(1000))
   chosen, effective = resampling.resample(
-      scorer, None, None, [None] * groups, candidates, alpha=alpha, seed=seed
+      scorer, None, None, [np.asarray([g]) for g in range(groups)], candidates, alpha=alpha,
+      seed=seed,
   )
   expected = np.exp(alpha * log_ratio) / np.exp(alpha * log_ratio).sum()
   shares = np.bincount([int(c.tokens[0]) for c in chosen], minlength=n) / groups

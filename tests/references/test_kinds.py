@@ -94,6 +94,17 @@ def test_descriptions_tell_them_apart():
 
 @pytest.mark.parametrize("reference, fields, message", [
     (Midrun(fraction=0.4), {}, r"fraction=0.4 is not among the kept milestones \[0.1, .*add it"),
+    (Midrun(fraction=1.0), {}, r"fraction=1.0 of \d+ steps is the last of them: ref would be sft"),
+    (Midrun(fraction=0.99), {"sft__steps": 20, "sft__milestones": (0.5, 0.99)},
+     r"fraction=0.99 of 20 steps is the last"),
+    (Midrun(fraction=0.75), {"sft__steps": 1, "sft__milestones": (0.75,)}, r".* is the last"),
+    (Ensemble(fractions=(0.49, 0.51)), {"sft__steps": 20, "sft__milestones": (0.49, 0.51)},
+     r"fractions=\(0.49, 0.51\) are the steps \[10, 10\] of 20"),
+    (Ensemble(fractions=(0.99, 1.0)), {"sft__steps": 20, "sft__milestones": (0.99,)},
+     r"fractions=.* are the steps \[20, 20\] of 20"),
+    (HalfData(fraction=0.99), {"sft__steps": 20}, r"fraction=0.99 must .* but not all of them"),
+    (Selected(), {"sft__steps": 20, "sft__milestones": (0.49, 0.51)},
+     r"needs at least two sft.milestones, at different steps"),
     (HalfData(fraction=0.0), {}, r"fraction=0.0 must lie between 0 and 1"),
     (HalfData(fraction=1.0), {}, r"fraction=1.0 must lie between 0 and 1"),
     (HalfData(fraction=1e-6), {"sft__steps": 100}, r"fraction=1e-06 .* one of the 100 SFT steps"),
@@ -116,6 +127,7 @@ def test_milestones_that_sft_cannot_have_are_its_own_error(reference):
 @pytest.mark.parametrize("reference, field, value, message", [
     (EMA(), "decay", 1.0, r"\.decay=1.0 is out of range"),
     (EMA(), "decay", 0.0, r"\.decay=0.0 is out of range"),
+    (EMA(), "decay", 1e-9, r"\.decay=1e-09 is out of range"),
     (Ensemble(), "combine", "median", r"\.combine='median' is not one of logmeanexp, mean_logp"),
     (Ensemble(), "fractions", (0.5, 0.5), r": fractions=\(0.5, 0.5\): .*at least two"),
     (Selected(), "criterion", "loss", r"\.criterion='loss' is not one of validation, snr"),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dpr_jax.rewards import advantages, returns
+from dpr_jax.rewards.transforms import RewardContext, zscore_by_position
 
 
 def _case(rng, batch=6, length=7, contiguous=True):
@@ -81,6 +82,20 @@ def test_the_leave_one_out_baseline_ignores_the_rows_own_return(rng):
 def test_equal_returns_whiten_to_zero():
   mask = np.ones((2, 3), np.float32)
   np.testing.assert_array_equal(advantages(np.full((2, 3), 0.7, np.float32), mask, "whiten"), 0.0)
+
+
+@pytest.mark.parametrize("value", [1e-3, 0.1, 123.4, 1e4, -3e6])
+def test_returns_that_are_equal_but_for_rounding_whiten_to_zero(rng, value):
+  mask = (rng.random((64, 50)) < 0.9).astype(np.float32)
+  equal = np.full((64, 50), value, np.float32)
+  noisy = equal * (1 + 5e-7 * rng.normal(size=equal.shape)).astype(np.float32)
+  for g in (equal, noisy):
+    np.testing.assert_array_equal(advantages(g, mask, "whiten"), 0.0)
+    np.testing.assert_array_equal(zscore_by_position()(g, RewardContext(mask=mask)), 0.0)
+  signal = equal * (1 + 1e-3 * rng.normal(size=equal.shape)).astype(np.float32)
+  if abs(value) > 1:  # Otherwise it is within the epsilon of the division.
+    white = np.asarray(advantages(signal, mask, "whiten"))[mask > 0]
+    assert white.std() == pytest.approx(1, 0.02)
 
 
 def test_unknown_names_and_impossible_groups_are_refused(rng):

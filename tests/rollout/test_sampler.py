@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dpr_jax.data.batches import PromptBatch
+from dpr_jax.keys import row_keys
 from dpr_jax.models import token_logprobs
 from dpr_jax.rollout import Sampling, generate
 from dpr_jax.rollout.sampler import right_align
@@ -227,10 +228,10 @@ def test_parts_of_a_batch_sample_what_the_whole_samples(make_model, rng):
   half = len(LENGTHS) // 2
   how = dict(max_new_tokens=N, stop_ids=(1, 2), samples_per_prompt=2)
   whole = sample(model, (variables,), prompts, key, **how)
-  part = jax.jit(lambda prompts, first_row: generate(
-      model, (variables,), prompts, key, first_row=first_row, **how))
-  parts = [part(jax.tree.map(lambda x: x[at], prompts), 2 * first)  # noqa: B023
-           for first, at in ((0, slice(half)), (half, slice(half, None)))]
+  keys = row_keys(key, 2 * len(LENGTHS))
+  part = jax.jit(lambda prompts, keys: generate(model, (variables,), prompts, keys, **how))
+  parts = [part(jax.tree.map(lambda x: x[at], prompts), keys[2 * at.start : 2 * at.stop])  # noqa: B023
+           for at in (slice(0, half), slice(half, len(LENGTHS)))]
   np.testing.assert_array_equal(np.concatenate([x.tokens for x in parts]), whole.tokens)
 
 

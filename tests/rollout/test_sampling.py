@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpr_jax.rollout import Sampling
-from dpr_jax.rollout.sampling import filter_logits, sample_token
+from dpr_jax.rollout.sampling import ON_POLICY, filter_logits, sample_token
 
 
 def _naive_filter(logits, temperature, top_k, top_p):
@@ -37,7 +37,19 @@ def test_filters_keep_what_a_naive_filter_keeps(rng, temperature, top_k, top_p):
     kept = _naive_filter(row, temperature, top_k, top_p)
     assert set(np.flatnonzero(np.isfinite(ours))) == kept
     i = sorted(kept)
-    np.testing.assert_allclose(ours[i], row[i] / temperature, rtol=1e-6)
+    expected = (row[i] - row[i].max()) / temperature  # The largest is 0.
+    np.testing.assert_allclose(ours[i], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30, 1e-6])
+def test_a_tiny_temperature_is_greedy(rng, temperature):
+  """Also where the temperature is an argument of the program, and a device takes it for 0."""
+  logits = (20 * rng.normal(size=(50, 13))).astype(np.float32)
+  keys = jax.random.split(jax.random.key(2), 50)
+  argument = jax.jit(lambda t: sample_token(logits, keys, ON_POLICY, t))(np.float32(temperature))
+  for sampling in (Sampling(temperature), Sampling(temperature, top_k=3, top_p=0.9)):
+    np.testing.assert_array_equal(sample_token(logits, keys, sampling), logits.argmax(axis=1))
+  np.testing.assert_array_equal(argument, logits.argmax(axis=1))
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.6), Sampling(top_k=3)],
@@ -76,7 +88,8 @@ def test_every_token_of_a_large_vocabulary_is_sampled_as_often_as_it_should(rng)
   assert chi < 659 + 5 * np.sqrt(2 * 659)  # 659 degrees of freedom, five standard deviations.
 
 
-@pytest.mark.parametrize("bad", [dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0),
+@pytest.mark.parametrize("bad", [dict(temperature=-1.0), dict(temperature=float("nan")),
+                                 dict(temperature=float("inf")), dict(top_k=-1), dict(top_p=0.0),
                                  dict(top_p=1.5)])
 def test_impossible_sampling_is_refused(bad):
   with pytest.raises(ValueError, match=next(iter(bad))):

@@ -31,6 +31,21 @@ def test_lines_hold_totals_and_are_written_one_step_late(tmp_path):
   assert all("skipped" not in x and x["kl"] == pytest.approx(0.1) for x in lines)
 
 
+@pytest.mark.parametrize("metrics, told", [
+    ({"empty": 1.0}, "sft: step 2 trained no token"), ({"empty": 0.0}, ""),
+    ({"empty": 0.0, "trained_share": 0.04}, "sft: step 2 trained 4.0% of the tokens"),
+    ({"empty": 0.0, "trained_share": 0.4}, ""),
+])
+def test_somebody_is_told_once_that_nothing_is_trained(tmp_path, capsys, metrics, told):
+  with _writer(tmp_path) as writer:
+    writer.write(1, _metrics(1))
+    for step in (2, 3):
+      writer.write(step, {**_metrics(step), **metrics})
+  said = capsys.readouterr().err
+  assert said.startswith(told) and said.count("\n") == bool(told)
+  assert "empty" not in read_metrics(tmp_path / "metrics.jsonl")[1]
+
+
 def test_every_and_the_last_step(tmp_path):
   with _writer(tmp_path, every=4) as writer:
     for step in range(1, 7):

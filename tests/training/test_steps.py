@@ -166,12 +166,15 @@ def test_an_update_that_is_not_finite_is_skipped_and_reported(
 
 def test_a_batch_without_weight_gives_zero_and_no_nan(rng, loss_fn, make_rows, make_state):
   rows = make_rows(rng)
-  state, before = make_state(optax.sgd(0.1)), _copy(make_state(optax.sgd(0.1)).trainable)
-  state, metrics = make_train_step(loss_fn, optax.sgd(0.1), accumulation=3)(
-      state, rows.replace(weight=np.zeros_like(rows.weight))
-  )
-  assert float(metrics["loss"]) == float(metrics["mean_error"]) == 0.0
-  jax.tree.map(np.testing.assert_array_equal, before, _copy(state.trainable))
+  optimizer = optax.adamw(0.1, weight_decay=0.5)
+  step = make_train_step(loss_fn, optimizer, accumulation=3)
+  state, metrics = step(make_state(optimizer), rows)  # Momentum and decay would act from here on.
+  assert float(metrics["empty"]) == 0.0
+  before = _copy((state.trainable, state.opt_state))
+  state, metrics = step(state, rows.replace(weight=np.zeros_like(rows.weight)))
+  assert float(metrics["loss"]) == float(metrics["mean_error"]) == float(metrics["skipped"]) == 0.0
+  assert float(metrics["empty"]) == 1.0 and int(state.step) == 2
+  jax.tree.map(np.testing.assert_array_equal, before, _copy((state.trainable, state.opt_state)))
 
 
 def test_a_batch_that_does_not_split_is_refused(rng, loss_fn, make_rows, make_state):
