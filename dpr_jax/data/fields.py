@@ -12,6 +12,7 @@ from typing import Any
 
 from dpr_jax.data.demos import Message
 from dpr_jax.data.records import kind_of
+from dpr_jax.data.limits import MAX_DEPTH
 from dpr_jax.errors import UserError
 
 # Whether a turn, or all turns of a record, are trained: OpenAI and mistral-finetune, axolotl,
@@ -42,7 +43,6 @@ CARRIED = frozenset("""
     parallel_tool_calls skip_prompt_formatting custom_instruction
     token_ids tokens token_rewards logp_sft logp_ref reward sample
     """.split())
-MAX_DEPTH = 100  # of nested lists and objects.
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape one; no tokenizer can encode it.
 
 
@@ -51,7 +51,7 @@ def present(value: Any, where: str, depth: int = 0) -> Any:
   if not isinstance(value, dict | list):
     return value
   if depth > MAX_DEPTH:
-    raise UserError(f"{where}: a field is nested more than {MAX_DEPTH} levels deep")
+    raise UserError(f"{where}: nested deeper than {MAX_DEPTH} levels")
   if isinstance(value, list):
     return [present(v, where, depth + 1) for v in value]
   return {k: v if type(v) is str else present(v, where, depth + 1)

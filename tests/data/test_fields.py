@@ -189,7 +189,7 @@ def test_what_a_template_passes_over_is_refused(tmp_path, record, what):
   ({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "x"}]},
    "'function_call' must hold JSON"),
   ({"messages": [ASK, reply("4")], "tools": json.loads('[{"a":' * 90 + "1" + "}]" * 90)},
-   "nested more than 100 levels deep"),
+   "nested deeper than 100 levels"),
   ({"prompt": "q", "messages": [ASK, reply("4")]}, "'prompt' is not the first user turn"),
 ])
 def test_fields_of_another_type(tmp_path, record, pattern):
