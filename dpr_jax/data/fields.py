@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dpr_jax.data.demos import Message
-from dpr_jax.data.records import kind_of
 from dpr_jax.data.limits import MAX_DEPTH
+from dpr_jax.data.records import kind_of
 from dpr_jax.errors import UserError
 
 # Whether a turn, or all turns of a record, are trained: OpenAI and mistral-finetune, axolotl,

@@ -102,25 +102,26 @@ def _read_text(path: pathlib.Path) -> str:
     raise UserError(f"{path}: not a readable gzip file: {e}") from None
 
 
-def _parse(text: str, where: str, first_line: int, expected: str = "") -> Any:
+def _parse(text: str, path: pathlib.Path, line: int | None = None, expected: str = "") -> Any:
+  """The value of a line of a file, or of the whole file."""
   try:
-    return parse_json(text, f"{where}:{first_line}")
+    return parse_json(text, str(path) if line is None else f"{path}:{line}")
   except json.JSONDecodeError as e:
-    raise UserError(f"{where}:{first_line + e.lineno - 1}: malformed JSON at column {e.colno}: "
+    raise UserError(f"{path}:{line or e.lineno}: malformed JSON at column {e.colno}: "
                     f"{e.msg}{expected}") from None
 
 
 def _iter_json(path: pathlib.Path) -> Iterator[tuple[Any, str]]:
   text = _read_text(path)
   if text.lstrip()[:1] == "[":
-    records = _parse(text, str(path), 1)
+    records = _parse(text, path)
     yield from ((record, f"{path}[{i}]") for i, record in enumerate(records))
     return
   expected = "; expected one JSON object a line, or one JSON list"
   # Not splitlines(): it also breaks at U+2028 and friends, which JSON strings may hold raw.
   for number, line in enumerate(text.split("\n"), start=1):
     if line.strip():
-      yield _parse(line, str(path), number, expected), f"{path}:{number}"
+      yield _parse(line, path, number, expected), f"{path}:{number}"
 
 
 def _iter_table(path: pathlib.Path) -> Iterator[tuple[Any, str]]:

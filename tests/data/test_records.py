@@ -30,8 +30,8 @@ def test_suffixes(tmp_path, name, content):
   ("d.jsonl.gz", b"no gzip", "not a readable gzip file"),
   ("d.jsonl.gz", gzip.compress(LINES)[:-9], "not a readable gzip file"),
   ("d.gz", gzip.compress(LINES), "unknown suffix '.gz'"),
-  ("d.jsonl", b"[" * 100_000, "d.jsonl:1: .*JSON"),
-  ("d.jsonl", b'{"a": ' + b"9" * 10_000 + b"}", "d.jsonl:1: JSON that cannot be read"),
+  ("d.jsonl", b"[" * 100_000, "d.jsonl: JSON nested deeper"),
+  ("d.jsonl", b'{"a": ' + b"9" * 10_000 + b"}", "d.jsonl:1: an integer of thousands of digits"),
 ])
 def test_files_that_cannot_be_read(tmp_path, name, content, pattern):
   (tmp_path / name).write_bytes(content)
