@@ -102,7 +102,9 @@ class ChatTemplate:
     except jinja2.TemplateSyntaxError as e:
       raise UserError(f"the chat template is no valid Jinja: line {e.lineno}: {e.message}"
                       ) from None
-    except (jinja2.TemplateError, TypeError, RecursionError) as e:  # TypeError: text + a number.
+    except RecursionError:
+      raise UserError("the chat template calls itself without an end") from None
+    except Exception as e:  # A template is a program: it can raise anything.
       raise UserError(f"{where or 'conversation'}: the chat template refused it: {e}") from None
     return texts[0], spans[0] if self.marks else []
 

@@ -41,12 +41,16 @@ def data_files(path: str | pathlib.Path) -> list[pathlib.Path]:
     UserError: there is none, or the folder holds several splits.
   """
   path = pathlib.Path(path)
-  if path.is_file():
+  try:
+    is_file, is_folder = path.is_file(), path.is_dir()
+  except OSError:  # A name that is too long.
+    is_file = is_folder = False
+  if is_file:
     if not _suffix(path):
       raise UserError(f"{path}: unknown suffix {path.suffix!r}; {EXPECTED}")
     return [path]
-  if not path.is_dir():
-    raise UserError(f"{path}: no such file; {EXPECTED}, or a folder of such files")
+  if not is_folder:
+    raise UserError(f"{str(path)[:300]}: no such file; {EXPECTED}, or a folder of such files")
   if (path / "dataset_dict.json").is_file():
     splits = sorted(p.name for p in path.iterdir() if p.is_dir())
     if len(splits) == 1:
@@ -148,6 +152,7 @@ def _iter_table(path: pathlib.Path) -> Iterator[tuple[Any, str]]:
       for record in batch.to_pylist():
         yield record, f"{path}[{index}]"
         index += 1
-  except (pyarrow.ArrowException, OSError) as e:  # OSError: a damaged page.
+  except (pyarrow.ArrowException, OSError, ValueError, OverflowError, RecursionError) as e:
+    # A damaged page, text that is not UTF-8, or a date that Python does not have.
     kind = _suffix(path).removeprefix(".").capitalize()
     raise UserError(f"{path}: not a readable {kind} file: {e}") from None

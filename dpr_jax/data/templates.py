@@ -59,7 +59,11 @@ def stop_ids(
     get = generation_config.get if isinstance(generation_config, dict) else (
       lambda name: getattr(generation_config, name, None))
     extra = get("eos_token_id")
-    ids += [] if extra is None else [extra] if isinstance(extra, int) else list(extra)
+    extra = [] if extra is None else extra if isinstance(extra, list | tuple) else [extra]
+    if bad := [i for i in extra if type(i) is not int or not 0 <= i < 2**31]:
+      raise UserError(f"eos_token_id={bad[0]!r} of the model's generation config must be a token "
+                      "id, or a list of them")
+    ids += extra
   if not ids:
     raise UserError("the tokenizer defines no eos_token and its chat template ends a turn without "
                     "a token; set eos_token in tokenizer_config.json")
