@@ -82,7 +82,7 @@ def check_length(
   Raises:
     UserError: even in the longest tokens of the vocabulary it is longer.
   """
-  length = sum(len(m["content"]) for m in messages)
+  length = sum(len(m["content"]) for m in messages if isinstance(m["content"], str))
   if length > max(limit, 1) * _longest_token(tokenizer, len(tokenizer)):
     raise UserError(f"{where}: {length} characters are more than the {limit} tokens there is room "
                     "for can hold")

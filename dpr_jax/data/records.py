@@ -43,15 +43,15 @@ def data_files(path: str | pathlib.Path) -> list[pathlib.Path]:
   """
   path = pathlib.Path(path)
   try:
-    is_file = path.is_file()
+    is_file, is_folder = path.is_file(), path.is_dir()
   except (OSError, ValueError) as e:  # A name that is too long, or has a NUL.
     raise UserError(f"{str(path)[:300]!r}: no such file ({e}); {EXPECTED}") from None
   if is_file:
     if not _suffix(path):
       raise UserError(f"{path}: unknown suffix {path.suffix!r}; {EXPECTED}")
     return [path]
-  if not path.is_dir():
-    raise UserError(f"{path}: no such file; {EXPECTED}, or a folder of such files")
+  if not is_folder:
+    raise UserError(f"{str(path)[:300]}: no such file; {EXPECTED}, or a folder of such files")
   if (path / "dataset_dict.json").is_file():
     splits = sorted(p.name for p in path.iterdir() if p.is_dir())
     if len(splits) == 1:

@@ -136,7 +136,11 @@ def token_texts(ids: Sequence[int], tokenizer) -> list[str]:
     if not text.startswith(read):  # Bytes that are no character spoil those before them.
       start, read = end - held - 1, ""
       text = text_of_ids(ids[start:end], tokenizer)
-    texts.append(text[len(read) :])
+    new = text[len(read) :]
+    if held:  # What did not become a character is not this token's.
+      whole = new.lstrip("\ufffd")
+      texts[-1], new = new[: len(new) - len(whole)], whole
+    texts.append(new)
     start, held = end - held - 1, 0
     read = text_of_ids(ids[start:end], tokenizer)
   return texts

@@ -1,5 +1,6 @@
 """Real demonstrations through tokenising and packing; skipped where the files are not."""
 
+import functools
 import pathlib
 
 import numpy as np
@@ -10,6 +11,11 @@ from dpr_jax.data import encode_demo, encode_response, pack, read_demos, render_
 DATA = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
+@functools.cache
+def _demos(path):
+  return read_demos(path, on_empty="drop").demos
+
+
 @pytest.mark.parametrize("name", [
   "lima/train_llamafactory.json", "gsm8k/train.jsonl", "dolly/dolly_3k_alpagasus.json",
   "instruction_1k/instruction-data.json", "alpaca/alpaca_data.json",
@@ -18,7 +24,7 @@ def test_real_demonstrations(name, family, rng):
   path = DATA / name
   if not path.is_file():
     pytest.skip(f"{name} is not here")
-  demos = read_demos(path, on_empty="drop").demos
+  demos = _demos(path)
   # The longest dialogues, and some others.
   chosen = sorted(demos, key=lambda d: -len(d.messages))[:5]
   chosen += [demos[i] for i in rng.permutation(len(demos))[:20]]

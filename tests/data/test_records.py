@@ -39,6 +39,11 @@ def test_files_that_cannot_be_read(tmp_path, name, content, pattern):
     rows(tmp_path / name)
 
 
+def test_a_name_that_is_too_long_is_no_file():
+  with pytest.raises(UserError, match="^x{300}: no such file"):
+    rows("x" * 5000)
+
+
 def test_a_folder_of_files(tmp_path):
   (tmp_path / "b.jsonl").write_bytes(LINES)
   (tmp_path / "README.md").write_text("no data")

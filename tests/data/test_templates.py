@@ -280,6 +280,9 @@ def test_stop_ids(families):
   assert stop_ids(tokenizer, {"eos_token_id": 7}) == (eos, 7)
   assert stop_ids(tokenizer, {"eos_token_id": [7, eos, 8, 7]}) == (eos, 7, 8)
   assert stop_ids(tokenizer, {}) == (eos,)
+  for bad in ("2", [2, None], True, -1):
+    with pytest.raises(UserError, match="eos_token_id=.* must be a token id"):
+      stop_ids(tokenizer, {"eos_token_id": bad})
 
   @dataclasses.dataclass
   class GenerationConfig:
@@ -332,6 +335,13 @@ def test_errors_name_what_is_wrong(families, templates, tmp_path):
     encode_demo(Demo(messages, source="f:6"), tokenizer, template=str(path))
   path.write_text("{% for m in messages %}\n{{ m['content'] ")
   with pytest.raises(UserError, match="no valid Jinja: line 2: unexpected end"):
+    encode_demo(Demo(messages), tokenizer, template=str(path))
+  for text in ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 1 // 0 }}"):
+    path.write_text(text)
+    with pytest.raises(UserError, match="the chat template (calls itself|refused it: .* zero)"):
+      encode_demo(Demo(messages), tokenizer, template=str(path))
+  path.write_bytes(b"\xff{{ messages }}")
+  with pytest.raises(UserError, match=r"odd.jinja: not UTF-8 text \(byte 0\)"):
     encode_demo(Demo(messages), tokenizer, template=str(path))
   path.write_text("{{ messages[0]['content'] + 1 }}")
   with pytest.raises(UserError, match="the chat template refused it: can only concatenate"):

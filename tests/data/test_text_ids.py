@@ -30,7 +30,9 @@ def test_a_split_character_stands_with_its_last_token(families, name):
   ids = tokenizer.encode("a💡b", add_special_tokens=False)
   assert token_texts(ids, tokenizer) == ["a", "", "", "", "💡", "b"]
   # What is no character at all is shown where it can no longer become one.
-  assert token_texts(ids[:3] + ids[-1:], tokenizer)[0] == "a"
+  assert token_texts(ids[:3] + ids[-1:], tokenizer) == ["a", "", "\ufffd", "b"]
+  end = families[name].tokenizer.eos_token_id
+  assert token_texts([ids[1], end], tokenizer) == ["\ufffd", families[name].end]
   for cut in range(1, len(ids)):
     assert "".join(token_texts(ids[:cut], tokenizer)) == text_of_ids(ids[:cut], tokenizer)
 
