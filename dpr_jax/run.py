@@ -57,6 +57,7 @@ class Run:
   model: Transformer
   stop_ids: tuple[int, ...]
   data: Dataset
+  day: datetime.date = dataclasses.field(default_factory=datetime.date.today)  # that prompts name.
   _held: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
   @property
@@ -320,14 +321,16 @@ def set_up(
     workdir: Workdir,
     mesh: jax.sharding.Mesh,
     like: Run | None = None,
+    day: datetime.date | None = None,
 ) -> Run:
   """Everything that can be wrong with the input shows here, before anything is written.
 
   Args:
     like: a run set up before, whose data are taken if they are the same.
+    day: what a chat template writes that writes the date, unless the run began before; today.
   """
   run, record = agree(
-      lambda: _read(config, workdir, mesh, like),
+      lambda: _read(config, workdir, mesh, like, day),
       lambda made: {
           "contents of config.data.demos": made[0].data.summary.get("blake2b"),
           **made[1],
@@ -342,7 +345,11 @@ def set_up(
 
 
 def _read(
-    config: config_lib.RunConfig, workdir: Workdir, mesh: jax.sharding.Mesh, like: Run | None
+    config: config_lib.RunConfig,
+    workdir: Workdir,
+    mesh: jax.sharding.Mesh,
+    like: Run | None,
+    day: datetime.date | None,
 ) -> tuple[Run, dict[str, Any]]:
   """A run, and what config.json says of its input."""
   workdir.check(config)
@@ -353,7 +360,9 @@ def _read(
                       "workdir; use letters, digits and _, and none of its own names")
   workdir.set_aside_damaged()
   then = workdir.read_config().get("inputs", {}) if workdir.config_file.exists() else {}
-  day = datetime.date.fromisoformat(then.get("date", datetime.date.today().isoformat()))
+  day = like.day if like is not None else day or datetime.date.today()
+  if "date" in then:
+    day = datetime.date.fromisoformat(then["date"])
   tokenizer = workdir.load_tokenizer() if workdir.has_tokenizer() else inputs.make_tokenizer(
       config.model.pretrained, config.data.template, day
   )
@@ -396,4 +405,4 @@ def _read(
       "devices": {"platform": jax.default_backend(), "count": jax.device_count()},
       "described": describe(config),
   }
-  return Run(config, workdir, mesh, tokenizer, model, ends, data), record
+  return Run(config, workdir, mesh, tokenizer, model, ends, data, day), record
