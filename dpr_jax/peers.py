@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from dpr_jax.errors import UserError
+
 SECONDS = 40.0  # DPR_PEER_SECONDS: the patience with a process that shows no sign of life.
 _PREFIX = "dpr_jax"
 
@@ -71,6 +73,15 @@ class Peers:
     self._closed.set()
     with contextlib.suppress(Exception):
       self._client.key_value_set(f"{_PREFIX}/end/{self.index}", f"{code} {self._name} {message}")
+
+  def outlast(self, seconds: float = 6.0) -> None:
+    """Waits, in the coordinator, until the others have ended too: they cannot read without it."""
+    end = time.monotonic() + seconds
+    with contextlib.suppress(Exception):
+      while time.monotonic() < end:
+        if len(self._client.key_value_dir_get(f"{_PREFIX}/end/")) >= self.count:
+          return
+        time.sleep(0.1)
 
   def blame(self) -> tuple[int, str] | None:
     """(exit code, line) of the process for which this one fails, waiting until that shows."""
@@ -185,7 +196,10 @@ def start() -> None:
   state = distributed.global_state
   if _peers is not None or state.client is None or (state.num_processes or 1) < 2:
     return
-  seconds = float(os.environ.get("DPR_PEER_SECONDS") or SECONDS)
+  text = os.environ.get("DPR_PEER_SECONDS") or str(SECONDS)
+  if not text.replace(".", "", 1).isdecimal():
+    raise UserError(f"DPR_PEER_SECONDS={text!r} must be a number of seconds")
+  seconds = float(text)
   _peers = Peers(state.client, state.process_id, state.num_processes, seconds)
   atexit.register(_peers.end, 0)  # Before JAX disconnects.
 
@@ -223,5 +237,5 @@ def end(code: int, message: str) -> None:
   sys.stdout.flush()
   sys.stderr.flush()
   if _peers.index == 0:
-    time.sleep(6)  # The coordinator: the others must have read it.
+    _peers.outlast()
   os._exit(code)

@@ -34,8 +34,8 @@ def handled(restore: bool = True) -> Iterator[None]:
   """Handles both signals in the block, if they are not ignored and this is the main thread.
 
   Args:
-    restore: how they were handled before; False where the process ends behind the block, which a
-      signal must not disturb.
+    restore: how they were handled before; False where the process ends behind the block, and
+      ignores them there.
   """
   global _received
   if threading.current_thread() is not threading.main_thread():
@@ -49,10 +49,10 @@ def handled(restore: bool = True) -> Iterator[None]:
   try:
     yield
   finally:
-    if restore:
-      for s, old in before.items():
-        signal.signal(s, old)
-    _received = None if restore else _received or 0
+    _received = None if restore else _received
+    for s, old in before.items():
+      # Python itself gives up its handlers before it has ended.
+      signal.signal(s, old if restore else signal.SIG_IGN)
 
 
 def reached() -> int | None:

@@ -9,19 +9,12 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 from dpr_jax import peers, signals
 from dpr_jax.errors import Diverged, Stopped, UserError
 
 # How JAX calls the errors of its runtime, of a collective whose other end is gone among them.
 _RUNTIME_ERRORS = ("JaxRuntimeError", "XlaRuntimeError")
-
-
-def fail(message: str) -> NoReturn:
-  """One line on stderr, exit code 2."""
-  print(f"error: {' '.join(message.split())}", file=sys.stderr)
-  raise SystemExit(2)
 
 
 def readable(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
@@ -37,6 +30,8 @@ def readable(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]],
         raise UserError(f"{arg.partition('=')[0]}: its value holds a NUL character")
     try:
       main(argv)
+    except UserError:
+      raise
     except OSError as e:
       if e.strerror is None:
         raise
@@ -50,6 +45,17 @@ def readable(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]],
   return wrapped
 
 
+def _was_raised_too(record: logging.LogRecord) -> bool:
+  """Leaves out the tracebacks that the threads of Orbax log of errors which it raises as well."""
+  return not record.exc_info
+
+
+def _print_traceback(kind, error, trace) -> None:
+  """Leaves out what TensorStore prints where Orbax no longer waits for what has failed."""
+  if str(error) != "Event loop is closed":
+    sys.__excepthook__(kind, error, trace)
+
+
 def run_entry_point(
     main: Callable[[Sequence[str]], None],
     argv: Sequence[str] | None = None,
@@ -61,6 +67,9 @@ def run_entry_point(
     kept: what a signal leaves, for its line.
   """
   logging.getLogger("absl").setLevel(logging.WARNING)
+  logging.getLogger("absl").addFilter(_was_raised_too)
+  if argv is None:
+    sys.excepthook = _print_traceback
   try:
     with signals.handled(restore=argv is not None):
       try:
