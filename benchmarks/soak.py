@@ -160,14 +160,19 @@ class Soak:
     if self.rng.random() < 0.5 and (code := self.go_on(name)):
       self.odd(f"{name}, resumed", code)
 
-  def flip(self):
+  def files(self):
+    """Those of the run that hold something, by class."""
     files = collections.defaultdict(list)
     for path in sorted(p for p in self.workdir.rglob("*") if p.is_file() and p.stat().st_size):
       for name, pattern in CLASSES.items():
         if re.fullmatch(pattern, path.relative_to(self.workdir).as_posix()):
           files[name].append(path)
-    if not files:
-      return self.signalled("SIGKILL")
+    return files
+
+  def flip(self):
+    if not self.files():  # Nothing is begun: a finished run is damaged instead.
+      shutil.copytree(self.folder / "whole", self.workdir, dirs_exist_ok=True)
+    files = self.files()
     name = self.rng.choice(sorted(files))
     path = self.rng.choice(files[name])
     good = path.read_bytes()
