@@ -272,7 +272,7 @@ class Workdir:
   def read_config(self) -> dict[str, Any]:
     try:
       return json.loads(self.config_file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as e:
+    except (OSError, ValueError, RecursionError) as e:
       raise UserError(f"{self.config_file}: not the config.json of a run: {e}") from None
 
   def check(self, config: config_lib.RunConfig) -> None:

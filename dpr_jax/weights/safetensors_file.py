@@ -46,6 +46,8 @@ class SafetensorsFile:
         header = json.loads(f.read(length).decode("utf-8"))
     except OSError as error:
       raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UserError:
+      raise
     except (ValueError, RecursionError):  # An integer of thousands of digits is a ValueError.
       raise UserError(f"{path}: damaged safetensors header") from None
     if not isinstance(header, dict):
