@@ -110,10 +110,10 @@ def _check(values: flags.FlagValues, benchmark: Any) -> None:
 def _sources(*of: Any) -> dict[str, str]:
   """Class -> fingerprint of its file, of those that users wrote."""
   from dpr_jax.config.fields import kind_of
-  from dpr_jax.data.dataset import fingerprint
+  from dpr_jax.fingerprints import of_file
 
   users = [value for value in of if not type(value).__module__.startswith("dpr_jax.")]
-  return {kind_of(value): fingerprint(inspect.getsourcefile(type(value))) for value in users}
+  return {kind_of(value): of_file(inspect.getsourcefile(type(value))) for value in users}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
   import jax
 
   from dpr_jax.config.values import to_json
-  from dpr_jax.data.dataset import fingerprint
+  from dpr_jax.fingerprints import of_file
   from dpr_jax.loading import load_checkpoint
   from dpr_jax.rollout import Sampling
   from dpr_jax.training.integrity import fingerprint as fingerprint_arrays
@@ -161,7 +161,7 @@ def main(argv: Sequence[str]) -> None:
       generation = {name: getattr(values, name) for name in _GENERATION}
       settings |= {**generation, "max_new_tokens": run.max_new_tokens}
     contents = {
-        "data": fingerprint(values.data) if values.data else "",
+        "data": of_file(values.data) if values.data else "",
         "benchmark": _sources(benchmark),
         "metrics": _sources(*metrics.values()),
         "model": digest(fingerprint_arrays(loaded.variables)),

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -55,10 +56,14 @@ def is_whole(record: Any) -> bool:
   return record[CHECKSUM] == _of_record({k: v for k, v in record.items() if k != CHECKSUM})
 
 
-def set_aside(path: pathlib.Path, suffix: str = "damaged") -> pathlib.Path:
-  """Renames a file or folder to the first free one of PATH.damaged, PATH.damaged2, ..."""
+def set_aside(path: pathlib.Path, suffix: str = "damaged", copy: bool = False) -> pathlib.Path:
+  """Renames (or copies) a file or folder to the first free one of PATH.damaged, PATH.damaged2...
+  """
   number = 1
   while (to := path.with_name(f"{path.name}.{suffix}{number if number > 1 else ''}")).exists():
     number += 1
-  path.rename(to)
+  if copy:
+    shutil.copyfile(path, to)
+  else:
+    path.rename(to)
   return to

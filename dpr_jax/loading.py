@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from dpr_jax import inputs
 from dpr_jax.config.sections import ModelSection, SFTSection
 from dpr_jax.config.values import build
 from dpr_jax.errors import UserError, naming
@@ -88,7 +89,7 @@ class LoadedModel:
   variables: Any
   tokenizer: Any
   stop_ids: tuple[int, ...]
-  template: str  # "" or the path of a .jinja chat template.
+  template: str  # "" for the tokenizer's own, or the path of a .jinja chat template.
   generation_config: Mapping[str, Any]  # that of the pretrained weights, {} without.
   base: str = ""  # path of the pretrained weights it started from, "" for none.
   keep_layers: int = 0  # how many layers of the base it has; 0 for all.
@@ -97,7 +98,9 @@ class LoadedModel:
 
 def split_checkpoint(spec: str) -> tuple[pathlib.Path, str]:
   """'DIR/sft@0.5' -> (DIR/sft, '0.5'), or '@ema'; no fraction gives ''."""
-  path, _, fraction = spec.partition("@")
+  path, _, fraction = spec.rpartition("@")
+  if not path or "/" in fraction or pathlib.Path(spec).exists():  # An '@' of the path itself.
+    path, fraction = spec, ""
   return pathlib.Path(path).absolute(), fraction
 
 
@@ -194,6 +197,7 @@ def load_checkpoint(
     if cfg.lora.rank and beside is not None and beside.workdir == workdir.path:
       frozen = {"params": beside.variables["params"]}
     elif cfg.lora.rank:
+      inputs.check_base(record)
       frozen = base_variables(section, cfg, mesh, record["seed"], dtype)
     part = "ema" if fraction == "ema" else "variables"
     variables = stage_variables(path, step, cfg, mesh, dtype, frozen, part)
@@ -202,7 +206,7 @@ def load_checkpoint(
         variables=variables,
         tokenizer=weights.load_tokenizer(workdir.tokenizer),
         stop_ids=tuple(record["model"]["stop_ids"]),
-        template=record["data"]["template"],
+        template="" if "inputs" in record else record["data"]["template"],
         generation_config=record["model"]["generation_config"],
         base=section.pretrained,
         keep_layers=section.keep_layers,

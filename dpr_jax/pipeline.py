@@ -20,6 +20,7 @@ from dpr_jax.evaluation.results import build_results, build_sweep_results
 from dpr_jax.methods.sft import sft_stage
 from dpr_jax.report import gaming, write_report
 from dpr_jax.run import Run, set_up
+from dpr_jax.training.checkpoints import DamagedCheckpoint, make_way
 from dpr_jax.training.metrics import read_metrics
 from dpr_jax.workdir import Workdir, write_json
 
@@ -134,17 +135,28 @@ def run(
     mesh = sharding.make_mesh(section.data, section.fsdp, section.tensor)
   root = Workdir(workdir)
   root.check(config)
+
+  def finish(config: config_lib.RunConfig, workdir: Workdir) -> dict[str, Any]:
+    """All stages of one seed; a damaged checkpoint of a finished one is trained again."""
+    stages = sweep_seed if config.sweep.field else run_stages
+    while True:
+      try:
+        return stages(set_up(config, workdir, mesh))
+      except DamagedCheckpoint as damaged:
+        if not damaged.directory.is_relative_to(workdir.path):
+          raise
+        make_way(damaged)
+
   keep_compilations(compilation_cache, default=root.compilations)
-  stages = sweep_seed if config.sweep.field else run_stages
   with jax.set_mesh(mesh):
     if config.seeds == 1:
-      return stages(set_up(config, root, mesh))
+      return finish(config, root)
     root.claim(config)
     seeds = list(range(config.seed, config.seed + config.seeds))
     parts = [Workdir(root.path / f"seed_{seed}") for seed in seeds]
     for seed, part in zip(seeds, parts):
       print(f"seed {seed}", file=sys.stderr)
-      stages(set_up(dataclasses.replace(config, seed=seed, seeds=1), part, mesh))
+      finish(dataclasses.replace(config, seed=seed, seeds=1), part)
     if config.sweep.field:
       return sweep_report(config, root, parts, seeds)
     return report(root, parts, seeds)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import datetime
 import functools
 import os
 import re
@@ -13,7 +14,7 @@ import jax
 import tqdm
 
 from dpr_jax import config as config_lib
-from dpr_jax import sharding, weights
+from dpr_jax import inputs, sharding, weights
 from dpr_jax.config.fields import kind_class, title_of
 from dpr_jax.data.dataset import Dataset, build_dataset
 from dpr_jax.data.templates import stop_ids
@@ -37,7 +38,6 @@ from dpr_jax.models.layer_pruning import pruned_config
 from dpr_jax.references.base import Reference
 from dpr_jax.training.metrics import read_metrics
 from dpr_jax.training.stopping import last_step
-from dpr_jax.weights.byte_tokenizer import byte_tokenizer
 from dpr_jax.workdir import RESERVED, Workdir
 
 BENCHMARKS = "dpr_jax.evaluation.benchmarks"
@@ -208,21 +208,26 @@ def check_lengths(config: config_lib.RunConfig, max_length: int) -> None:
 
 
 def build_model(
-    config: config_lib.RunConfig,
+    config: config_lib.RunConfig, tokenizer: Any = None
 ) -> tuple[Any, Transformer, tuple[int, ...], dict[str, Any]]:
   """(tokenizer, model, stop ids, generation config of the weights).
+
+  Args:
+    tokenizer: that of a run that is resumed; None makes that of a run that begins today.
 
   Raises:
     UserError: unreadable weights or tokenizer, or a length beyond what the model was trained for.
   """
   section = config.model
   generation_config = {}
+  if tokenizer is None:
+    tokenizer = inputs.make_tokenizer(
+        section.pretrained, config.data.template, datetime.date.today()
+    )
   if section.pretrained:
-    tokenizer = weights.load_tokenizer(section.pretrained)
     generation_config = weights.load_generation_config(section.pretrained)
     cfg = weights.load_config(section.pretrained)
   else:
-    tokenizer = byte_tokenizer()
     size = section.shape.vocab_size or len(tokenizer)
     cfg = dataclasses.replace(section.shape, vocab_size=size)
     if cfg.vocab_size < len(tokenizer):
@@ -234,7 +239,7 @@ def build_model(
   with naming("config.model"):
     resolve_backend(cfg, config.data.row_length)  # Refuses here what the first step would refuse.
   check_lengths(config, cfg.max_length)
-  ends = stop_ids(tokenizer, generation_config, config.data.template)
+  ends = stop_ids(tokenizer, generation_config)
   return tokenizer, Transformer(cfg), ends, generation_config
 
 
@@ -324,7 +329,14 @@ def set_up(
     if name in RESERVED or not re.fullmatch(r"[A-Za-z]\w*", name):
       raise UserError(f"config.methods.{name}: the name of a method is that of a folder of the "
                       "workdir; use letters, digits and _, and none of its own names")
-  tokenizer, model, ends, generation_config = build_model(config)
+  workdir.set_aside_damaged()
+  then = workdir.read_config().get("inputs", {}) if workdir.config_file.exists() else {}
+  copied = bool(then) and (workdir.tokenizer / "tokenizer.json").is_file()
+  day = datetime.date.fromisoformat(then.get("date", datetime.date.today().isoformat()))
+  tokenizer = weights.load_tokenizer(workdir.tokenizer) if copied else inputs.make_tokenizer(
+      config.model.pretrained, config.data.template, day
+  )
+  tokenizer, model, ends, generation_config = build_model(config, tokenizer)
   if config.eval.expert:
     check_expert(config, model, tokenizer)
   same = lambda c: (c.data, c.model, c.seed)
@@ -332,15 +344,19 @@ def set_up(
     data = like.data
   else:
     with naming("config.data"):
-      data = build_dataset(config.data, tokenizer, config.seed)
+      # The tokenizer has the template.
+      section = dataclasses.replace(config.data, template="")
+      data = build_dataset(section, tokenizer, config.seed)
   skip, found = config.eval.skip_prompts, len(data.heldout.tokens)
   if skip >= found:
     raise UserError(
         f"config.eval.skip_prompts={skip} leaves nothing to evaluate on: of config.data.holdout="
         f"{config.data.holdout} there are {found} prompts within config.data.prompt_length"
     )
+  sources = (config.model.pretrained, config.data.template)
   workdir.claim(
       config,
+      inputs=inputs.collect(*sources, day, data.arrays(), then),
       model={
           "source": config.model.pretrained or "random",
           "pretrained": absolute(config.model.pretrained),
@@ -353,6 +369,6 @@ def set_up(
       devices={"platform": jax.default_backend(), "count": jax.device_count()},
       described=describe(config),
   )
-  if jax.process_index() == 0:
-    tokenizer.save_pretrained(workdir.tokenizer)
+  if jax.process_index() == 0 and not copied:
+    workdir.record(*inputs.save_tokenizer(tokenizer, workdir.tokenizer))
   return Run(config, workdir, mesh, tokenizer, model, ends, data)

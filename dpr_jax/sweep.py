@@ -172,7 +172,7 @@ def adopt(what: Shared, source: Workdir, point: Workdir) -> None:
   stages = [*(["sft"] if what.sft else []), *(["ref"] if what.reference else []), *what.methods]
   for name in stages:
     link = point.stage(name)
-    if not link.is_symlink() and source.stage(name).is_dir():
+    if not link.is_symlink() and not link.exists() and source.stage(name).is_dir():
       link.symlink_to(os.path.relpath(source.stage(name), point.path), target_is_directory=True)
   files = [source.system_file(name) for name in what.systems]
   files += [source.frontier / f"{name}.jsonl" for name in what.systems]
@@ -188,3 +188,4 @@ def adopt(what: Shared, source: Workdir, point: Workdir) -> None:
       temporary = target.with_name(target.name + ".tmp")
       shutil.copyfile(file, temporary)
       os.replace(temporary, target)
+      point.record(target)

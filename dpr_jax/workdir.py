@@ -1,7 +1,9 @@
 """The files of a run.
 
-    config.json            what was run: resolved config, model, data, versions, labels
-    tokenizer/             the tokenizer of the run, so that a stage can be used on its own
+    config.json            what was run: resolved config, model, data, versions, labels, inputs
+    checksums.json         fingerprints of the finished files below
+    tokenizer/             the tokenizer of the run with its chat template, which resumed runs and
+                           whatever uses a stage read
     sft/ dpr/ METHOD/      one folder per trained stage: checkpoints/ and metrics.jsonl
     reference.json         what was measured of the reference
     samples/               SYSTEM.jsonl, responses on the held-out prompts with their scores;
@@ -18,16 +20,18 @@ a workdir for each of its points, such as beta=0.5/, whose shared stages are lin
 
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import pathlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
 from dpr_jax import config as config_lib
+from dpr_jax import fingerprints
 from dpr_jax.errors import UserError
 from dpr_jax.sharding import barrier
 
@@ -37,6 +41,7 @@ RESERVED = (
     "ref",
 )
 
+_log = logging.getLogger(__name__)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
@@ -84,6 +89,17 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file]
 
 
+def _is_json(path: pathlib.Path) -> bool:
+  """Whether a file is JSON, or JSON lines, and not empty."""
+  try:
+    text = path.read_text(encoding="utf-8")
+    for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
+      json.loads(part)
+  except ValueError:
+    return False
+  return text.endswith("\n")
+
+
 class Workdir:
   """Paths of a run, and its config.json."""
 
@@ -93,6 +109,7 @@ class Workdir:
                       "for example with gcsfuse; give its path")
     self.path = pathlib.Path(path).absolute()
     self.config_file = self.path / "config.json"
+    self.checksums_file = self.path / "checksums.json"
     self.tokenizer = self.path / "tokenizer"
     self.reference_file = self.path / "reference.json"
     self.samples = self.path / "samples"
@@ -109,6 +126,91 @@ class Workdir:
 
   def system_file(self, name: str) -> pathlib.Path:
     return self.samples / f"{name}.jsonl"
+
+  # --- Finished files ----------------------------------------------------------------------------
+
+  def _checksums(self) -> dict[str, str]:
+    """Path in the workdir -> fingerprint of each file that is finished."""
+    try:
+      record = json.loads(self.checksums_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+      return {}
+    except ValueError:
+      record = None
+    if not fingerprints.is_whole(record):
+      if jax.process_index():
+        return {}
+      to = fingerprints.set_aside(self.checksums_file)
+      _log.warning("%s is damaged; renamed to %s", self.checksums_file, to.name)
+      return {}
+    return record["files"]
+
+  def record(self, *paths: pathlib.Path) -> None:
+    """Records files as finished, from process 0; those that do not exist are forgotten."""
+    if jax.process_index():
+      return
+    old = self._checksums()
+    new = dict(old)
+    for path in paths:
+      new.pop(str(path.relative_to(self.path)), None)
+      if path.exists():
+        new[str(path.relative_to(self.path))] = fingerprints.of_file(path)
+    if new != old:
+      write_json(self.checksums_file, fingerprints.seal({"files": new}))
+
+  def forget(self, *paths: pathlib.Path) -> None:
+    """Records, from process 0, that files are being written again."""
+    if jax.process_index() == 0 and (found := self._checksums()):
+      gone = {str(path.relative_to(self.path)) for path in paths}
+      kept = {name: value for name, value in found.items() if name not in gone}
+      if kept != found:
+        write_json(self.checksums_file, fingerprints.seal({"files": kept}))
+
+  def write(self, path: pathlib.Path, records: list[Mapping[str, Any]] | Mapping[str, Any]) -> None:
+    """Writes JSON, or JSON lines of a list, and records that the file is finished."""
+    (write_lines if isinstance(records, list) else write_json)(path, records)
+    self.record(path)
+
+  def _changed(self) -> Iterator[tuple[pathlib.Path, str]]:
+    """Finished files that are not what was written."""
+    known = self._checksums()
+    for name, value in known.items():
+      path = self.path / name
+      if path.exists() and fingerprints.of_file(path) != value:
+        yield path, "it is not what the run wrote"
+      elif not path.exists() and path.parent == self.tokenizer:
+        yield path, "it is missing"
+    # Written, but not recorded: by a run that was killed in between, or by an older version.
+    outputs = [self.reference_file, *self.path.glob("samples/**/*.json*"),
+               *self.path.glob("*/stopped.json")]
+    for path in outputs:
+      if path.is_file() and path.suffix in (".json", ".jsonl"):
+        if str(path.relative_to(self.path)) not in known and not _is_json(path):
+          yield path, "it is not JSON"
+
+  def set_aside_damaged(self) -> None:
+    """Renames finished files that were emptied, cut or edited, so that they are made again.
+
+    Raises:
+      UserError: the metrics of a finished stage are damaged, which only training makes again.
+    """
+    found = list(self._changed())
+    for path, why in found:
+      stage = path.parent / "checkpoints"
+      if path.name == "metrics.jsonl" and stage.exists():  # Else it is trained again.
+        raise UserError(
+            f"{path}: {why}; restore it from a copy, or train the stage again: mv {stage} "
+            f"{stage}.damaged and run the same command"
+        )
+    barrier("finished files")
+    for path, why in found if jax.process_index() == 0 else ():
+      path = self.tokenizer if path.parent == self.tokenizer else path
+      if path.exists() and path.name != "metrics.jsonl":
+        to = fingerprints.set_aside(path)
+        _log.warning("%s: %s; renamed to %s, and made again", path, why, to.name)
+    barrier("set aside")
+
+  # --- config.json -------------------------------------------------------------------------------
 
   def read_config(self) -> dict[str, Any]:
     try:
@@ -146,22 +248,43 @@ class Workdir:
       )
 
   def claim(self, config: config_lib.RunConfig, **facts: Any) -> None:
-    """Writes config.json; call `check` first. A resumed run must find the same data.
+    """Writes config.json; call `check` first. A resumed run must find the same inputs.
+
+    Args:
+      facts: `inputs` are fingerprints by what they are of, for messages: a str, or one per file.
 
     Raises:
-      UserError: the demonstrations file has changed since the run began.
+      UserError: the demonstrations, the weights, the tokenizer or a template have changed since
+        the run began, or give other tokens.
     """
     barrier("claim")  # No process is still checking a folder that the first one writes to.
     if self.config_file.exists():
-      old = self.read_config().get("data", {}).get("blake2b")
-      new = facts.get("data", {}).get("blake2b")
-      if old != new:
-        raise UserError(
-            f"config.data.demos={config.data.demos}: the file has changed since the run in "
-            f"--workdir={self.path} began ({old} there, {new} now); use a new folder"
-        )
+      check_inputs(self.read_config(), facts, f"--workdir={self.path}")
     record = {"config": config_lib.to_json(config), "seed": config.seed, "versions": versions()}
     try:
       write_json(self.config_file, {**record, **facts})
     except OSError as e:
       raise UserError(f"--workdir={self.path} cannot be written: {e.strerror}") from None
+
+
+def check_inputs(record: Mapping[str, Any], facts: Mapping[str, Any], where: str) -> None:
+  """Raises UserError where inputs differ from those in the config.json of the run at `where`."""
+  then = {"config.data.demos": record.get("data", {}).get("blake2b"), **record.get("inputs", {})}
+  now = {"config.data.demos": facts.get("data", {}).get("blake2b"), **facts.get("inputs", {})}
+  for name in now:
+    old, new = then.get(name, now[name]), now[name]
+    if old == new:
+      continue
+    if name == "config.data":
+      raise UserError(
+          f"config.data: the same files give other tokens than when the run in {where} began "
+          f"({old} there, {new} now): its template depends on something else, or another version "
+          "of a package is installed; use that, or a new folder"
+      )
+    if isinstance(old, dict) and isinstance(new, dict):
+      file = min(f for f in {*old, *new} if old.get(f) != new.get(f))
+      name, old, new = f"{name}: {file}", old.get(file), new.get(file)
+    raise UserError(
+        f"{name}: the file has changed since the run in {where} began ({old} there, {new} now); "
+        "restore it, or use a new folder"
+    )

@@ -1,10 +1,9 @@
 """What a run is trained and evaluated on, from the `data` section of its config."""
 
 import dataclasses
-import hashlib
-import pathlib
 from typing import TYPE_CHECKING, Any
 
+from dpr_jax import fingerprints
 from dpr_jax.config.sections import DataSection
 from dpr_jax.data.formats import Demo, check_disjoint, read_demos, split_holdout
 from dpr_jax.data.loader import Prompts, make_prompts
@@ -30,11 +29,13 @@ class Dataset:
   benchmark: str  # kind of the benchmark that fits the demonstrations.
   summary: dict[str, Any]  # counts and origin, for config.json and the report.
 
-
-def fingerprint(path: str | pathlib.Path) -> str:
-  """blake2b of a file's content, 16 hex digits."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+  def arrays(self) -> dict[str, Any]:
+    """All that is trained and evaluated on: arrays, or lists of arrays."""
+    rows = self.rows
+    return {
+        "tokens": rows.tokens, "segment_ids": rows.segment_ids, "loss_mask": rows.loss_mask,
+        "prompts": list(self.prompts.tokens), "heldout": list(self.heldout.tokens),
+    }
 
 
 def _demos(section: DataSection, seed: int) -> tuple[list[Demo], list[Demo], str, dict[str, Any]]:
@@ -48,7 +49,7 @@ def _demos(section: DataSection, seed: int) -> tuple[list[Demo], list[Demo], str
   benchmark = "gsm8k" if found.format == "gsm8k" else "exact"
   summary = {
       "source": section.demos,
-      "blake2b": fingerprint(section.demos),
+      "blake2b": fingerprints.of_file(section.demos),
       "format": found.format,
       "dropped_empty": found.dropped_empty,
       "cut_off": sum(not demo.ended for demo in found.demos),

@@ -32,7 +32,7 @@ from dpr_jax.evaluation.systems import System
 from dpr_jax.loading import LoadedModel, load_checkpoint
 from dpr_jax.references.base import Reference
 from dpr_jax.sharding import barrier
-from dpr_jax.workdir import read_lines, write_json, write_lines
+from dpr_jax.workdir import read_lines
 
 
 def systems_of(run: Any) -> list[System]:
@@ -68,9 +68,8 @@ class Evaluation:
   @functools.cached_property
   def demonstrated(self) -> list[np.ndarray]:
     """The demonstrated responses, token ids, int32 [T_i]."""
-    run, template = self.run, self.run.config.data.template
     return [
-        encode_response(d.response, d.prompt, run.tokenizer, template, ended=d.ended)
+        encode_response(d.response, d.prompt, self.run.tokenizer, ended=d.ended)
         for d in self.prompts.demos
     ]
 
@@ -126,7 +125,7 @@ def evaluate(run: Any, only: Collection[str] | None = None, measured: bool = Tru
     path = run.workdir.system_file(system.name)
     if not path.exists():
       records = _respond(evaluation, system)
-      write_lines(path, records)  # Last, and whole: a system whose file exists is done.
+      run.workdir.write(path, records)  # Last, and whole: a system whose file exists is done.
     barrier("responses")
     if measured:
       measures.add(evaluation, system)
@@ -212,7 +211,7 @@ class _Measures:
         values.update(checked_measures(metric, found, system.name, n))
         changed = True
     if changed or not self._path.exists():
-      write_json(self._path, {"columns": self._columns, "values": self._values})
+      evaluation.run.workdir.write(self._path, {"columns": self._columns, "values": self._values})
 
 
 def write_corruption(run: Any) -> None:
@@ -229,7 +228,8 @@ def write_corruption(run: Any) -> None:
       run.scorer.score(run.sft(), run.reference(), asked, responses)
       for responses in ([c.tokens for c in corrupted], [right[c.index] for c in corrupted])
   ]
-  write_lines(path, corruption_records(demos, corrupted, *scores, run.tokenizer, run.benchmark))
+  records = corruption_records(demos, corrupted, *scores, run.tokenizer, run.benchmark)
+  run.workdir.write(path, records)
 
 
 def write_heatmaps(run: Any) -> None:
@@ -255,5 +255,5 @@ def write_heatmaps(run: Any) -> None:
     if name == "rollouts":
       for record, answer in zip(records, answers):
         record["correct"] = answer["correct"]
-    write_lines(files[name], records)
+    run.workdir.write(files[name], records)
 

@@ -42,7 +42,7 @@ import numpy as np
 from dpr_jax.evaluation.metrics import checked_scores
 from dpr_jax.evaluation.responses import response_text
 from dpr_jax.evaluation.statistics import bootstrapped, compare, interval
-from dpr_jax.workdir import read_lines, write_lines
+from dpr_jax.workdir import read_lines
 
 RESAMPLES = 4_999  # of the prompts.
 _SHARED = 0.95  # share of the resamples in which two curves must have a range in common.
@@ -93,7 +93,7 @@ def measure(evaluation: Any, system: Any) -> None:
       if r["mode"] == "greedy"
   ]
   add(0.0, greedy[:n])
-  write_lines(path, records)
+  run.workdir.write(path, records)
 
 
 @dataclasses.dataclass(frozen=True)

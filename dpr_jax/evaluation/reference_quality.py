@@ -16,7 +16,6 @@ from dpr_jax.errors import UserError
 from dpr_jax.evaluation.auc import auc
 from dpr_jax.evaluation.corruption import corrupt_responses
 from dpr_jax.evaluation.scoring import fitting
-from dpr_jax.workdir import write_json
 
 
 def reward_statistics(rewards: Sequence[np.ndarray]) -> dict[str, float]:
@@ -51,7 +50,7 @@ def measure_reference(run: Any) -> None:
     raise UserError(f"config.reference: {e}") from None
   if chosen is not None:
     record["chosen"] = int(chosen)
-  write_json(run.workdir.reference_file, record)
+  run.workdir.write(run.workdir.reference_file, record)
   if jax.process_index() == 0:
     for i, c in enumerate(candidates):
       mark = ", chosen" if i == record.get("chosen") else ""
@@ -68,10 +67,7 @@ def _measure(run: Any) -> list[dict[str, Any]]:
   n = min(config.eval.reference_prompts, len(data.tokens))
   chosen = np.sort(rng.choice(len(data.tokens), n, replace=False))
   prompts, demos = [data.tokens[i] for i in chosen], [data.demos[i] for i in chosen]
-  template = config.data.template
-  right = [
-      encode_response(d.response, d.prompt, run.tokenizer, template, ended=d.ended) for d in demos
-  ]
+  right = [encode_response(d.response, d.prompt, run.tokenizer, ended=d.ended) for d in demos]
   fits = fitting(prompts, right, run.model.cfg.max_length)
   corrupted = corrupt_responses(
       [demos[i] for i in fits], [right[i] for i in fits], run.tokenizer, run.stop_ids,

@@ -17,6 +17,7 @@ from dpr_jax.errors import UserError
 from dpr_jax.evaluation.systems import System
 from dpr_jax.methods.programs import Program, Shapes
 from dpr_jax.training.loop import Stage, Training, run_stage
+from dpr_jax.training.stopping import FILE as STOPPED_FILE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,9 +129,16 @@ def train_stage(
     run: Any, name: str, steps: int, build: Callable[[], Training], keep_steps: tuple[int, ...] = ()
 ) -> None:
   """Runs a stage in the workdir of a run."""
+  directory = run.workdir.stage(name)
+  files = () if directory.is_symlink() else (directory / "metrics.jsonl", directory / STOPPED_FILE)
+
+  def begin():
+    run.workdir.forget(*files)
+    return build()
+
   stage = Stage(
       name=name,
-      directory=run.workdir.stage(name),
+      directory=directory,
       mesh=run.mesh,
       steps=steps,
       keep_steps=keep_steps,
@@ -140,7 +148,8 @@ def train_stage(
       profile_dir=run.workdir.profile / name,
   )
   run.release()  # Nothing of another stage stays in memory.
-  run_stage(stage, build)
+  run_stage(stage, begin)
+  run.workdir.record(*files)
 
 
 def make_training(

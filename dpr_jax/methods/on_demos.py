@@ -61,7 +61,7 @@ def unpacked_rows(run: Any, max_new_tokens: int) -> PackedRows:
 
   data = run.config.data
   examples = [
-      cut(encode_demo(demo, run.tokenizer, "last", data.template), prompt)
+      cut(encode_demo(demo, run.tokenizer, "last"), prompt)
       for demo, prompt in zip(run.data.prompts.demos, run.data.prompts.tokens, strict=True)
   ]
   return pack(examples, data.prompt_length + max_new_tokens, packed=False)

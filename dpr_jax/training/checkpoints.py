@@ -49,13 +49,18 @@ class Damaged(RuntimeError):
 class DamagedCheckpoint(UserError):
   """A checkpoint that a run needs is damaged; `Checkpoints.set_aside` makes way for a new one."""
 
-  def __init__(self, directory: Any, step: int, proof: str):
+  def __init__(self, directory: Any, step: int, proof: str, earlier: bool = True):
+    again = (
+        "run the command of the run (python -m dpr_jax.main) again, which trains that step again "
+        "from the checkpoint before it" if earlier else
+        f"mv {directory} {directory}.damaged and run the command of the run (python -m "
+        "dpr_jax.main) again, which trains the stage again"
+    )
     super().__init__(
         f"{directory}: the checkpoint of step {step} cannot be read, for it is damaged ({proof}); "
-        "restore it from a copy, or run the command of the run (python -m dpr_jax.main) again, "
-        "which trains that step again from the checkpoint before it"
+        f"restore it from a copy, or {again}"
     )
-    self.directory, self.step, self.proof = directory, step, proof
+    self.directory, self.step, self.proof, self.earlier = directory, step, proof, earlier
 
 
 class Checkpoints:
@@ -263,8 +268,8 @@ class Checkpoints:
       newest = max(failed)
       raise UserError(
           f"{self.directory}: no checkpoint of steps {sorted(failed)} can be read, for they are "
-          f"damaged (step {newest}: {failed[newest]}); restore the folder from a copy, or move it "
-          "away and run the same command again to start the stage anew"
+          f"damaged (step {newest}: {failed[newest]}); restore the folder from a copy, or start "
+          f"the stage again: mv {self.directory} {self.directory}.damaged and run the same command"
       )
     return None
 
@@ -309,12 +314,29 @@ class Checkpoints:
       hashes, stored = out
       _check(hashes, stored)
     except Damaged as e:
-      raise DamagedCheckpoint(self.directory, step, str(e)) from None
+      earlier = min(self.steps()) < step
+      raise DamagedCheckpoint(self.directory, step, str(e), earlier) from None
 
     def cast(x, like):
       return x if x.dtype == like.dtype else jax.device_put(x.astype(like.dtype), like.sharding)
 
     return jax.tree.map(cast, stored, abstract)
+
+
+def make_way(damaged: DamagedCheckpoint) -> None:
+  """Sets a damaged checkpoint of a stage aside, so that the stage trains that step again.
+
+  Raises:
+    DamagedCheckpoint: there is no earlier one to go on from. Nothing is changed.
+  """
+  if not damaged.earlier:
+    raise damaged
+  with Checkpoints(damaged.directory) as checkpoints:
+    names = checkpoints.set_aside(damaged.step)
+  _log.warning(
+      "%s: the checkpoint of step %d is damaged (%s); renamed to %s, and trained again",
+      damaged.directory, damaged.step, damaged.proof, ", ".join(names),
+  )
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -6,6 +6,7 @@ step are cut before the first new one.
 """
 
 import json
+import logging
 import math
 import os
 import time
@@ -16,20 +17,34 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpr_jax.errors import Diverged
+from dpr_jax import fingerprints
+from dpr_jax.errors import Diverged, UserError
+
+_log = logging.getLogger(__name__)
+
+
+def _parse(path: str | os.PathLike) -> tuple[list[dict[str, Any]], list[int]]:
+  """The lines of a metrics.jsonl, and the numbers of those that are damaged."""
+  lines, damaged = [], []
+  if not os.path.exists(path):
+    return lines, damaged
+  with open(path, "rb") as f:
+    *whole, _ = f.read().split(b"\n")  # A last line without its end was never finished.
+  for number, raw in enumerate(whole, 1):
+    try:
+      line = json.loads(raw)
+      line["step"], line["loss"], line["tokens"], line["seconds"]
+      lines.append(line)
+    except (ValueError, KeyError, TypeError):
+      damaged.append(number)
+  return lines, damaged
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The lines of a metrics.jsonl; a torn last line is dropped."""
-  lines = []
-  if not os.path.exists(path):
-    return lines
-  with open(path, encoding="utf-8") as f:
-    for line in f:
-      try:
-        lines.append(json.loads(line))
-      except json.JSONDecodeError:
-        break
+  """The lines of a metrics.jsonl; a torn last line is dropped, a damaged one left out and named."""
+  lines, damaged = _parse(path)
+  for number in damaged:
+    _log.warning("%s:%d is damaged, and left out", path, number)
   return lines
 
 
@@ -57,10 +72,22 @@ class MetricsWriter:
     self._tokens, self._seconds = 0.0, 0.0
     self._file = self._board = self._bar = None
     path = Path(directory) / "metrics.jsonl"
-    kept = [line for line in read_metrics(path) if line["step"] <= start_step]
+    lines, damaged = _parse(path)
+    kept = [line for line in lines if line["step"] <= start_step]
+    if start_step and (not kept or kept[-1]["step"] != start_step):
+      checkpoints = path.parent / "checkpoints"
+      raise UserError(
+          f"{path} was cut or edited: it has no whole line of step {start_step}, from which the "
+          f"stage goes on; restore it from a copy, or train the stage again: mv {checkpoints} "
+          f"{checkpoints}.damaged and run the same command"
+      )
     if kept:
       self._tokens, self._seconds = kept[-1]["tokens"], kept[-1]["seconds"]
     if self._lead:
+      if damaged:
+        copy = fingerprints.set_aside(path, copy=True)
+        _log.warning("%s: lines %s are damaged, and left out; it was copied to %s", path, damaged,
+                     copy.name)
       path.parent.mkdir(parents=True, exist_ok=True)
       temporary = path.with_suffix(".tmp")
       temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
