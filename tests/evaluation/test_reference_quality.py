@@ -12,6 +12,7 @@ from dpr_jax.evaluation.reference_quality import reward_statistics
 from dpr_jax.references.base import ReferenceKind
 from dpr_jax.references.midrun import Midrun
 from dpr_jax.references.selected import Selected
+from dpr_jax.workdir import Workdir
 
 
 def test_statistics_of_token_rewards(rng):
@@ -49,7 +50,7 @@ def test_a_kind_of_a_user_selects_as_well(kind, chosen, tmp_path, monkeypatch):
       config=types.SimpleNamespace(
           reference=kind, eval=types.SimpleNamespace(reference_prompts=4)
       ),
-      workdir=types.SimpleNamespace(reference_file=tmp_path / "reference.json"),
+      workdir=Workdir(tmp_path),
   )
   reference_quality.measure_reference(run)
   record = json.loads((tmp_path / "reference.json").read_text())
