@@ -25,6 +25,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -87,6 +88,14 @@ def write_lines(path: pathlib.Path, records: list[Mapping[str, Any]]) -> None:
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
   with open(path, encoding="utf-8") as file:
     return [json.loads(line) for line in file]
+
+
+def check_path(path: Any) -> None:
+  """Raises UserError where Orbax would take a path for a pattern: it saves, but reads nothing back.
+  """
+  if found := re.search(r"[*?\[\]\\]", str(path)):
+    raise UserError(f"{path}: checkpoints cannot be written to a path with any of * ? [ ] \\ "
+                    f"({found[0]!r} here); use another folder")
 
 
 def _is_json(path: pathlib.Path) -> bool:
@@ -224,6 +233,7 @@ class Workdir:
     Raises:
       UserError: naming the first field that differs.
     """
+    check_path(self.path)
     if not self.path.exists():
       return
     if not self.path.is_dir():

@@ -15,7 +15,6 @@ Any other error may be that of the machine or of the network: reading is tried a
 then refused with nothing changed. Several processes decide this together.
 """
 
-import glob
 import json
 import logging
 import re
@@ -32,6 +31,7 @@ from dpr_jax import fingerprints, sharding
 from dpr_jax.errors import UserError
 from dpr_jax.training.integrity import changed_file, fingerprint, record_files, stored_dtypes
 from dpr_jax.training.steps import TrainState
+from dpr_jax.workdir import check_path
 
 _policies = ocp.checkpoint_managers
 _log = logging.getLogger(__name__)
@@ -75,9 +75,8 @@ class Checkpoints:
     self.directory = epath.Path(directory)
     if "://" not in str(directory):
       self.directory = self.directory.absolute()
-    if not read_only and glob.has_magic(str(self.directory)):
-      raise UserError(f"{self.directory}: checkpoints cannot be written to a path with any of "
-                      "* ? [ ]; use another folder")
+    if not read_only:
+      check_path(self.directory)
     self._read_only, self._saving = read_only, 0
     self._manager = ocp.CheckpointManager(
         self.directory,

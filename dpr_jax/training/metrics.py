@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from dpr_jax.errors import Diverged, UserError
 _log = logging.getLogger(__name__)
 
 
-def _parse(path: str | os.PathLike) -> tuple[list[dict[str, Any]], list[int]]:
-  """The lines of a metrics.jsonl, and the numbers of those that are damaged."""
+def _parse(
+    path: str | os.PathLike, keys: Sequence[str] = ()
+) -> tuple[list[dict[str, Any]], list[int]]:
+  """The lines of a metrics.jsonl, and the numbers of those that are damaged or lack `keys`."""
   lines, damaged = [], []
   if not os.path.exists(path):
     return lines, damaged
@@ -33,9 +35,11 @@ def _parse(path: str | os.PathLike) -> tuple[list[dict[str, Any]], list[int]]:
   for number, raw in enumerate(whole, 1):
     try:
       line = json.loads(raw)
-      line["step"], line["loss"], line["tokens"], line["seconds"]
+    except (ValueError, RecursionError):
+      line = None
+    if isinstance(line, dict) and line.keys() >= set(keys):
       lines.append(line)
-    except (ValueError, KeyError, TypeError):
+    else:
       damaged.append(number)
   return lines, damaged
 
@@ -43,9 +47,14 @@ def _parse(path: str | os.PathLike) -> tuple[list[dict[str, Any]], list[int]]:
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
   """The lines of a metrics.jsonl; a torn last line is dropped, a damaged one left out and named."""
   lines, damaged = _parse(path)
-  for number in damaged:
-    _log.warning("%s:%d is damaged, and left out", path, number)
+  if damaged:
+    _log.warning("%s: %s damaged, and left out", path, _numbers(damaged))
   return lines
+
+
+def _numbers(damaged: Sequence[int]) -> str:
+  several = f"lines {', '.join(map(str, damaged[:5]))}{', ...' * (len(damaged) > 5)} are"
+  return several if len(damaged) > 1 else f"line {damaged[0]} is"
 
 
 class MetricsWriter:
@@ -72,7 +81,7 @@ class MetricsWriter:
     self._tokens, self._seconds = 0.0, 0.0
     self._file = self._board = self._bar = None
     path = Path(directory) / "metrics.jsonl"
-    lines, damaged = _parse(path)
+    lines, damaged = _parse(path, ("step", "loss", "tokens", "seconds"))
     kept = [line for line in lines if line["step"] <= start_step]
     if start_step and (not kept or kept[-1]["step"] != start_step):
       checkpoints = path.parent / "checkpoints"
@@ -86,8 +95,10 @@ class MetricsWriter:
     if self._lead:
       if damaged:
         copy = fingerprints.set_aside(path, copy=True)
-        _log.warning("%s: lines %s are damaged, and left out; it was copied to %s", path, damaged,
-                     copy.name)
+        _log.warning(
+            "%s: %s damaged, and left out; the file is kept as %s", path, _numbers(damaged),
+            copy.name,
+        )
       path.parent.mkdir(parents=True, exist_ok=True)
       temporary = path.with_suffix(".tmp")
       temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

@@ -1,5 +1,6 @@
 """What was saved comes back bit for bit, or a clear refusal does."""
 
+import errno
 import json
 import logging
 import pathlib
@@ -12,6 +13,7 @@ import pytest
 
 from dpr_jax.errors import UserError
 from dpr_jax.training import TrainState, make_train_step
+from dpr_jax.training import checkpoints as checkpoints_lib
 from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.training.integrity import fingerprint
 from dpr_jax.training.steps import abstract_state
@@ -185,10 +187,112 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(tmp_path, trained, caplo
     (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("dpr_jax")]
     assert "step 3 is damaged" in message and "step 2" in message and str(tmp_path) in message
     assert ("is not what was saved" in message) == (damage is _flip)
-    # The step is free again: a resumed run saves it a second time.
+    # Nothing is lost, and the step is free again: a resumed run saves it a second time.
+    assert (tmp_path / "3.damaged" / "meta" / "metadata").is_file()
     checkpoints.save(newer, 3, {"next_step": 3})
     checkpoints.wait()
     assert int(checkpoints.restore(_abstract(state))[0].step) == 3
+
+
+def _meta_of_another_step(folder):
+  meta = folder / "3" / "meta" / "metadata"
+  meta.write_text(meta.read_text().replace('"next_step": 3', '"next_step": 4'))
+
+
+def _key_of_meta(folder):
+  meta = folder / "3" / "meta" / "metadata"
+  meta.write_text(meta.read_text().replace("next_step", "nexu_step"))
+
+
+def _empty_meta(folder):
+  (folder / "3" / "meta" / "metadata").write_text("")
+
+
+def _rename(folder):
+  (folder / "3").rename(folder / "4")
+
+
+@pytest.mark.parametrize(
+    "damage", [_meta_of_another_step, _key_of_meta, _empty_meta, _rename], ids=lambda f: f.__name__
+)
+def test_a_checkpoint_of_another_step_or_position_is_set_aside(tmp_path, trained, damage):
+  state, train = trained
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    checkpoints.save(state, 2, {"next_step": 2})
+    checkpoints.save(train(state), 3, {"next_step": 3})
+  damage(tmp_path)
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    restored, data = checkpoints.restore(_abstract(state))
+    assert int(restored.step) == 2 and data == {"next_step": 2} and checkpoints.steps() == [2]
+  assert len(list(tmp_path.glob("[34].damaged"))) == 1
+
+
+NOT_DAMAGE = [
+    PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "Input/output error"),
+    OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EMFILE, "Too many open files"),
+    TimeoutError("timed out"), ValueError("UNAVAILABLE: connection reset"),
+    ValueError("PERMISSION_DENIED: bucket"), ValueError("DEADLINE_EXCEEDED"),
+    RuntimeError("RESOURCE_EXHAUSTED: out of memory"), RuntimeError("std::bad_alloc"),
+    MemoryError(), AttributeError("no attribute 'restore'"),
+]
+
+
+@pytest.fixture
+def flaky(tmp_path, trained, monkeypatch):
+  """flaky(error, times) -> Checkpoints of steps 2 and 3; reading 3 fails at first."""
+  monkeypatch.setattr(checkpoints_lib, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+  state, train = trained
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    checkpoints.save(state, 2, {"next_step": 2})
+    checkpoints.save(train(state), 3, {"next_step": 3})
+
+  def make(error, times):
+    checkpoints, left = Checkpoints(tmp_path, keep=2), [times]
+    real = checkpoints._read
+
+    def read(step, items):
+      if step == 3 and left[0]:
+        left[0] -= 1
+        raise error
+      return real(step, items)
+
+    monkeypatch.setattr(checkpoints, "_read", read)
+    return checkpoints
+
+  return make
+
+
+def test_an_error_that_proves_no_damage_changes_nothing(tmp_path, trained, flaky):
+  files = lambda: sorted(str(p) for p in tmp_path.rglob("*"))
+  before = files()
+  for error in NOT_DAMAGE:
+    with flaky(error, times=99) as checkpoints:
+      with pytest.raises(UserError, match="step 3 .*nothing was changed") as caught:
+        checkpoints.restore(_abstract(trained[0]))
+      assert type(error).__name__ in str(caught.value) and "\n" not in str(caught.value)
+      with pytest.raises(UserError, match="nothing shows that it is damaged"):
+        checkpoints.restore_variables(3, trained[0].trainable)
+      assert checkpoints.steps() == [2, 3]
+    assert files() == before
+
+
+def test_an_error_that_passes_is_tried_again(trained, flaky):
+  with flaky(OSError(errno.EIO, "Input/output error"), times=3) as checkpoints:
+    restored, data = checkpoints.restore(_abstract(trained[0]))
+    assert int(restored.step) == 3 and data == {"next_step": 3}
+
+
+def test_a_path_that_cannot_be_read_back_is_refused(tmp_path, trained):
+  """Orbax takes it for a pattern, and merges nothing at the end of a save."""
+  for name in ("run [2]", "what?", "a*b", "back\\slash"):
+    with pytest.raises(UserError, match="cannot be written to a path with any of"):
+      Checkpoints(tmp_path / name)
+    assert not (tmp_path / name).exists()
+  for name in ("me@lab", "a b", "per%20cent", "{x}", "#1"):
+    with Checkpoints(tmp_path / name) as checkpoints:
+      checkpoints.save(trained[0], 2, {"next_step": 2})
+      checkpoints.wait()
+      assert checkpoints.restore(_abstract(trained[0]))[1] == {"next_step": 2}, name
 
 
 def test_nothing_readable_is_an_error_and_removes_nothing(tmp_path, trained):

@@ -13,7 +13,7 @@ from dpr_jax import sharding
 from dpr_jax.config.sections import CheckpointSection, LogSection, OptimizerConfig
 from dpr_jax.errors import Diverged, UserError
 from dpr_jax.training import make_train_step
-from dpr_jax.training.checkpoints import Checkpoints
+from dpr_jax.training.checkpoints import Checkpoints, DamagedCheckpoint, make_way
 from dpr_jax.training.loop import Stage, Training, run_stage
 from dpr_jax.training.metrics import read_metrics
 from dpr_jax.training.optimizer import make_optimizer
@@ -185,6 +185,38 @@ def test_a_damaged_last_checkpoint_is_named_and_made_again_once_it_is_removed(
       checkpoints.restore_variables(11, training.abstract)
   shutil.rmtree(folder)
   assert _bits(stage(tmp_path)) == _bits(whole)
+
+
+@pytest.mark.parametrize("step,renamed", [
+    (11, {"11.damaged"}), (6, {"6.damaged", "11.replaced"}),
+])
+def test_a_finished_stage_makes_a_damaged_checkpoint_again(
+    stage, make_training, tmp_path, step, renamed
+):
+  whole, training = stage(tmp_path), make_training()
+  lines, folder = _lines(tmp_path), tmp_path / "checkpoints"
+  (file,) = [p for p in (folder / str(step) / "variables").glob("manifest.*")]
+  file.write_bytes(b"")
+  with Checkpoints(folder, read_only=True) as checkpoints:
+    with pytest.raises(DamagedCheckpoint, match=f"step {step} cannot be read") as caught:
+      checkpoints.restore_variables(step, training.abstract)
+  make_way(caught.value)
+  assert {p.name for p in folder.iterdir() if not p.name.isdigit()} == renamed
+  assert _bits(stage(tmp_path)) == _bits(whole) and _lines(tmp_path) == lines
+  with Checkpoints(folder, read_only=True) as checkpoints:
+    assert checkpoints.steps() == [3, 6, 11]
+
+
+def test_without_an_earlier_checkpoint_the_command_is_named(stage, make_training, tmp_path):
+  stage(tmp_path)
+  folder = tmp_path / "checkpoints"
+  (folder / "3" / "meta" / "metadata").write_text("{}")
+  with Checkpoints(folder, read_only=True) as checkpoints:
+    with pytest.raises(DamagedCheckpoint, match=f"mv {folder} {folder}.damaged") as caught:
+      checkpoints.restore_variables(3, make_training().abstract)
+  with pytest.raises(DamagedCheckpoint):
+    make_way(caught.value)
+  assert sorted(int(p.name) for p in folder.iterdir()) == [3, 6, 11]
 
 
 @pytest.mark.parametrize("at", [1, 4, 8, 11])

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpr_jax.errors import Diverged
+from dpr_jax.errors import Diverged, UserError
 from dpr_jax.training.metrics import MetricsWriter, read_metrics
 
 
@@ -84,3 +84,36 @@ def test_tensorboard_gets_the_same_scalars(tmp_path):
   (events,) = (tmp_path / "board").iterdir()
   data = events.read_bytes()
   assert b"sft/loss" in data and b"sft/kl" in data and b"sft/step" not in data
+
+
+@pytest.mark.parametrize("broken", [b"\0" * 40, b"[1]", b'{"step": 3, "lo', b"\xff\xfe"])
+def test_a_damaged_line_hides_no_later_one(tmp_path, caplog, broken):
+  with _writer(tmp_path) as metrics:
+    for step in range(1, 5):
+      metrics.write(step, {"loss": 1.0, "tokens": 8.0})
+  path = tmp_path / "metrics.jsonl"
+  lines = path.read_bytes().split(b"\n")
+  path.write_bytes(b"\n".join([*lines[:2], broken, *lines[3:]]))
+  damaged = path.read_bytes()
+  assert [line["step"] for line in read_metrics(path)] == [1, 2, 4]
+  assert "line 3 is damaged" in caplog.text
+  # A resumed stage keeps what there is, counts on, and leaves the damaged file under another name.
+  with _writer(tmp_path, start_step=4) as metrics:
+    metrics.write(5, {"loss": 1.0, "tokens": 8.0})
+  assert [(line["step"], line["tokens"]) for line in read_metrics(path)] == [
+      (1, 8), (2, 16), (4, 32), (5, 40)]
+  assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_metrics_that_were_cut_are_refused(tmp_path, left):
+  """The totals of a resumed stage go on from its last line."""
+  with _writer(tmp_path) as metrics:
+    for step in range(1, 5):
+      metrics.write(step, {"loss": 1.0, "tokens": 8.0})
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:left]))
+  before = path.read_bytes()
+  with pytest.raises(UserError, match="no whole line of step 4, .*checkpoints.damaged and run"):
+    _writer(tmp_path, start_step=4)
+  assert path.read_bytes() == before
