@@ -171,23 +171,9 @@ class Checkpoints:
         for name, tree in items.items()
     }
 
-  def _restore(
-      self, step: int, abstract: TrainState, frozen: Any
-  ) -> tuple[dict[str, str], dict[str, Any], TrainState, dict[str, Any]]:
-    """(saved fingerprints, items, state, data position) as this process reads them."""
-    meta = self._meta(step)
-    items = self._read(step, _items(abstract))
-    training = items["training"]
-    state = TrainState(
-        step=jax.device_put(jax.numpy.int32(step), abstract.step.sharding),
-        trainable=items["variables"],
-        opt_state=training["opt_state"],
-        rng=training["rng"],
-        frozen=frozen or {},
-        ema=items.get("ema", {}),
-        control=training.get("control", {}),
-    )
-    return meta["hashes"], items, state, meta["data"]
+  def _restore(self, step: int, abstract: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(meta, items) as this process reads them."""
+    return self._meta(step), self._read(step, _items(abstract))
 
   def _proof(self, step: int, error: Exception) -> str:
     """What proves that a checkpoint is damaged, after an error of reading it; "" if nothing."""
@@ -238,7 +224,7 @@ class Checkpoints:
     """
     failed: dict[int, str] = {}
     for step in reversed(self.steps()):
-      out, decision, why = self._try(step, lambda s=step: self._restore(s, abstract, frozen))
+      out, decision, why = self._try(step, lambda s=step: self._restore(s, abstract))
       if decision == _UNREADABLE:
         raise UserError(
             f"{self.directory}: no checkpoint of step {step} can be read into this model ({why}); "
@@ -246,10 +232,10 @@ class Checkpoints:
             "again when the file system answers, with the model that was saved"
         )
       if decision == _READ:
-        hashes, items, state, data = out
+        meta, items = out
         try:
           for name in items:
-            _check(hashes[name], items[name])
+            _check(meta["hashes"][name], items[name])
         except Damaged as e:  # In every process: the fingerprint is of the whole arrays.
           decision, why = _DAMAGED, str(e)
       if decision == _DAMAGED:
@@ -262,7 +248,17 @@ class Checkpoints:
         )
       if failed and not self._read_only:
         self.set_aside(min(failed))
-      return state, data
+      training = items["training"]
+      state = TrainState(
+          step=jax.device_put(jax.numpy.int32(step), abstract.step.sharding),
+          trainable=items["variables"],
+          opt_state=training["opt_state"],
+          rng=training["rng"],
+          frozen=frozen or {},
+          ema=items.get("ema", {}),
+          control=training.get("control", {}),
+      )
+      return state, meta["data"]
     if failed:
       newest = max(failed)
       raise UserError(

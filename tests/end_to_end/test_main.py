@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import signal
 import time
 
@@ -89,6 +90,29 @@ def test_a_finished_run_returns_at_once(entry_point, finished_run):
   before = {p: p.stat().st_mtime_ns for p in (workdir / "samples").iterdir()}
   entry_point.finish(entry_point.start(workdir))
   assert {p: p.stat().st_mtime_ns for p in (workdir / "samples").iterdir()} == before
+
+
+def test_a_damaged_run_is_made_whole_by_the_same_command(entry_point, finished_run, tmp_path):
+  """The last checkpoint of SFT, whose responses were cut, and a table of figures."""
+  whole, damaged = finished_run[0], tmp_path / "damaged"
+  shutil.copytree(whole, damaged)
+  for file in (damaged / "sft" / "checkpoints" / "20" / "variables").rglob("d/*"):
+    file.write_bytes(bytes(x ^ 1 for x in file.read_bytes()))
+  responses, measures = (damaged / "samples" / name for name in ("sft.jsonl", "measures.json"))
+  responses.write_bytes(responses.read_bytes()[:-100])
+  measures.write_text(measures.read_text().replace("heldout_nll", "heldout_nil"))
+  err = entry_point.finish(entry_point.start(damaged))[1]
+  for name in ("20.damaged", "sft.jsonl.damaged", "measures.json.damaged"):
+    assert len(re.findall(rf"renamed to {name}", err)) == 1, err
+  assert "Traceback" not in err
+  for name in ("sft.jsonl", "dpr.jsonl", "measures.json"):
+    files = [w / "samples" / name for w in (whole, damaged)]
+    assert files[0].read_bytes() == files[1].read_bytes(), name
+  a, b = arrays(whole, "sft"), arrays(damaged, "sft")
+  for key in a:
+    np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+  results = [json.loads((w / "report" / "results.json").read_text()) for w in (whole, damaged)]
+  assert results[0]["systems"] == results[1]["systems"]
 
 
 def kill_when(entry_point, workdir, condition, timeout=300):
