@@ -66,7 +66,9 @@ def save_tokenizer(tokenizer: Any, folder: pathlib.Path) -> list[pathlib.Path]:
   return [folder / name for name in names]
 
 
-def pretrained_files(path: str, suffixes: tuple[str, ...] = _WEIGHTS + _TEXTS) -> dict[str, str]:
+def pretrained_files(
+    path: str | os.PathLike, suffixes: tuple[str, ...] = _WEIGHTS + _TEXTS
+) -> dict[str, str]:
   """Name -> fingerprint of what is read of pretrained weights."""
   place = pathlib.Path(path).expanduser()
   files = [place] if place.is_file() else place.iterdir()

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from dpr_jax import inputs
+from dpr_jax import fingerprints, inputs
 from dpr_jax.config.sections import ModelSection, SFTSection
 from dpr_jax.config.values import build
 from dpr_jax.errors import UserError, naming
@@ -140,6 +140,21 @@ def _check_pretrained(spec: str, path: pathlib.Path, fraction: str) -> None:
     )
 
 
+def fingerprint_checkpoint(spec: str) -> dict[str, str]:
+  """Fingerprints of what a CKPT argument names, by file; of a stage, those of one checkpoint.
+
+  Raises:
+    UserError: nothing of that kind is found.
+  """
+  path, fraction = split_checkpoint(spec)
+  if is_stage(path):
+    step = stage_step(path, fraction, Workdir(path.parent).read_config())
+    meta = path / "checkpoints" / str(step) / "meta" / "metadata"  # Has those of all arrays.
+    return {f"the checkpoint of step {step}": fingerprints.of_file(meta)}
+  _check_pretrained(spec, path, fraction)
+  return inputs.pretrained_files(path)
+
+
 def describe_checkpoint(spec: str) -> tuple[ModelConfig, Any]:
   """(ModelConfig, tokenizer) of what a CKPT argument names, without reading weights.
 
@@ -154,7 +169,7 @@ def describe_checkpoint(spec: str) -> tuple[ModelConfig, Any]:
     record = workdir.read_config()
     stage_step(path, fraction, record)
     cfg = ModelConfig.from_dict(record["model"]["config"])
-    return cfg, weights.load_tokenizer(workdir.tokenizer)
+    return cfg, workdir.load_tokenizer()
   _check_pretrained(spec, path, fraction)
   return weights.load_config(path), weights.load_tokenizer(path)
 
@@ -204,7 +219,7 @@ def load_checkpoint(
     return LoadedModel(
         model=Transformer(cfg),
         variables=variables,
-        tokenizer=weights.load_tokenizer(workdir.tokenizer),
+        tokenizer=workdir.load_tokenizer(),
         stop_ids=tuple(record["model"]["stop_ids"]),
         template="" if "inputs" in record else record["data"]["template"],
         generation_config=record["model"]["generation_config"],

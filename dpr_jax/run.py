@@ -25,9 +25,11 @@ from dpr_jax.loading import (
     base_variables,
     compute_dtype,
     describe_checkpoint,
+    fingerprint_checkpoint,
     fresh_adapter,
     load_checkpoint,
     root_key,
+    split_checkpoint,
     stage_variables,
 )
 from dpr_jax.methods.base import Method
@@ -333,7 +335,7 @@ def set_up(
   then = workdir.read_config().get("inputs", {}) if workdir.config_file.exists() else {}
   copied = bool(then) and (workdir.tokenizer / "tokenizer.json").is_file()
   day = datetime.date.fromisoformat(then.get("date", datetime.date.today().isoformat()))
-  tokenizer = weights.load_tokenizer(workdir.tokenizer) if copied else inputs.make_tokenizer(
+  tokenizer = workdir.load_tokenizer() if copied else inputs.make_tokenizer(
       config.model.pretrained, config.data.template, day
   )
   tokenizer, model, ends, generation_config = build_model(config, tokenizer)
@@ -354,9 +356,16 @@ def set_up(
         f"{config.data.holdout} there are {found} prompts within config.data.prompt_length"
     )
   sources = (config.model.pretrained, config.data.template)
+  found = inputs.collect(*sources, day, data.arrays(), then)
+  others = {f"config.reference.{n}": path for n, path in config.reference.checkpoints().items()}
+  others |= {"config.eval.expert": config.eval.expert} if config.eval.expert else {}
+  for name, spec in others.items():
+    if name not in then or split_checkpoint(spec)[0].exists():  # Else it has moved.
+      with naming(name):
+        found[name] = fingerprint_checkpoint(spec)
   workdir.claim(
       config,
-      inputs=inputs.collect(*sources, day, data.arrays(), then),
+      inputs={**then, **found},
       model={
           "source": config.model.pretrained or "random",
           "pretrained": absolute(config.model.pretrained),

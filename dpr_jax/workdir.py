@@ -32,7 +32,7 @@ from typing import Any
 import jax
 
 from dpr_jax import config as config_lib
-from dpr_jax import fingerprints
+from dpr_jax import fingerprints, weights
 from dpr_jax.errors import UserError
 from dpr_jax.sharding import barrier
 
@@ -109,6 +109,13 @@ def _is_json(path: pathlib.Path) -> bool:
   return text.endswith("\n")
 
 
+def _is_sealed(path: pathlib.Path) -> bool:
+  try:
+    return fingerprints.is_whole(json.loads(path.read_text(encoding="utf-8")))
+  except ValueError:
+    return False
+
+
 class Workdir:
   """Paths of a run, and its config.json."""
 
@@ -139,56 +146,44 @@ class Workdir:
   # --- Finished files ----------------------------------------------------------------------------
 
   def _checksums(self) -> dict[str, str]:
-    """Path in the workdir -> fingerprint of each file that is finished."""
+    """Path in the workdir -> fingerprint of each file that is finished; {} if it is damaged."""
     try:
       record = json.loads(self.checksums_file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
       return {}
-    except ValueError:
-      record = None
-    if not fingerprints.is_whole(record):
-      if jax.process_index():
-        return {}
-      to = fingerprints.set_aside(self.checksums_file)
-      _log.warning("%s is damaged; renamed to %s", self.checksums_file, to.name)
-      return {}
-    return record["files"]
+    return record["files"] if fingerprints.is_whole(record) else {}
 
-  def record(self, *paths: pathlib.Path) -> None:
-    """Records files as finished, from process 0; those that do not exist are forgotten."""
+  def record(self, *paths: pathlib.Path, finished: bool = True) -> None:
+    """Records, from process 0, that files are finished, or else that they are written again."""
     if jax.process_index():
       return
     old = self._checksums()
-    new = dict(old)
-    for path in paths:
-      new.pop(str(path.relative_to(self.path)), None)
-      if path.exists():
-        new[str(path.relative_to(self.path))] = fingerprints.of_file(path)
+    names = {str(path.relative_to(self.path)): path for path in paths}
+    new = {name: value for name, value in old.items() if name not in names}
+    if finished:
+      new |= {n: fingerprints.of_file(path) for n, path in names.items() if path.exists()}
     if new != old:
       write_json(self.checksums_file, fingerprints.seal({"files": new}))
 
-  def forget(self, *paths: pathlib.Path) -> None:
-    """Records, from process 0, that files are being written again."""
-    if jax.process_index() == 0 and (found := self._checksums()):
-      gone = {str(path.relative_to(self.path)) for path in paths}
-      kept = {name: value for name, value in found.items() if name not in gone}
-      if kept != found:
-        write_json(self.checksums_file, fingerprints.seal({"files": kept}))
-
   def write(self, path: pathlib.Path, records: list[Mapping[str, Any]] | Mapping[str, Any]) -> None:
     """Writes JSON, or JSON lines of a list, and records that the file is finished."""
+    self.record(path, finished=False)
     (write_lines if isinstance(records, list) else write_json)(path, records)
     self.record(path)
 
-  def _changed(self) -> Iterator[tuple[pathlib.Path, str]]:
-    """Finished files that are not what was written."""
+  def _changed(self, folder: str = "") -> Iterator[tuple[pathlib.Path, str]]:
+    """Finished files that are not what was written, of one folder or of all."""
     known = self._checksums()
     for name, value in known.items():
       path = self.path / name
+      if not name.startswith(folder):
+        continue
       if path.exists() and fingerprints.of_file(path) != value:
         yield path, "it is not what the run wrote"
       elif not path.exists() and path.parent == self.tokenizer:
         yield path, "it is missing"
+    if folder:
+      return
     # Written, but not recorded: by a run that was killed in between, or by an older version.
     outputs = [self.reference_file, *self.path.glob("samples/**/*.json*"),
                *self.path.glob("*/stopped.json")]
@@ -196,14 +191,31 @@ class Workdir:
       if path.is_file() and path.suffix in (".json", ".jsonl"):
         if str(path.relative_to(self.path)) not in known and not _is_json(path):
           yield path, "it is not JSON"
+    if self.checksums_file.exists() and not known and not _is_sealed(self.checksums_file):
+      yield self.checksums_file, "it is not what the run wrote"
+
+  def load_tokenizer(self) -> Any:
+    """The tokenizer of the run, as it was written.
+
+    Raises:
+      UserError: a file of it was changed or is missing.
+    """
+    for path, why in self._changed(f"{self.tokenizer.name}/"):
+      raise UserError(f"{path}: {why}; restore it from a copy, or run the command of the run "
+                      "(python -m dpr_jax.main) again, which makes it again")
+    return weights.load_tokenizer(self.tokenizer)
 
   def set_aside_damaged(self) -> None:
     """Renames finished files that were emptied, cut or edited, so that they are made again.
 
     Raises:
-      UserError: the metrics of a finished stage are damaged, which only training makes again.
+      UserError: the metrics of a finished stage are damaged, which only training makes again; or a
+        file cannot be read.
     """
-    found = list(self._changed())
+    try:
+      found = list(self._changed())
+    except OSError as e:
+      raise UserError(f"{e.filename}: cannot be read ({e.strerror}); nothing was changed") from None
     for path, why in found:
       stage = path.parent / "checkpoints"
       if path.name == "metrics.jsonl" and stage.exists():  # Else it is trained again.

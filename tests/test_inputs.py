@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from dpr_jax.config import debug_config, default_config, resolve
 from dpr_jax.data.templates import render_prompt
 from dpr_jax.errors import UserError
 from dpr_jax.models import ModelConfig
+from dpr_jax.references.checkpoint import Checkpoint
 from dpr_jax.run import set_up
 from dpr_jax.weights import load_tokenizer, save_pretrained
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
@@ -44,10 +46,11 @@ def again(tmp_path, pretrained):
   demos.write_text("".join(
       json.dumps({"prompt": f"q{i}", "response": f"r{i}"}) + "\n" for i in range(20)))
 
-  def run(template=""):
+  def run(template="", reference=None):
     config = debug_config(default_config())
     config.model.pretrained, config.data.demos = str(pretrained), str(demos)
     config.data.template = str(template)
+    config.reference = reference or config.reference
     config.data.holdout = config.eval.num_prompts = 4
     config.data.row_length, config.data.prompt_length = 128, 96
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -152,3 +155,25 @@ def test_a_lora_stage_is_refused_over_other_weights(again, pretrained):
   (pretrained / "model.safetensors").unlink()
   with pytest.raises(UserError, match="None now"):
     inputs.check_base(record)
+
+
+def test_another_checkpoint_that_is_read_must_stay_as_it_is(again, pretrained, tmp_path):
+  other = tmp_path / "other"
+  shutil.copytree(pretrained, other)
+  reference = Checkpoint(path=str(other))
+  again(reference=reference)
+  again(reference=reference)
+  _one_bit_of_the_weights(other)
+  with pytest.raises(UserError, match="^config.reference.path: model.safetensors: the file has"):
+    again(reference=reference)
+  shutil.rmtree(other)  # It may be in another place by now: what needs it will say so.
+  again(reference=reference)
+
+
+def test_a_stage_is_not_read_with_a_tokenizer_that_was_edited(again):
+  workdir = again().workdir
+  path = workdir.tokenizer / "chat_template.jinja"
+  path.write_text("EDITED" + path.read_text())
+  with pytest.raises(UserError, match="chat_template.jinja: it is not what the run wrote"):
+    workdir.load_tokenizer()
+  assert path.read_text().startswith("EDITED")

@@ -77,7 +77,7 @@ def test_metrics_of_a_finished_stage_are_refused_with_the_command(finished, dama
 
 def test_a_stage_that_trains_again_may_write_its_metrics(finished):
   path = finished.stage("sft") / "metrics.jsonl"
-  finished.forget(path)
+  finished.record(path, finished=False)
   path.write_text("")
   finished.set_aside_damaged()
   assert path.exists()

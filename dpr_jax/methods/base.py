@@ -133,7 +133,7 @@ def train_stage(
   files = () if directory.is_symlink() else (directory / "metrics.jsonl", directory / STOPPED_FILE)
 
   def begin():
-    run.workdir.forget(*files)
+    run.workdir.record(*files, finished=False)
     return build()
 
   stage = Stage(

@@ -76,6 +76,10 @@ class ReferenceKind(Value):
     """Models that score a response, for planning."""
     return 1
 
+  def checkpoints(self) -> Mapping[str, str]:
+    """The CKPTs from outside of the run that it reads, by field; they must stay as they are."""
+    return {}
+
   def candidates(self, run: Any) -> list["ReferenceKind"]:
     """What is measured on training prompts: the reference, or those it is chosen among."""
     return [self]

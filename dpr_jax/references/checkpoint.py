@@ -17,6 +17,9 @@ class Checkpoint(ReferenceKind):
     if not self.path:
       raise ValueError("path is missing; name a Hugging Face folder, a .gguf file or a stage")
 
+  def checkpoints(self):
+    return {"path": self.path}
+
   def __call__(self, run, dtype):
     return Reference((run.other_checkpoint(self.path, dtype),))
 

@@ -205,9 +205,9 @@ class Checkpoints:
         decision, why = _UNREADABLE, _first_line(e)
       if seconds is not None:
         time.sleep(seconds)
-    worst = _agreed(decision)
+    worst, process = _agreed(decision)
     if worst > decision:
-      why = "another process cannot read it"
+      why = f"process {process} could not read it, and says why"
     return out, worst, why
 
   def restore(
@@ -351,13 +351,14 @@ def _check(hashes: dict[str, str], restored: Any) -> None:
     raise Damaged(f"{bad[0]} is not what was saved ({len(bad)} of {len(now)} arrays differ)")
 
 
-def _agreed(decision: int) -> int:
-  """The worst that any process has decided. All must call it."""
+def _agreed(decision: int) -> tuple[int, int]:
+  """The worst that any process has decided, and the first that has. All must call it."""
   if jax.process_count() == 1:
-    return decision
+    return decision, 0
   from jax.experimental import multihost_utils
 
-  return int(np.max(multihost_utils.process_allgather(np.int32(decision))))
+  found = np.reshape(multihost_utils.process_allgather(np.int32(decision)), -1)
+  return int(found.max()), int(found.argmax())
 
 
 def _whole_text(error: BaseException | None) -> str:

@@ -73,5 +73,5 @@ def test_one_process_that_cannot_read_decides_for_all(tmp_path):
     assert unreadable[1] == [2, 3]
     assert damaged == after == [2, 2, [2.0], [2]]
   texts = sorted(end[1][0] for end in ends)
-  assert "another process cannot read it" in "".join(texts) and "Input/output" in "".join(texts)
+  assert "process 1 could not read it" in "".join(texts) and "Input/output" in "".join(texts)
   assert (tmp_path / "checkpoints" / "3.damaged" / "files.json").is_file()
