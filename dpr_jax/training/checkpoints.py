@@ -154,8 +154,11 @@ class Checkpoints:
     return names
 
   def _meta(self, step: int) -> dict[str, Any]:
+    folder = self.directory / str(step)
+    if found := changed_file(folder, ("meta",)):
+      raise Damaged(found)
     try:
-      meta = json.loads((self.directory / str(step) / "meta" / "metadata").read_text())
+      meta = json.loads((folder / "meta" / "metadata").read_text())
       whole = fingerprints.is_whole(meta) or set(meta) == {"step", "data", "hashes"}
     except ValueError as e:  # No JSON, or no text.
       raise Damaged(f"meta: {e}") from None
@@ -166,6 +169,8 @@ class Checkpoints:
   def _read(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
     """Items of a checkpoint; without any communication, so that one process may fail alone."""
     handler, folder = ocp.StandardCheckpointHandler(), self.directory / str(step)
+    if found := changed_file(folder, items):  # Before Orbax falls over it.
+      raise Damaged(found)
     return {
         name: handler.restore(folder / name, args=ocp.args.StandardRestore(tree))
         for name, tree in items.items()
@@ -175,17 +180,7 @@ class Checkpoints:
     """(meta, items) as this process reads them."""
     return self._meta(step), self._read(step, _items(abstract))
 
-  def _proof(self, step: int, error: Exception) -> str:
-    """What proves that a checkpoint is damaged, after an error of reading it; "" if nothing."""
-    if isinstance(error, Damaged):
-      return str(error)
-    try:
-      found = changed_file(self.directory / str(step))
-    except OSError:  # The file system gives no answer now.
-      return ""
-    return found or (_first_line(error) if _DECODING.search(_whole_text(error)) else "")
-
-  def _try(self, step: int, read: Callable[[], Any]) -> tuple[Any, int, str]:
+  def _try(self, read: Callable[[], Any]) -> tuple[Any, int, str]:
     """(what `read` gives, what all processes make of it, why); tried several times.
 
     Every process comes here, and every one leaves with the same decision.
@@ -198,11 +193,11 @@ class Checkpoints:
       except UserError:
         raise
       except Exception as e:  # Orbax and TensorStore raise what they like.
-        why = self._proof(step, e)
-        if why:
+        why = str(e) if isinstance(e, Damaged) else _first_line(e)
+        if isinstance(e, Damaged) or _DECODING.search(_whole_text(e)):
           decision = _DAMAGED
           break
-        decision, why = _UNREADABLE, _first_line(e)
+        decision = _UNREADABLE
       if seconds is not None:
         time.sleep(seconds)
     worst, process = _agreed(decision)
@@ -224,7 +219,7 @@ class Checkpoints:
     """
     failed: dict[int, str] = {}
     for step in reversed(self.steps()):
-      out, decision, why = self._try(step, lambda s=step: self._restore(s, abstract))
+      out, decision, why = self._try(lambda s=step: self._restore(s, abstract))
       if decision == _UNREADABLE:
         raise UserError(
             f"{self.directory}: no checkpoint of step {step} can be read into this model ({why}); "
@@ -292,7 +287,7 @@ class Checkpoints:
       like = stored_dtypes(hashes[part], abstract)
       return hashes[part], self._read(step, {part: like})[part]
 
-    out, decision, why = self._try(step, read)
+    out, decision, why = self._try(read)
     if decision == _UNREADABLE:
       raise UserError(
           f"{self.directory}: the checkpoint of step {step} cannot be read into this model "

@@ -10,7 +10,7 @@ the small ones. It tells a damaged checkpoint from one that cannot be read for a
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import jax
@@ -83,8 +83,8 @@ def record_files(folder: epath.Path) -> None:
   (folder / _FILES).write_text(json.dumps(fingerprints.seal({"files": found})))
 
 
-def changed_file(folder: epath.Path) -> str:
-  """Names a file of a checkpoint that is not the one that was written; "" if there is none.
+def changed_file(folder: epath.Path, items: Container[str]) -> str:
+  """Names a file of some items that is not the one that was written; "" if there is none.
 
   Raises:
     OSError: a file is there but cannot be read.
@@ -95,6 +95,8 @@ def changed_file(folder: epath.Path) -> str:
     return ""
   for name, (size, small) in record["files"].items() if fingerprints.is_whole(record) else ():
     path = folder / name
+    if name.split("/")[0] not in items:
+      continue
     if not path.exists():
       return f"{name} is missing"
     if path.stat().length != size:
