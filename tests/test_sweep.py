@@ -223,6 +223,15 @@ def test_what_is_not_shared_is_not_copied(what, expected, tmp_path):
   assert found - {"checksums.json"} == expected
 
 
+def test_a_copy_that_followed_the_links_goes_on(tmp_path):
+  """As `cp -rL`, `scp -r` or a zip leave it: the stage of a point is a folder of its own."""
+  whole, point = Workdir(tmp_path), Workdir(tmp_path / "beta=1")
+  for workdir in (whole, point):
+    (workdir.stage("sft") / "checkpoints").mkdir(parents=True)
+  sweep.adopt(sweep.Shared(True, True, (), ()), whole, point)
+  assert (point.stage("sft") / "checkpoints").is_dir() and not point.stage("sft").is_symlink()
+
+
 # --- The order in which things happen ------------------------------------------------------------
 
 MADE, FAIL = [], []  # (folder, system) that `Noted` was trained for; where it is interrupted.
