@@ -6,7 +6,8 @@ from dpr_jax.loading import split_checkpoint
 
 
 @pytest.mark.parametrize("spec,path,fraction", [
-    ("run/sft", "run/sft", ""), ("run/sft@0.5", "run/sft", "0.5"), ("run/sft@ema", "run/sft", "ema"),
+    ("run/sft", "run/sft", ""), ("run/sft@0.5", "run/sft", "0.5"),
+    ("run/sft@ema", "run/sft", "ema"),
     ("me@lab/run/sft", "me@lab/run/sft", ""), ("me@lab/run/sft@0.5", "me@lab/run/sft", "0.5"),
     ("models/org@2", "models/org@2", ""),  # There is such a folder.
 ])
