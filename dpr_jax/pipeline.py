@@ -4,6 +4,7 @@ For one seed or several, and for one config or the points of a sweep.
 """
 
 import dataclasses
+import datetime
 import sys
 from typing import Any
 
@@ -136,12 +137,14 @@ def run(
   root = Workdir(workdir)
   root.check(config)
 
-  def finish(config: config_lib.RunConfig, workdir: Workdir) -> dict[str, Any]:
+  def finish(
+      config: config_lib.RunConfig, workdir: Workdir, day: datetime.date | None = None
+  ) -> dict[str, Any]:
     """All stages of one seed; a damaged checkpoint of a finished one is trained again."""
     stages = sweep_seed if config.sweep.field else run_stages
     while True:
       try:
-        return stages(set_up(config, workdir, mesh))
+        return stages(set_up(config, workdir, mesh, day=day))
       except DamagedCheckpoint as damaged:
         if not damaged.directory.is_relative_to(workdir.path):
           raise
@@ -151,12 +154,16 @@ def run(
   with jax.set_mesh(mesh):
     if config.seeds == 1:
       return finish(config, root)
-    root.claim(config)
+    day = datetime.date.today()  # The same prompts for all seeds, also of those that begin later.
+    if root.config_file.exists():
+      then = root.read_config().get("inputs", {})
+      day = datetime.date.fromisoformat(then.get("date", day.isoformat()))
+    root.claim(config, inputs={"date": day.isoformat()})
     seeds = list(range(config.seed, config.seed + config.seeds))
     parts = [Workdir(root.path / f"seed_{seed}") for seed in seeds]
     for seed, part in zip(seeds, parts):
       print(f"seed {seed}", file=sys.stderr)
-      finish(dataclasses.replace(config, seed=seed, seeds=1), part)
+      finish(dataclasses.replace(config, seed=seed, seeds=1), part, day)
     if config.sweep.field:
       return sweep_report(config, root, parts, seeds)
     return report(root, parts, seeds)

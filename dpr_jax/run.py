@@ -56,6 +56,7 @@ class Run:
   model: Transformer
   stop_ids: tuple[int, ...]
   data: Dataset
+  day: datetime.date = dataclasses.field(default_factory=datetime.date.today)  # that prompts name.
   _held: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
   @property
@@ -319,11 +320,13 @@ def set_up(
     workdir: Workdir,
     mesh: jax.sharding.Mesh,
     like: Run | None = None,
+    day: datetime.date | None = None,
 ) -> Run:
   """Everything that can be wrong with the input shows here, before anything is written.
 
   Args:
     like: a run set up before, whose data are taken if they are the same.
+    day: what a chat template writes that writes the date, unless the run began before; today.
   """
   workdir.check(config)
   check_mesh(config, mesh)
@@ -334,7 +337,9 @@ def set_up(
   workdir.set_aside_damaged()
   then = workdir.read_config().get("inputs", {}) if workdir.config_file.exists() else {}
   copied = bool(then) and (workdir.tokenizer / "tokenizer.json").is_file()
-  day = datetime.date.fromisoformat(then.get("date", datetime.date.today().isoformat()))
+  day = like.day if like is not None else day or datetime.date.today()
+  if "date" in then:
+    day = datetime.date.fromisoformat(then["date"])
   tokenizer = workdir.load_tokenizer() if copied else inputs.make_tokenizer(
       config.model.pretrained, config.data.template, day
   )
@@ -380,4 +385,4 @@ def set_up(
   )
   if jax.process_index() == 0 and not copied:
     workdir.record(*inputs.save_tokenizer(tokenizer, workdir.tokenizer))
-  return Run(config, workdir, mesh, tokenizer, model, ends, data)
+  return Run(config, workdir, mesh, tokenizer, model, ends, data, day)

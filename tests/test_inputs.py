@@ -46,7 +46,7 @@ def again(tmp_path, pretrained):
   demos.write_text("".join(
       json.dumps({"prompt": f"q{i}", "response": f"r{i}"}) + "\n" for i in range(20)))
 
-  def run(template="", reference=None):
+  def run(template="", reference=None, folder="run", like=None):
     config = debug_config(default_config())
     config.model.pretrained, config.data.demos = str(pretrained), str(demos)
     config.data.template = str(template)
@@ -55,7 +55,7 @@ def again(tmp_path, pretrained):
     config.data.row_length, config.data.prompt_length = 128, 96
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-      return set_up(resolve(config), Workdir(tmp_path / "run"), mesh)
+      return set_up(resolve(config), Workdir(tmp_path / folder), mesh, like)
 
   return run
 
@@ -78,6 +78,15 @@ def test_the_date_of_a_template_is_that_of_the_first_day(again, monkeypatch):
   stage = load_tokenizer(second.workdir.tokenizer)  # What score and export read.
   for tokenizer in (first.tokenizer, second.tokenizer, stage):
     assert tokenizer.decode(render_prompt(ASK, tokenizer)).startswith("On 01 Mar 2031\n")
+
+
+def test_the_points_of_a_sweep_have_one_date(again, monkeypatch):
+  on(monkeypatch, 2031)
+  first = again()
+  on(monkeypatch, 2032)
+  point = again(folder="beta=1", like=first)
+  assert point.tokenizer.chat_template == first.tokenizer.chat_template
+  assert point.workdir.read_config()["inputs"]["date"] == "2031-03-01"
 
 
 def test_a_copy_that_was_damaged_is_made_again_as_it_was(again, monkeypatch, caplog):
