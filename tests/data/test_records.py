@@ -19,7 +19,8 @@ def rows(path):
 
 @pytest.mark.parametrize("name, content", [
   ("d.ndjson", LINES), ("D.JSONL", LINES), ("d.Json", json.dumps(ROWS).encode()),
-  ("d.jsonl.gz", gzip.compress(LINES)), ("d.JSON.GZ", gzip.compress(json.dumps(ROWS).encode())),
+  ("d.jsonl.gz", gzip.compress(LINES, mtime=0)),
+  ("d.JSON.GZ", gzip.compress(json.dumps(ROWS).encode(), mtime=0)),
 ])
 def test_suffixes(tmp_path, name, content):
   (tmp_path / name).write_bytes(content)
@@ -28,8 +29,8 @@ def test_suffixes(tmp_path, name, content):
 
 @pytest.mark.parametrize("name, content, pattern", [
   ("d.jsonl.gz", b"no gzip", "not a readable gzip file"),
-  ("d.jsonl.gz", gzip.compress(LINES)[:-9], "not a readable gzip file"),
-  ("d.gz", gzip.compress(LINES), "unknown suffix '.gz'"),
+  ("d.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "not a readable gzip file"),
+  ("d.gz", gzip.compress(LINES, mtime=0), "unknown suffix '.gz'"),
   ("d.jsonl", b"[" * 100_000, "d.jsonl: JSON nested deeper"),
   ("d.jsonl", b'{"a": ' + b"9" * 10_000 + b"}", "d.jsonl:1: an integer of thousands of digits"),
 ])
