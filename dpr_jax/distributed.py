@@ -88,16 +88,17 @@ def initialize() -> None:
 
   if jax.distributed.is_initialized():
     return
+  patience = peers.patience()
   # Signals are handled by signals.py and agreed on by peers.py, SIGINT like SIGTERM.
   jax.config.update("jax_enable_preemption_service", False)
   if arguments is not None:
     jax.distributed.initialize(**arguments)
-    peers.start()
-    return
-  try:
-    jax.distributed.initialize()
-  except ValueError as e:  # Nothing detected: "coordinator_address should be defined."
-    raise UserError(
-      f"several processes are asked for, but JAX finds no Cloud TPU, GKE or SLURM here ({e}); set "
-      f"{', '.join(_VARIABLES)}, or DPR_DISTRIBUTED=0 to run alone"
-    ) from None
+  else:
+    try:
+      jax.distributed.initialize()
+    except ValueError as e:  # Nothing detected: "coordinator_address should be defined."
+      raise UserError(
+        f"several processes are asked for, but JAX finds no Cloud TPU, GKE or SLURM here ({e}); "
+        f"set {', '.join(_VARIABLES)}, or DPR_DISTRIBUTED=0 to run alone"
+      ) from None
+  peers.start(patience)

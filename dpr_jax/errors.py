@@ -12,12 +12,21 @@ import signal
 from collections.abc import Iterator
 
 
+def _one_line(message: str) -> str:
+  line = " ".join(message.split())
+  return line if len(line) <= 2000 else f"{line[:2000]}... (cut)"
+
+
 class UserError(ValueError):
   """Bad input: one line that names the place and what would be right."""
 
   def __init__(self, message: str):
-    line = " ".join(message.split())
-    super().__init__(line if len(line) <= 2000 else f"{line[:2000]}... (cut)")
+    super().__init__(_one_line(message))
+
+  def at(self, where: str) -> "UserError":
+    """The same error, of its own class, whose line begins with `where`."""
+    self.args = (_one_line(f"{where}: {self}"),)
+    return self
 
 
 class Diverged(RuntimeError):
@@ -49,5 +58,7 @@ def naming(where: str) -> Iterator[None]:
   """Turns a ValueError of the block into a UserError that begins with `where`, a field or flag."""
   try:
     yield
+  except UserError as e:  # It may be of a kind that is handled further out.
+    raise e.at(where) from None
   except ValueError as e:
     raise UserError(f"{where}: {e}") from None

@@ -15,6 +15,7 @@ evaluation; the files are the same as those of an uninterrupted one.
 --stop=$'\n\nQuestion:'.
 """
 
+import contextlib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -128,10 +129,11 @@ def main(argv: Sequence[str]) -> None:
   demos = benchmark.read(values.data, values.max_prompts)
   import jax
 
+  from dpr_jax import lock
+  from dpr_jax.agreement import agree, check_shared
   from dpr_jax.config.values import to_json
-  from dpr_jax.fingerprints import of_file
+  from dpr_jax.data.dataset import fingerprint
   from dpr_jax.loading import load_checkpoint
-  from dpr_jax.lock import locked
   from dpr_jax.rollout import Sampling
   from dpr_jax.training.integrity import fingerprint as fingerprint_arrays
   from dpr_jax.workdir import versions, write_json
@@ -146,7 +148,11 @@ def main(argv: Sequence[str]) -> None:
         "max_new_tokens": values.max_new_tokens or benchmark.max_new_tokens,
         "stop_strings": (*benchmark.stop_strings, *values.stop),
     }
-  with models_cli.model_mesh(values) as (mesh, dtype), locked(folder.path, "--output"):
+  with models_cli.model_mesh(values) as (mesh, dtype), contextlib.ExitStack() as held:
+    agree(
+        lambda: held.enter_context(lock.locked(folder.path, "--output")), seconds=2 * lock.STALE
+    )
+    check_shared(folder.path, f"--output={values.output}")
     loaded = load_checkpoint(values.model, mesh, dtype)
     run = BenchmarkRun(
         benchmark, metrics, loaded, mesh, values.template or loaded.template, demos,
@@ -165,13 +171,14 @@ def main(argv: Sequence[str]) -> None:
       generation = {name: getattr(values, name) for name in _GENERATION}
       settings |= {**generation, "max_new_tokens": run.max_new_tokens}
     contents = {
-        "data": of_file(values.data) if values.data else "",
+        "data": fingerprint(values.data) if values.data else "",
         "benchmark": _sources(benchmark),
         "metrics": _sources(*metrics.values()),
         "model": digest(fingerprint_arrays(loaded.variables)),
         # Whatever else decides the prompts: the tokenizer, or a file that the benchmark reads.
         "template, the tokenizer, or a file of the benchmark": run.fingerprint(),
     }
+    agree(lambda: None, lambda _: contents)
     folder.claim(settings, contents)
     bar = lambda total: models_cli.bar(f"evaluate {values.benchmark}", total, "response")
     records, asked = fill(run, folder, bar)

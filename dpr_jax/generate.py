@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
     with models_cli.bar("generate", len(prompts) * values.samples, "response") as progress:
       responses = responder.respond(
           (loaded.variables,), prompts, make_key(values.seed), sampling=sampling,
-          samples_per_prompt=values.samples, on_batch=progress.update,
+          samples_per_prompt=values.samples, on_batch=models_cli.stoppable(progress.update),
       )
   records = []
   for i, response in enumerate(responses):

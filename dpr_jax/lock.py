@@ -1,21 +1,26 @@
 """A folder that one run at a time writes to: the file .lock in it names who.
 
 The file is refreshed while its run goes on. It is taken over if its process is dead, which shows at
-once on the same machine, and on another by a file that was not refreshed for `STALE` seconds.
+once on the same machine, and on another by a file that is not refreshed for `STALE` seconds. That
+long waits a run that was moved to another machine.
 """
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import platform
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from dpr_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 FILE = ".lock"
 REFRESH, STALE = 10.0, 120.0  # seconds
@@ -32,16 +37,19 @@ def _machine() -> str:
   space = ""
   with contextlib.suppress(OSError):
     space = os.readlink("/proc/self/ns/pid")
-  return f"{_text('/proc/sys/kernel/random/boot_id')} {space}"
+  return f"{_text('/proc/sys/kernel/random/boot_id') or socket.gethostname()} {space}"
 
 
 def _started(pid: int) -> str | None:
   """When a process of this machine started, in the kernel's ticks; None if it is dead."""
   if platform.system() != "Linux":
-    with contextlib.suppress(OSError):
+    try:
       os.kill(pid, 0)
-      return ""
-    return None
+    except PermissionError:  # Another user's.
+      pass
+    except OSError:
+      return None
+    return ""
   # Behind the name, which may hold anything: the state, and as the 20th field the start.
   fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
   return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else None
@@ -76,10 +84,27 @@ def _age(path: pathlib.Path) -> float:
     probe.unlink(missing_ok=True)
 
 
+def _refreshed(path: pathlib.Path) -> int | None:
+  """When the file was refreshed; None if it is gone."""
+  with contextlib.suppress(FileNotFoundError):
+    return path.stat().st_mtime_ns
+  return None
+
+
 def _alive(path: pathlib.Path, holder: dict[str, Any]) -> bool:
+  """Whether the holder still runs; of one on another machine, which may be gone, it is awaited."""
   if holder and holder.get("machine") == _machine():
     return _started(holder["pid"]) == holder.get("started")
-  return _age(path) <= STALE
+  seen, told = _refreshed(path), False
+  while _age(path) <= STALE:
+    if not told:
+      _log.warning("%s: waiting up to %g s to see whether its run, on another machine, goes on",
+                   path, STALE)
+    told = True
+    time.sleep(min(1.0, REFRESH))
+    if (now := _refreshed(path)) != seen:
+      return now is not None
+  return False
 
 
 def _create(path: pathlib.Path, own: dict[str, Any]) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 from dpr_jax.errors import UserError
 
 SECONDS = 40.0  # DPR_PEER_SECONDS: the patience with a process that shows no sign of life.
-_PREFIX = "dpr_jax"
+_PREFIX = "dpr_jax/peers"
 
 
 class Peers:
@@ -186,7 +186,20 @@ class Peers:
 
 _peers: Peers | None = None
 
-def start() -> None:
+
+def patience() -> float:
+  """DPR_PEER_SECONDS, else `SECONDS`.
+
+  Raises:
+    UserError: it is no number of seconds of at least 5.
+  """
+  text = os.environ.get("DPR_PEER_SECONDS") or str(SECONDS)
+  if not text.replace(".", "", 1).isdecimal() or float(text) < 5:
+    raise UserError(f"DPR_PEER_SECONDS={text!r} must be a number of seconds of at least 5")
+  return float(text)
+
+
+def start(seconds: float = SECONDS) -> None:
   """Begins to watch the other processes, once `jax.distributed` has connected to them."""
   global _peers
   import atexit
@@ -196,10 +209,6 @@ def start() -> None:
   state = distributed.global_state
   if _peers is not None or state.client is None or (state.num_processes or 1) < 2:
     return
-  text = os.environ.get("DPR_PEER_SECONDS") or str(SECONDS)
-  if not text.replace(".", "", 1).isdecimal():
-    raise UserError(f"DPR_PEER_SECONDS={text!r} must be a number of seconds")
-  seconds = float(text)
   _peers = Peers(state.client, state.process_id, state.num_processes, seconds)
   atexit.register(_peers.end, 0)  # Before JAX disconnects.
 

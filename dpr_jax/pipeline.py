@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from dpr_jax import config as config_lib
-from dpr_jax import sharding
+from dpr_jax import lock, sharding
 from dpr_jax import sweep as sweep_lib
 from dpr_jax.agreement import agree, check_shared
 from dpr_jax.changes import record_changes
@@ -21,7 +21,6 @@ from dpr_jax.errors import naming
 from dpr_jax.evaluation.evaluate import evaluate, write_corruption, write_heatmaps
 from dpr_jax.evaluation.reference_quality import measure_reference
 from dpr_jax.evaluation.results import build_results, build_sweep_results
-from dpr_jax.lock import locked
 from dpr_jax.methods.sft import sft_stage
 from dpr_jax.report import gaming, write_report
 from dpr_jax.run import Run, set_up
@@ -163,7 +162,9 @@ def run(
         make_way(damaged)
 
   with contextlib.ExitStack() as held:
-    agree(lambda: held.enter_context(locked(root.path, "--workdir")))
+    agree(
+        lambda: held.enter_context(lock.locked(root.path, "--workdir")), seconds=2 * lock.STALE
+    )
     held.enter_context(jax.set_mesh(mesh))
     check_shared(root.path, f"--workdir={workdir}")
     if with_changes:

@@ -329,6 +329,8 @@ def set_up(
     like: a run set up before, whose data are taken if they are the same.
     day: what a chat template writes that writes the date, unless the run began before; today.
   """
+  agree(lambda: workdir.check(config))
+  workdir.set_aside_damaged()
   run, record = agree(
       lambda: _read(config, workdir, mesh, like, day),
       lambda made: {
@@ -352,13 +354,11 @@ def _read(
     day: datetime.date | None,
 ) -> tuple[Run, dict[str, Any]]:
   """A run, and what config.json says of its input."""
-  workdir.check(config)
   check_mesh(config, mesh)
   for name in config.compare:
     if name in RESERVED or not re.fullmatch(r"[A-Za-z]\w*", name):
       raise UserError(f"config.methods.{name}: the name of a method is that of a folder of the "
                       "workdir; use letters, digits and _, and none of its own names")
-  workdir.set_aside_damaged()
   then = workdir.read_config().get("inputs", {}) if workdir.config_file.exists() else {}
   day = like.day if like is not None else day or datetime.date.today()
   if "date" in then:

@@ -49,31 +49,6 @@ def _given_ids(line: Mapping[str, Any], vocab_size: int, where: str) -> list[int
   return ids
 
 
-def _read(path: str) -> tuple[list[Any], list[dict[str, Any]]]:
-  """(demonstrations, records) of a file; of what dpr_jax.generate wrote, "response" is the answer.
-
-  Raises:
-    UserError: as `read_demos`; an empty response, unless it was generated, is an error.
-  """
-  from dpr_jax.data.demos import Demo
-  from dpr_jax.data.formats import read_demos, read_prompts
-  from dpr_jax.data.records import iter_records
-
-  records = list(iter_records(path))
-  lines = [record for record, _ in records]
-  generated = lambda r: "response" in r and ("hit_eos" in r or "token_ids" in r)
-  if not all(map(generated, lines)):
-    return read_demos(path, extra_fields=("*",)).demos, lines
-  demos = []
-  for (messages, record), (_, where) in zip(read_prompts(path), records, strict=True):
-    response, ended = record["response"], record.get("hit_eos", True)
-    if not isinstance(response, str) or not isinstance(ended, bool):
-      raise UserError(f"{where}: fields 'response' and 'hit_eos' must be text and true or false")
-    answer = {"role": "assistant", "content": response}
-    demos.append(Demo((*messages, answer), source=where, ended=ended))
-  return demos, lines
-
-
 @cli.readable
 def main(argv: Sequence[str]) -> None:
   values = cli.parse_flags(
@@ -83,7 +58,11 @@ def main(argv: Sequence[str]) -> None:
   )
   output = models_cli.new_file("--output", values.output)
   html = models_cli.new_file("--html", values.html, output) if values.html else None
-  demos, lines = _read(values.input)
+  from dpr_jax.data.formats import read_demos
+  from dpr_jax.data.records import iter_records
+
+  demos = read_demos(values.input, extra_fields=("*",)).demos  # One per record.
+  lines = [record for record, _ in iter_records(values.input)]
   import jax
   import numpy as np
 
@@ -110,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
       if length > limit:
         raise UserError(f"{demo.source}: {length} tokens exceed --max_length={limit}")
     with models_cli.bar("score", 2 * len(demos), "response") as progress:
-      scorer = Scorer(sft.model, mesh, values.batch_size, progress.update)
+      scorer = Scorer(sft.model, mesh, values.batch_size, models_cli.stoppable(progress.update))
       scores = scorer.score(sft.variables, Reference.of(ref.variables), prompts, responses)
   records = [
       {**line, **score_record(tokenizer, r, s)}

@@ -206,7 +206,7 @@ class Workdir:
         continue
       if path.exists() and fingerprints.of_file(path) != value:
         yield path, "it is not what the run wrote"
-      elif not path.exists() and path.parent == self.tokenizer:
+      elif not path.exists() and (path.parent == self.tokenizer or path.name == "metrics.jsonl"):
         yield path, "it is missing"
     if folder:
       return
@@ -233,7 +233,8 @@ class Workdir:
 
   def has_tokenizer(self) -> bool:
     """Whether the run has copied its tokenizer."""
-    if not (self.tokenizer / "tokenizer.json").is_file() or not self.config_file.exists():
+    files = (self.tokenizer / "tokenizer.json", self.tokenizer / "tokenizer_config.json")
+    if not all(f.is_file() for f in (*files, self.config_file)):
       return False
     return bool(self.read_config().get("inputs"))
 

@@ -56,8 +56,10 @@ def test_spelt_out(calls, monkeypatch):
   {"TPU_WORKER_HOSTNAMES": "a,b"}, {"MEGASCALE_NUM_SLICES": "2"}, SLURM, {"DPR_DISTRIBUTED": "1"},
 ])
 def test_on_a_cluster(calls, monkeypatch, environ):
-  call(monkeypatch, environ)
-  assert calls == [{}]
+  watched = []
+  monkeypatch.setattr(distributed.peers, "start", watched.append)
+  call(monkeypatch, {**environ, "DPR_PEER_SECONDS": "7"})
+  assert calls == [{}] and watched == [7.0]
 
 
 @pytest.mark.parametrize("change, pattern", [
@@ -69,6 +71,7 @@ def test_on_a_cluster(calls, monkeypatch, environ):
   ({"DPR_PROCESS_ID": "4"}, "DPR_PROCESS_ID=4 must be below DPR_NUM_PROCESSES=4"),
   ({"DPR_COORDINATOR": "10.0.0.1"}, "DPR_COORDINATOR='10.0.0.1' must be host:port"),
   ({"DPR_COORDINATOR": ":80"}, "DPR_COORDINATOR=':80'"),
+  ({"DPR_PEER_SECONDS": "0"}, "DPR_PEER_SECONDS='0' must be a number of seconds of at least 5"),
   ({"DPR_COORDINATOR": "a:99999"}, "DPR_COORDINATOR='a:99999'"),
 ])
 def test_wrong_variables_are_named(calls, monkeypatch, change, pattern):

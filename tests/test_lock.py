@@ -57,16 +57,22 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[]", json.dumps({"pid": 1, "host": "b", "machine": "c"})])
-def test_a_lock_of_another_machine_is_stale_once_it_is_not_refreshed(content, tmp_path):
-  path = tmp_path / lock.FILE
+def test_a_lock_of_another_machine_is_stale_once_it_is_not_refreshed(
+    content, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(lock, "REFRESH", 0.02)
+  monkeypatch.setattr(lock, "STALE", 0.5)
+  path, ended = tmp_path / lock.FILE, threading.Event()
   path.write_text(content)
+  other = threading.Thread(target=lock._refresh, args=(path, ended))
+  other.start()
   with pytest.raises(UserError, match="in use by"):
     with lock.locked(tmp_path, "--output"):
       pass
+  ended.set()
+  other.join()
   assert path.read_text() == content
-  past = path.stat().st_mtime - lock.STALE - 5
-  os.utime(path, (past, past))
-  with lock.locked(tmp_path, "--output"):
+  with lock.locked(tmp_path, "--output"):  # After a while.
     assert held(tmp_path)["pid"] == os.getpid()
 
 

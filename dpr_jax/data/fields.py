@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dpr_jax.data.demos import Message
-from dpr_jax.data.limits import MAX_DEPTH
+from dpr_jax.data.limits import MAX_DEPTH, parse_json
 from dpr_jax.data.records import kind_of
 from dpr_jax.errors import UserError
 
@@ -93,6 +93,18 @@ def check_text(value: Any, what: str) -> None:
                     "expected Unicode text")
 
 
+def parsed(text: str, where: str, what: str) -> Any:
+  """The value of JSON that stands as text in a record.
+
+  Raises:
+    UserError: it is not JSON, or JSON that no record may hold.
+  """
+  try:
+    return parse_json(text, f"{where}: {what}")
+  except json.JSONDecodeError as e:
+    raise UserError(f"{where}: {what} is text that is not JSON: {e.msg}") from None
+
+
 def trained(fields: Mapping[str, Any], where: str) -> bool | None:
   """Whether a turn or record says that it is trained; None if it says nothing."""
   said = None
@@ -120,7 +132,7 @@ def template_fields(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
   found = {name: turn[name] for name in TEMPLATE_FIELDS if turn.get(name) not in (None, "", [])}
   for name, value in found.items():
     if name == "tool_calls":
-      calls = json.loads(value) if isinstance(value, str) and value[:1] == "[" else value
+      calls = parsed(value, where, "field 'tool_calls'") if isinstance(value, str) else value
       if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise UserError(f"{where}: field 'tool_calls' must be a list of objects")
       found[name] = calls
@@ -133,10 +145,7 @@ def leading_messages(record: Mapping[str, Any], where: str) -> list[Message]:
   """What a record puts before its turns: descriptions of tools, and a system message."""
   messages: list[Message] = []
   if tools := record.get("tools"):
-    try:
-      tools = json.loads(tools) if isinstance(tools, str) else tools
-    except ValueError:
-      raise UserError(f"{where}: field 'tools' is text that is not JSON") from None
+    tools = parsed(tools, where, "field 'tools'") if isinstance(tools, str) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
       raise UserError(f"{where}: field 'tools' must be a list of objects")
     if tools:

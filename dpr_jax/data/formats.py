@@ -8,7 +8,6 @@ FILE[INDEX] for a JSON list, Parquet or Arrow.
 
 import dataclasses
 import functools
-import json
 import pathlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -70,11 +69,11 @@ def _content(turn: Mapping[str, Any], field: str, where: str) -> str:
 
 def _function_call(content: str, where: str) -> list[dict[str, Any]]:
   """The call that a ShareGPT turn of the role function_call spells in JSON."""
-  try:
-    calls = json.loads(content)
-  except ValueError:
-    raise UserError(f"{where}: a turn of the role 'function_call' must hold JSON") from None
-  return [{"type": "function", "function": c} for c in (calls if type(calls) is list else [calls])]
+  calls = fields.parsed(content, where, "a turn of the role 'function_call'")
+  calls = calls if isinstance(calls, list) else [calls]
+  if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+    raise UserError(f"{where}: a turn of the role 'function_call' must hold an object with a name")
+  return [{"type": "function", "function": call} for call in calls]
 
 
 def _turns(record, field: str, extra: Collection[str], where: str) -> _Parsed:
@@ -226,7 +225,10 @@ def _add_response(parsed: _Parsed, record: Mapping[str, Any], where: str) -> Non
   if "response" not in record:
     return
   text, last = text_of(record, "response", where), parsed.messages[-1]
-  if last["role"] != "assistant":
+  generated = "hit_eos" in record or "token_ids" in record
+  if last["role"] == "assistant" and generated:  # In place of the answer that was not shown.
+    parsed.messages.pop()
+  if parsed.messages[-1]["role"] != "assistant":
     parsed.messages.append({"role": "assistant", "content": text})
   elif last["content"] != text:
     raise UserError(f"{where}: field 'response' differs from the answer that the record already "
@@ -309,7 +311,8 @@ def read_demos(
       Prompt and completion may be lists of messages; then the completion alone is trained.
     auto: decided by the first record; every later one must fit.
   In every format:
-    "response" may stand for the format's own, as `dpr_jax.generate` writes it.
+    "response" may stand for the format's own, as `dpr_jax.generate` writes it; beside "hit_eos" or
+      "token_ids" it does so even where the record has an answer.
     "system" is the system message, and "tools" a list of tools that the chat template describes.
     "answer" beside the response becomes `Demo.answer`, and "task" `Demo.task`. Without a
       reference, `Demo.answer` is the last assistant content.
@@ -324,7 +327,7 @@ def read_demos(
     limit: stop after this many demonstrations; 0 reads all.
     on_empty: what to do with a record whose response or prompt is empty or white space: "error",
       or "drop" (counted in `DemoSet.dropped_empty`). A response that a model ended at once
-      ("hit_eos": true) is kept.
+      ("hit_eos": true, or "token_ids") is kept.
     on_disorder: what to do with a record whose roles are out of order, such as a dialogue that
       begins with the assistant or ends with the user: "error", or "drop" (counted).
     extra_fields: names of further fields that decide nothing; "*" stands for all.
@@ -350,8 +353,8 @@ def read_demos(
         raise
       disordered += 1
       continue
-    ended_at_once = record.get("hit_eos") is True
-    if role := _empty_turn(demo.prompt if ended_at_once else demo.messages):
+    generated = record.get("hit_eos") is True or record.get("token_ids") is not None
+    if role := _empty_turn(demo.prompt if generated else demo.messages):
       if on_empty == "error":
         what = "response" if role == "assistant" else "prompt"
         raise UserError(f"{where}: empty {what}; expected text, or on_empty='drop' to leave it out")
@@ -386,7 +389,7 @@ def read_prompts(
   prompts, format = [], ""
   for record, where in iter_records(path):
     spec = _FORMATS.get(format)
-    if spec is None or spec.prompt not in record:
+    if spec is None or record.get(spec.prompt) is None:
       format = _detect(fields.present(record, where), where, demos=False)
     messages = _parse(record, format, ("*",), where, demo=False).prompt
     _check_roles(messages, where, last=("user", "tool"))

@@ -148,8 +148,8 @@ def train_stage(
       profile_dir=run.workdir.profile / name,
   )
   run.release()  # Nothing of another stage stays in memory.
-  run_stage(stage, begin)
-  run.workdir.record(*files)
+  if run_stage(stage, begin) is not None:  # Else what lies there may not be what was written.
+    run.workdir.record(*files)
 
 
 def make_training(

@@ -138,7 +138,7 @@ class Checkpoints:
     """
     names = []
     if jax.process_index() == 0:
-      for other in self.steps():
+      for other in reversed(self.steps()):  # The damaged one last: it is seen again until then.
         if other >= step:
           suffix = "damaged" if other == step else "replaced"
           names.append(fingerprints.set_aside(self.directory / str(other), suffix).name)

@@ -187,7 +187,7 @@ def test_what_a_template_passes_over_is_refused(tmp_path, record, what):
   ({"messages": [ASK, reply("4", tool_calls=["x"])]}, "'tool_calls' must be a list of objects"),
   ({"messages": [ASK, reply("4", reasoning_content=4)]}, "'reasoning_content' must be text"),
   ({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "x"}]},
-   "'function_call' must hold JSON"),
+   "'function_call' is text that is not JSON"),
   ({"messages": [ASK, reply("4")], "tools": json.loads('[{"a":' * 90 + "1" + "}]" * 90)},
    "nested deeper than 100 levels"),
   ({"prompt": "q", "messages": [ASK, reply("4")]}, "'prompt' is not the first user turn"),
@@ -237,3 +237,21 @@ def test_calculator_annotations_and_references_are_those_of_gsm8k(tmp_path):
   *plain, last = found.demos
   assert [d.response for d in plain] == [d.answer for d in plain] == list(answers)[:-1]
   assert (last.response, last.answer) == ("6*7 = 42, 500\n#### 1,042", "1,042")
+
+
+@pytest.mark.parametrize("text", ["[oops", "[" * 100_000, '["\\ud800"]', "3"], ids=range(4))
+@pytest.mark.parametrize("place", ["tool_calls", "tools", "function_call"])
+def test_json_that_stands_as_text_is_checked_like_any_other(tmp_path, place, text):
+  record = {"messages": [ASK, reply("4")]}
+  if place == "tools":
+    record["tools"] = text
+  elif place == "tool_calls":
+    record["messages"][1] = {**reply("4"), "tool_calls": text}
+  else:
+    record = {"conversations": [{"from": "human", "value": "q"},
+                                {"from": "function_call", "value": text}]}
+  path = tmp_path / "d.jsonl"
+  path.write_text(json.dumps(record) + "\n")
+  with pytest.raises(UserError, match=rf"d\.jsonl:1: .*{place}") as caught:
+    read_demos(path)
+  assert "\n" not in str(caught.value)

@@ -338,3 +338,23 @@ def test_real_alpaca_error_names_the_first_empty_output():
   first = next(i for i, r in enumerate(records) if not r["output"].strip())
   with pytest.raises(UserError, match=rf"alpaca_data\.json\[{first}\]: empty response"):
     read_demos(path)
+
+
+@pytest.mark.parametrize("record", [
+  {"prompt": "q", "completion": "own"},
+  {"question": "q", "answer": "own"},
+  {"question": "q", "answer": "own #### 4\n#### 4"},
+  {"instruction": "q", "input": "", "output": "own"},
+  {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "own"}]},
+  {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "own"}]},
+  {"prompt": "q"},
+], ids=lambda record: "-".join(record))
+@pytest.mark.parametrize("response", ["sampled", ""])
+def test_what_generate_wrote_of_any_format_is_read_as_it_was_sampled(tmp_path, record, response):
+  path = tmp_path / "d.jsonl"
+  line = {**record, "response": response, "token_ids": [1], "length": 1, "hit_eos": False}
+  path.write_text(json.dumps(line) + "\n")
+  (demo,) = read_demos(path, extra_fields=("*",)).demos
+  assert [m["content"] for m in demo.messages] == ["q", response] and not demo.ended
+  ((messages, carried),) = read_prompts(path)
+  assert [m["content"] for m in messages] == ["q"] and carried == line
