@@ -271,10 +271,14 @@ class Workdir:
   # --- config.json -------------------------------------------------------------------------------
 
   def read_config(self) -> dict[str, Any]:
+    """Raises UserError where it is not what a run writes; restore it from a copy then."""
     try:
-      return json.loads(self.config_file.read_text(encoding="utf-8"))
+      record = json.loads(self.config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
       raise UserError(f"{self.config_file}: not the config.json of a run: {e}") from None
+    if not isinstance(record, dict):
+      raise UserError(f"{self.config_file}: not the config.json of a run: no JSON object")
+    return record
 
   def check(self, config: config_lib.RunConfig) -> None:
     """Refuses a folder that holds something else: another config, or files of no run.

@@ -80,7 +80,8 @@ def _allowed(kind: Any, field: dataclasses.Field) -> str:
   element = getattr(kind, "__args__", None)
   name = f"list of {element[0].__name__}" if element else kind.__name__
   bounds = (("≥", get("low")), (">", get("above")), ("≤", get("high")), ("<", get("below")))
-  return ", ".join([name, *(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)])
+  number = lambda bound: str(bound) if isinstance(bound, int) else f"{bound:g}"
+  return ", ".join([name, *(f"{sign} {number(b)}" for sign, b in bounds if b is not None)])
 
 
 def _default(value: Any) -> str:

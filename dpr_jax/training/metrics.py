@@ -172,6 +172,8 @@ class MetricsWriter:
           "at the batch."
       )
     empty, share = values.pop("empty", 0.0), values.get("trained_share", 1.0)
+    if empty:
+      values["empty"] = empty
     if (empty or share < _LEAST_SHARE) and not self._warned and self._lead:
       self._warned = True
       trained = "no token" if empty else f"{share:.1%} of the tokens"
