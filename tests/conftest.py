@@ -1,6 +1,7 @@
 """Settings and small fixtures of every test. The environment is set before jax is imported."""
 
 import os
+import signal
 
 # Some tests ask for a GPU and skip without one: DPR_JAX_TEST_PLATFORM=cuda pytest tests/models.
 os.environ["JAX_PLATFORMS"] = os.environ.get("DPR_JAX_TEST_PLATFORM", "cpu")
@@ -25,6 +26,13 @@ def rng() -> np.random.Generator:
   seed = int(os.environ.get("DPR_JAX_TEST_SEED", np.random.SeedSequence().entropy % 2**32))
   print(f"DPR_JAX_TEST_SEED={seed}")
   return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+  """Shells start what runs in the background with SIGINT ignored, and tests send it."""
+  if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module", autouse=True)

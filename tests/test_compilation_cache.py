@@ -42,8 +42,8 @@ def test_a_file_is_no_folder(tmp_path):
 
 def test_main_takes_the_flag(tmp_path):
   argv = ["--config=configs/smoke.py", "--workdir=unused", f"--compilation_cache={tmp_path}"]
-  *_, folder = main.parse(argv)
-  assert folder == str(tmp_path)
+  _, how = main.parse(argv)
+  assert how["compilation_cache"] == str(tmp_path)
 
 
 def test_a_run_keeps_them_in_its_workdir_unless_told_otherwise(monkeypatch, tmp_path):

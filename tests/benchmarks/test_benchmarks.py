@@ -21,7 +21,9 @@ COMMON = {
 }
 
 
-@pytest.mark.parametrize("name", ["sft_step", "score", "rollout", "dpr_step"])
+@pytest.mark.parametrize("name", [
+  "sft_step", "score", "rollout", pytest.param("dpr_step", marks=pytest.mark.slow)
+])
 def test_prints_the_documented_fields(lines, name):
   line = lines(name)
   assert COMMON <= set(line)
@@ -53,6 +55,7 @@ def test_rollout_counts_steps_and_tokens(lines):
   assert line["shared_prefill"]["samples"] == 2 and line["shared_prefill"]["shared_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_dpr_step_samples_and_leaves_one_trick_out_at_a_time(lines):
   line = lines("dpr_step")
   assert 4 <= line["sampled_tokens"] <= 32 and 1 <= line["longest"] <= 8
