@@ -83,6 +83,7 @@ def test_scaling_partitions(lines):
   assert run["collectives"].get("all-gather", 0) > 0  # fsdp gathers what it has split.
 
 
+@pytest.mark.slow
 def test_tables_are_filled(lines):
   from benchmarks import render
 
