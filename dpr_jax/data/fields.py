@@ -6,12 +6,11 @@ trained, or that the prompt has another part.
 """
 
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dpr_jax.data.demos import Message
-from dpr_jax.data.limits import MAX_DEPTH, parse_json
+from dpr_jax.data.limits import MAX_DEPTH, check_unicode, parse_json
 from dpr_jax.data.records import kind_of
 from dpr_jax.errors import UserError
 
@@ -43,7 +42,6 @@ CARRIED = frozenset("""
     parallel_tool_calls skip_prompt_formatting custom_instruction
     token_ids tokens token_rewards logp_sft logp_ref reward sample
     """.split())
-_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape one; no tokenizer can encode it.
 
 
 def present(value: Any, where: str, depth: int = 0) -> Any:
@@ -88,9 +86,7 @@ def check_text(value: Any, what: str) -> None:
   """Refuses what is no Unicode text."""
   if not isinstance(value, str):
     raise UserError(f"{what} must be text, got {kind_of(value)}")
-  if not value.isascii() and (half := _SURROGATE.search(value)):
-    raise UserError(f"{what} holds a lone surrogate (\\u{ord(half[0]):04x}), half of a character; "
-                    "expected Unicode text")
+  check_unicode(value, what)
 
 
 def parsed(text: str, where: str, what: str) -> Any:

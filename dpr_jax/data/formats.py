@@ -1,9 +1,8 @@
 """Formats of demonstration files: records -> conversations.
 
-A demonstration is a conversation that ends with the assistant turn an expert
-wrote. Every reader below yields the same `Demo`, whatever the layout of the
-file, and every complaint names the place: FILE:LINE for JSON lines,
-FILE[INDEX] for a JSON list, Parquet or Arrow.
+A demonstration is a conversation that ends with the assistant turn an expert wrote. Every reader
+below yields the same `Demo`, whatever the layout of the file, and every complaint names the place:
+FILE:LINE for JSON lines, FILE[INDEX] for a JSON list, Parquet or Arrow.
 """
 
 import dataclasses

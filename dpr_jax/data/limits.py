@@ -24,6 +24,13 @@ _HALF = re.compile("[\ud800-\udfff]")
 _NUMBER = re.compile(r"\d[\d_]*")
 
 
+def check_unicode(text: str, what: str) -> None:
+  """Raises UserError for half of a character, which JSON can escape and no tokenizer can encode."""
+  if not text.isascii() and (half := _HALF.search(text)):
+    raise UserError(f"{what} holds a lone surrogate (\\u{ord(half[0]):04x}), half of a character; "
+                    "expected Unicode text")
+
+
 def parse_json(text: str, where: str) -> Any:
   """`json.loads`, for values that can be written again.
 
@@ -56,9 +63,8 @@ def _check_json(value: Any, where: str) -> None:
     item, depth, field, at, path = left.pop()
     if depth > MAX_DEPTH:
       raise UserError(f"{where}: JSON nested deeper than {MAX_DEPTH} levels")
-    if isinstance(item, str) and not item.isascii() and (half := _HALF.search(item)):
-      raise UserError(f"{at}: field {field!r} holds a lone surrogate (\\u{ord(half[0]):04x}), half "
-                      "of a character; expected Unicode text")
+    if isinstance(item, str):
+      check_unicode(item, f"{at}: field {field!r}")
     if isinstance(item, dict):
       inside = f"{where}: {path}" if path else where
       for key, x in item.items():
