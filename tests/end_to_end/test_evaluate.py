@@ -291,6 +291,19 @@ def test_worked_examples_and_stop_strings_reach_the_model(model, tmp_path, monke
     assert prompt.index("50?") < prompt.index("#### 51") < prompt.index(f"Question: {i}?\nAnswer:")
 
 
+def test_a_folder_of_files_is_data_whose_content_is_compared(model, data, tmp_path, capsys):
+  folder, out = tmp_path / "folder", tmp_path / "out"
+  folder.mkdir()
+  (folder / "a.jsonl").write_bytes(data.read_bytes())
+  given = [f"--model={model}", "--benchmark=perplexity", f"--data={folder}", f"--output={out}"]
+  call(*given)
+  assert results(out)["n"] == 5
+  (folder / "b.jsonl").write_text('{"prompt": "say x", "response": "x"}\n')
+  with pytest.raises(SystemExit) as exit_info:
+    call(*given)
+  assert exit_info.value.code == 2 and "--data (" in capsys.readouterr().err
+
+
 def test_a_stage_answers_as_in_the_evaluation_of_its_run(finished_run, tmp_path):
   workdir, out = finished_run[0], tmp_path / "out"
   config = json.loads((workdir / "config.json").read_text())["config"]
