@@ -6,6 +6,7 @@ long waits a run that was moved to another machine.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -24,6 +25,12 @@ _log = logging.getLogger(__name__)
 
 FILE = ".lock"
 REFRESH, STALE = 10.0, 120.0  # seconds
+
+
+class _InUse(Exception):
+  def __init__(self, holder: dict[str, Any]) -> None:
+    super().__init__(f"process {holder['pid']} on {holder.get('host')}" if holder
+                     else "another run")
 
 
 def _text(path: str) -> str:
@@ -68,7 +75,7 @@ def _read(path: pathlib.Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else {}
   except FileNotFoundError:
     return None
-  except ValueError:
+  except (ValueError, RecursionError):
     return {}
 
 
@@ -125,15 +132,29 @@ def _create(path: pathlib.Path, own: dict[str, Any]) -> bool:
     draft.unlink(missing_ok=True)
 
 
-def _set_aside(path: pathlib.Path, holder: dict[str, Any]) -> None:
-  """Removes a stale lock, and no newer one that another process has put there meanwhile."""
-  moved = path.with_name(f"{FILE}.{secrets.token_hex(8)}")
-  with contextlib.suppress(FileNotFoundError):
-    os.rename(path, moved)
-    if (_read(moved) or {}).get("token") != holder.get("token"):
-      with contextlib.suppress(OSError):
-        os.link(moved, path)
-    moved.unlink(missing_ok=True)
+def _take(path: pathlib.Path, own: dict[str, Any]) -> None:
+  """Puts `own` into the file `path`.
+
+  A stale one is removed by who holds the lock that is named after its content: two that find it at
+  the same time cannot both remove it, of which the second would remove the lock of the first.
+
+  Raises:
+    _InUse: another has it, or is taking it over.
+  """
+  while not _create(path, own):
+    holder = _read(path)
+    if holder is None:
+      continue
+    if _alive(path, holder):
+      raise _InUse(holder)
+    content = json.dumps(holder, sort_keys=True).encode()
+    claim = path.with_name(f"{path.name}.{hashlib.sha256(content).hexdigest()[:16]}")
+    _take(claim, own)
+    try:
+      if _read(path) == holder:
+        path.unlink(missing_ok=True)
+    finally:
+      claim.unlink(missing_ok=True)
 
 
 def _refresh(path: pathlib.Path, ended: threading.Event) -> None:
@@ -161,15 +182,10 @@ def locked(folder: pathlib.Path, name: str) -> Iterator[None]:
   made = [p for p in (folder, *folder.parents) if not p.exists()]
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    while not _create(path, own):
-      holder = _read(path)
-      if holder is None:
-        continue
-      if _alive(path, holder):
-        who = f"process {holder['pid']} on {holder.get('host')}" if holder else "another run"
-        raise UserError(f"{name}={folder} is in use by {who}; wait for it or end it, or name "
-                        f"another folder (if that process is gone, delete {path})")
-      _set_aside(path, holder)
+    _take(path, own)
+  except _InUse as e:
+    raise UserError(f"{name}={folder} is in use by {e}; wait for it or end it, or name another "
+                    f"folder (if that process is gone, delete {path})") from None
   except OSError as e:
     raise UserError(f"{name}={folder} cannot be written: {e.strerror}") from None
   ended = threading.Event()

@@ -84,17 +84,33 @@ def test_a_lock_is_refreshed_while_it_is_held(tmp_path, monkeypatch):
     assert refreshed.wait(10)
 
 
-def test_one_of_many_takes_a_stale_lock(tmp_path):
-  """However many find it at the same time."""
-  (tmp_path / lock.FILE).write_text(json.dumps({**lock._own(), "started": "1"}))
-  start, got, refused, leave = threading.Barrier(8), [], [], threading.Event()
+@pytest.mark.parametrize("content", ["", json.dumps({"pid": 1, "machine": "gone"}), None])
+@pytest.mark.parametrize("turn", range(5))
+def test_one_of_many_takes_a_stale_lock(content, turn, tmp_path, monkeypatch):
+  """All have found it stale before the first one removes it."""
+  monkeypatch.setattr(lock, "STALE", -1.0)
+  if content is None:
+    content = json.dumps({**lock._own(), "started": "1"})
+  (tmp_path / lock.FILE).write_text(content)
+  found, got, refused, leave = threading.Barrier(8), [], [], threading.Event()
+  first, alive = threading.local(), lock._alive
+
+  def alive_to_all(path, holder):
+    answer = alive(path, holder)
+    if not getattr(first, "past", False):
+      first.past = True
+      assert not answer
+      found.wait(60)
+    return answer
+
+  monkeypatch.setattr(lock, "_alive", alive_to_all)
 
   def run():
-    start.wait()
     try:
       with lock.locked(tmp_path, "--workdir"):
-        got.append(1)
-        leave.wait(10)
+        got.append(held(tmp_path)["token"])
+        leave.wait(60)
+        assert held(tmp_path)["token"] == got[0]
     except UserError:
       refused.append(1)
       if len(refused) == 7:
@@ -106,6 +122,7 @@ def test_one_of_many_takes_a_stale_lock(tmp_path):
   for thread in threads:
     thread.join()
   assert (len(got), len(refused)) == (1, 7)
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
