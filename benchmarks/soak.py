@@ -9,11 +9,13 @@ it ends; then the next one. Every run that ends must hold what an undisturbed on
 as from a copy). What is neither is `unexpected`, with the last line of stderr.
 
 Kinds of faults: SIGKILL, SIGTERM, SIGINT; `flip`, one bit of a file of one class; `files`, a start
-with too few file descriptors; `one_of_two`, one of two processes is killed.
+with too few file descriptors; `transient`, a running process that can open no file for some seconds
+(Linux); `one_of_two`, one of two processes is killed.
 """
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -41,7 +43,8 @@ LIGHT = (
     "--config.log.tensorboard=False",
 )
 CODES = {"SIGKILL": (-9,), "SIGTERM": (143,), "SIGINT": (130,)}
-KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "flip", "flip", "flip", "files", "one_of_two")
+KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "flip", "flip", "flip", "files", "transient",
+         "one_of_two")
 CLASSES = {  # of files, by their place in the workdir.
     "config": r"config\.json", "tokenizer": r"tokenizer/.*", "metrics": r"\w+/metrics\.jsonl",
     "meta": r"\w+/checkpoints/\d+/(meta/.*|_\w+)", "samples": r"samples/.*",
@@ -198,6 +201,28 @@ class Soak:
     if code not in (None, 2):
       self.odd("files", code)
 
+  def transient(self):
+    process = start(self.workdir, self.cache)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(self.rng.uniform(0.1, 0.9) * self.seconds)
+    if process.poll() is None:
+      soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+      resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (4, hard))
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(self.rng.uniform(0.1, 3.0))
+      if process.poll() is None:
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (soft, hard))
+    code = self.wait(process, 20 * self.seconds + 60)
+    if code == 0:
+      return self.ended("transient", resumed=True)
+    said = self.said()
+    if code == 2 and len(said) == 1:
+      self.counts["refusals"] += 1
+      if again := self.go_on("transient"):
+        self.odd("transient, resumed", again)
+    elif code is not None:
+      self.odd("transient", code)
+
   def one_of_two(self):
     workdir = self.folder / f"pair{self.number}_{sum(self.faults.values())}"
     with socket.socket() as free:
@@ -221,7 +246,8 @@ class Soak:
 
   def inject(self, kind):
     self.faults[kind] += 1
-    others = {"flip": self.flip, "files": self.starved, "one_of_two": self.one_of_two}
+    others = {"flip": self.flip, "files": self.starved, "transient": self.transient,
+              "one_of_two": self.one_of_two}
     others.get(kind, lambda: self.signalled(kind))()
 
 

@@ -37,10 +37,6 @@ def readable(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]],
         raise
       place = "" if e.filename is None else f"{str(e.filename)[:200]}: "
       raise UserError(f"{place}{e.strerror}") from e
-    except Exception as e:
-      if "No space left on device" in str(e):  # TensorStore has no error of its own for it.
-        raise UserError(f"no space left on the disk ({str(e)[:200]})") from e
-      raise
 
   return wrapped
 

@@ -15,11 +15,12 @@ Any other error may be that of the machine or of the network: reading is tried a
 then refused with nothing changed. Several processes decide this together.
 """
 
+import contextlib
 import json
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +41,8 @@ RETRY_SECONDS = (0.2, 1.0, 4.0)  # waited before an error is read again.
 _READ, _DAMAGED, _UNREADABLE = range(3)
 # How TensorStore says that it read the bytes and could not decode them.
 _DECODING = re.compile("DATA_LOSS|OUT_OF_RANGE: |Zstd-compressed stream|Data corruption detected")
+# How it says that the disk, the network or the limits of the process are in the way.
+_MACHINE = re.compile("OS error|os_error_code|(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED): ")
 
 
 class Damaged(RuntimeError):
@@ -96,7 +99,8 @@ class Checkpoints:
     return self
 
   def __exit__(self, *_):
-    self._manager.close()
+    with self._writing():
+      self._manager.close()
 
   def steps(self) -> list[int]:
     """Steps that have a finished checkpoint, ascending."""
@@ -109,15 +113,16 @@ class Checkpoints:
     items = _items(state)
     hashes = {name: fingerprint(tree) for name, tree in items.items()}
     meta = fingerprints.seal({"step": step, "data": data_state, "hashes": hashes})
-    self._manager.wait_until_finished()  # The step before is recorded under its own number.
+    self.wait()  # The step before is recorded under its own number.
     self._saving = step
-    saved = self._manager.save(
-        step,
-        args=ocp.args.Composite(
-            meta=ocp.args.JsonSave(meta),
-            **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-        ),
-    )
+    with self._writing():
+      saved = self._manager.save(
+          step,
+          args=ocp.args.Composite(
+              meta=ocp.args.JsonSave(meta),
+              **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+          ),
+      )
     if not saved:
       raise RuntimeError(f"{self.directory}: step {step} was not saved; it holds {self.steps()}")
 
@@ -128,7 +133,26 @@ class Checkpoints:
         record_files(folder)
 
   def wait(self) -> None:
-    self._manager.wait_until_finished()
+    """Returns when the save that was started is finished.
+
+    Raises:
+      UserError: it could not be written.
+    """
+    with self._writing():
+      self._manager.wait_until_finished()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Makes a UserError of what the machine refuses; TensorStore has no error of its own for it."""
+    try:
+      yield
+    except Exception as e:
+      if isinstance(e, OSError) or not _MACHINE.search(_whole_text(e)):
+        raise
+      raise UserError(
+          f"{self.directory}: the checkpoint of step {self._saving} cannot be written "
+          f"({_first_line(e)}); those before it are whole: rerun the same command to resume"
+      ) from e
 
   def set_aside(self, step: int) -> list[str]:
     """Renames a damaged checkpoint, and those of later steps, which are trained again after it.
@@ -187,7 +211,8 @@ class Checkpoints:
         raise
       except Exception as e:  # Orbax and TensorStore raise what they like.
         why = str(e) if isinstance(e, Damaged) else _first_line(e)
-        if isinstance(e, Damaged) or _DECODING.search(_whole_text(e)):
+        text = _whole_text(e)
+        if isinstance(e, Damaged) or _DECODING.search(text) and not _MACHINE.search(text):
           decision = _DAMAGED
           break
         decision = _UNREADABLE
@@ -358,5 +383,7 @@ def _whole_text(error: BaseException | None) -> str:
 
 
 def _first_line(error: Exception) -> str:
-  text = str(error).strip().splitlines()
-  return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+  name, text = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
+  if len(text) > 200:  # TensorStore begins with the status and ends with the reason.
+    text = f"{text[:50]} ... {text[-145:]}"
+  return f"{name}: {text}" if text else name

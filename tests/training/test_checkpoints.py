@@ -93,6 +93,27 @@ def test_donated_buffers_do_not_reach_the_file(tmp_path, rng, loss_fn, make_rows
       _assert_same(checkpoints.restore_variables(t, like), expected[t])
 
 
+@pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")
+def test_a_disk_that_takes_no_more_is_one_line_and_loses_nothing(tmp_path, trained):
+  resource = pytest.importorskip("resource")
+  state, train = trained
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(state, 2, {"next_step": 2})
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+  try:
+    with pytest.raises(UserError, match="checkpoint of step 3 cannot be written .*File too large"):
+      with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(train(state), 3, {"next_step": 3})
+        checkpoints.wait()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  with Checkpoints(tmp_path) as checkpoints:
+    restored, data = checkpoints.restore(_abstract(state))
+  assert data == {"next_step": 2}
+  _assert_same(restored.trainable, state.trainable)
+
+
 def test_an_empty_folder_restores_nothing(tmp_path, trained):
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.steps() == [] and checkpoints.restore(_abstract(trained[0])) is None
