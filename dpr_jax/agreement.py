@@ -8,7 +8,6 @@ go on, or all of them end with an error that names what differs and in which pro
 
 import itertools
 import json
-import pathlib
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -80,19 +79,16 @@ def check_shared(folder: Any, name: str) -> None:
   """Raises UserError, naming the folder by `name`, where a process has another one than process 0.
 
   Args:
-    folder: a path. Process 0 makes it, and takes it away again if it is refused.
+    folder: a path that process 0 has made.
   """
   process, processes = _processes()
   if processes == 1:
     return
-  probe, lead, made = folder / PROBE, process == 0, False
+  probe, lead = folder / PROBE, process == 0
 
   def write() -> None:
-    nonlocal made
     if lead:
       try:
-        made = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
         probe.write_text(secrets.token_hex(8))
       except OSError as e:
         raise UserError(f"{name} cannot be written: {e.strerror or e}") from None
@@ -107,12 +103,9 @@ def check_shared(folder: Any, name: str) -> None:
   agree(write)
   try:
     agree(read, lambda text: {f"a file in {name}": text})
-    made = False
   finally:
     if lead:
       probe.unlink(missing_ok=True)
-      if made:
-        pathlib.Path(folder).rmdir()
 
 
 def _processes() -> tuple[int, int]:

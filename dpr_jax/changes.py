@@ -10,10 +10,11 @@ import datetime
 from typing import Any
 
 from dpr_jax import config as config_lib
+from dpr_jax.agreement import agree
 from dpr_jax.errors import UserError
 from dpr_jax.sharding import barrier
 from dpr_jax.training.stopping import last_step
-from dpr_jax.workdir import Workdir, write_json
+from dpr_jax.workdir import Workdir
 
 
 def _steps(workdir: Workdir, stage: str) -> list[int]:
@@ -97,9 +98,9 @@ def record_changes(root: Workdir, config: config_lib.RunConfig) -> None:
     for seed in range(config.seed, config.seed + config.seeds):
       part = dataclasses.replace(config, seed=seed, seeds=1)
       parts[Workdir(root.path / f"seed_{seed}")] = part
-  records = {workdir: _accept(workdir, part) for workdir, part in parts.items()}
-  barrier("changes")  # All have read before one writes.
+  # All have read, and accepted, before one writes.
+  records = agree(lambda: {workdir: _accept(workdir, part) for workdir, part in parts.items()})
   for workdir, record in records.items():
     if record is not None:
-      write_json(workdir.config_file, record)
+      workdir.write_config(record)
   barrier("changed")

@@ -14,13 +14,17 @@ tell that there are several hosts, and DPR_DISTRIBUTED=0 forbids it.
 DPR_PEER_SECONDS is the patience with a process that shows no sign of life (peers.py).
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+import sys
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpr_jax import peers
 from dpr_jax.errors import UserError
 
+START_SECONDS = 290.0  # that processes wait for each other; JAX's own limit is 300.
 _VARIABLES = ("DPR_COORDINATOR", "DPR_NUM_PROCESSES", "DPR_PROCESS_ID")
 _LOOPBACK = ("127.0.0.1", "localhost")
 # What a SLURM task has; an interactive allocation has only some of it, and is one process.
@@ -72,6 +76,26 @@ def _on_a_cluster(environ: Mapping[str, str]) -> bool:
   return all(name in environ for name in _SLURM) and tasks.isdecimal() and int(tasks) > 1
 
 
+@contextlib.contextmanager
+def _meeting() -> Iterator[None]:
+  """A block in which the processes find each other; JAX would abort where one does not come."""
+
+  def end() -> None:
+    where = os.environ.get("DPR_COORDINATOR")
+    print("error: the processes of this run have not all come together within "
+          f"{START_SECONDS:g} s{f' at DPR_COORDINATOR={where}' if where else ''}; see what the "
+          "others say", file=sys.stderr, flush=True)
+    os._exit(1)
+
+  timer = threading.Timer(START_SECONDS, end)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+
+
 def initialize() -> None:
   """Joins the other processes of the run, if the environment says that there are any.
 
@@ -91,13 +115,13 @@ def initialize() -> None:
   patience = peers.patience()
   # Signals are handled by signals.py and agreed on by peers.py, SIGINT like SIGTERM.
   jax.config.update("jax_enable_preemption_service", False)
-  if arguments is not None:
-    jax.distributed.initialize(**arguments)
-  else:
+  with _meeting():
     try:
-      jax.distributed.initialize()
-    except ValueError as e:  # Nothing detected: "coordinator_address should be defined."
-      raise UserError(
+      jax.distributed.initialize(**(arguments or {}))
+    except ValueError as e:
+      if arguments is not None:
+        raise
+      raise UserError(  # Nothing detected: "coordinator_address should be defined."
         f"several processes are asked for, but JAX finds no Cloud TPU, GKE or SLURM here ({e}); "
         f"set {', '.join(_VARIABLES)}, or DPR_DISTRIBUTED=0 to run alone"
       ) from None

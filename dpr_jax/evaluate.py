@@ -23,7 +23,7 @@ from typing import Any
 
 from absl import flags
 
-from dpr_jax import cli
+from dpr_jax import cli, distributed
 from dpr_jax.cli import models as models_cli
 from dpr_jax.cli.flags import flag_value
 from dpr_jax.cli.values import define_fields, make_value, value_class
@@ -121,6 +121,7 @@ def _sources(*of: Any) -> dict[str, str]:
 
 @cli.readable
 def main(argv: Sequence[str]) -> None:
+  distributed.initialize()
   values, benchmark, metrics = parse(argv)
   from dpr_jax.evaluation.benchmark_run import BenchmarkRun, EvaluationFolder, digest, fill
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from dpr_jax import cli
+from dpr_jax import cli, distributed, signals
 from dpr_jax.cli import models as models_cli
 from dpr_jax.errors import UserError, naming
 from dpr_jax.keys import MAX_SEED
@@ -40,6 +40,7 @@ def define(values: flags.FlagValues) -> None:
 
 @cli.readable
 def main(argv: Sequence[str]) -> None:
+  distributed.initialize()
   values = cli.parse_flags(
       argv, entry_point="dpr_jax.generate", doc=__doc__, define=define,
       required={"model": "runs/smoke/dpr", "input": "PROMPTS.jsonl", "output": "OUT.jsonl"},
@@ -86,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
     with models_cli.bar("generate", len(prompts) * values.samples, "response") as progress:
       responses = responder.respond(
           (loaded.variables,), prompts, make_key(values.seed), sampling=sampling,
-          samples_per_prompt=values.samples, on_batch=models_cli.stoppable(progress.update),
+          samples_per_prompt=values.samples, on_batch=signals.stoppable(progress.update),
       )
   records = []
   for i, response in enumerate(responses):

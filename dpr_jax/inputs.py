@@ -17,11 +17,17 @@ import numpy as np
 
 from dpr_jax import fingerprints, weights
 from dpr_jax.errors import UserError, naming
+from dpr_jax.weights import peft
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
 
 PRETRAINED, TEMPLATE, ROWS = "config.model.pretrained", "config.data.template", "config.data"
 _WEIGHTS, _TEXTS = (".safetensors", ".gguf"), (".json", ".jinja")
 _DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+def today() -> datetime.date:
+  """The date, the same on hosts of different time zones."""
+  return datetime.datetime.now(datetime.timezone.utc).date()
 
 
 def dated(template: str, day: datetime.date) -> str:
@@ -69,10 +75,14 @@ def save_tokenizer(tokenizer: Any, folder: pathlib.Path) -> list[pathlib.Path]:
 def pretrained_files(
     path: str | os.PathLike, suffixes: tuple[str, ...] = _WEIGHTS + _TEXTS
 ) -> dict[str, str]:
-  """Name -> fingerprint of what is read of pretrained weights."""
+  """Name -> fingerprint of what is read of pretrained weights; of an adapter, its base too."""
   place = pathlib.Path(path).expanduser()
   files = [place] if place.is_file() else place.iterdir()
-  return fingerprints.of_files(p for p in files if p.suffix in suffixes and p.is_file())
+  out = fingerprints.of_files(p for p in files if p.suffix in suffixes and p.is_file())
+  if (place / peft.CONFIG).is_file():
+    base = pretrained_files(peft.Adapter(place).base, suffixes)
+    out |= {f"base/{name}": value for name, value in base.items()}
+  return out
 
 
 def collect(

@@ -42,7 +42,7 @@ class Peers:
     self._ended: dict[int, tuple[int, str]] = {}
     self._heard = time.monotonic()  # The coordinator answered last.
     self._closed = threading.Event()
-    for work in (self._watch, self._judge):
+    for work in (self._watch, self._end_if_lost):
       threading.Thread(target=work, daemon=True).start()
 
   # --- The main thread ---------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class Peers:
     with contextlib.suppress(Exception):
       self._client.key_value_set(f"{_PREFIX}/end/{self.index}", f"{code} {self._name} {message}")
 
-  def outlast(self, seconds: float = 6.0) -> None:
+  def wait_for_ends(self, seconds: float = 6.0) -> None:
     """Waits, in the coordinator, until the others have ended too: they cannot read without it."""
     end = time.monotonic() + seconds
     with contextlib.suppress(Exception):
@@ -83,7 +83,7 @@ class Peers:
           return
         time.sleep(0.1)
 
-  def blame(self) -> tuple[int, str] | None:
+  def find_lost(self) -> tuple[int, str] | None:
     """(exit code, line) of the process for which this one fails, waiting until that shows."""
     self._waiting = time.monotonic()
     end = self._waiting + self._seconds + 5
@@ -95,7 +95,7 @@ class Peers:
 
   # --- The threads -------------------------------------------------------------------------------
 
-  def _judge(self) -> None:
+  def _end_if_lost(self) -> None:
     """A thread of its own: a request to a coordinator that is stuck does not return."""
     while not self._closed.wait(0.5):
       if (lost := self._lost()) and not self._closed.wait(3):  # Time to say what failed here.
@@ -233,9 +233,9 @@ def waiting():
   return _peers.waiting() if _peers is not None else contextlib.nullcontext()
 
 
-def blame() -> tuple[int, str] | None:
+def find_lost() -> tuple[int, str] | None:
   """Of a failure of JAX: (exit code, line) of the process that is lost; None if none is."""
-  return _peers.blame() if _peers is not None else None
+  return _peers.find_lost() if _peers is not None else None
 
 
 def end(code: int, message: str) -> None:
@@ -246,5 +246,5 @@ def end(code: int, message: str) -> None:
   sys.stdout.flush()
   sys.stderr.flush()
   if _peers.index == 0:
-    _peers.outlast()
+    _peers.wait_for_ends()
   os._exit(code)

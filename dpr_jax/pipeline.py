@@ -21,6 +21,7 @@ from dpr_jax.errors import naming
 from dpr_jax.evaluation.evaluate import evaluate, write_corruption, write_heatmaps
 from dpr_jax.evaluation.reference_quality import measure_reference
 from dpr_jax.evaluation.results import build_results, build_sweep_results
+from dpr_jax.inputs import today
 from dpr_jax.methods.sft import sft_stage
 from dpr_jax.report import gaming, write_report
 from dpr_jax.run import Run, set_up
@@ -173,7 +174,7 @@ def run(
     keep_compilations(compilation_cache, default=root.compilations)
     if config.seeds == 1:
       return finish(config, root)
-    day = datetime.date.today()  # The same prompts for all seeds, also of those that begin later.
+    day = today()  # The same prompts for all seeds, also of those that begin later.
     if root.config_file.exists():
       then = root.read_config().get("inputs", {})
       day = datetime.date.fromisoformat(then.get("date", day.isoformat()))

@@ -57,7 +57,7 @@ class Run:
   model: Transformer
   stop_ids: tuple[int, ...]
   data: Dataset
-  day: datetime.date = dataclasses.field(default_factory=datetime.date.today)  # that prompts name.
+  day: datetime.date = dataclasses.field(default_factory=inputs.today)  # that prompts name.
   _held: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
   @property
@@ -226,7 +226,7 @@ def build_model(
   generation_config = {}
   if tokenizer is None:
     tokenizer = inputs.make_tokenizer(
-        section.pretrained, config.data.template, datetime.date.today()
+        section.pretrained, config.data.template, inputs.today()
     )
   if section.pretrained:
     generation_config = weights.load_generation_config(section.pretrained)
@@ -360,7 +360,7 @@ def _read(
       raise UserError(f"config.methods.{name}: the name of a method is that of a folder of the "
                       "workdir; use letters, digits and _, and none of its own names")
   then = workdir.read_config().get("inputs", {}) if workdir.config_file.exists() else {}
-  day = like.day if like is not None else day or datetime.date.today()
+  day = like.day if like is not None else day or inputs.today()
   if "date" in then:
     day = datetime.date.fromisoformat(then["date"])
   tokenizer = workdir.load_tokenizer() if workdir.has_tokenizer() else inputs.make_tokenizer(

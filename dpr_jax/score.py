@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from dpr_jax import cli
+from dpr_jax import cli, distributed, signals
 from dpr_jax.cli import models as models_cli
 from dpr_jax.errors import UserError
 
@@ -51,6 +51,7 @@ def _given_ids(line: Mapping[str, Any], vocab_size: int, where: str) -> list[int
 
 @cli.readable
 def main(argv: Sequence[str]) -> None:
+  distributed.initialize()
   values = cli.parse_flags(
       argv, entry_point="dpr_jax.score", doc=__doc__, define=define,
       required={"sft": "runs/smoke/sft", "ref": "runs/smoke/sft@0.5", "input": "IN.jsonl",
@@ -89,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
       if length > limit:
         raise UserError(f"{demo.source}: {length} tokens exceed --max_length={limit}")
     with models_cli.bar("score", 2 * len(demos), "response") as progress:
-      scorer = Scorer(sft.model, mesh, values.batch_size, models_cli.stoppable(progress.update))
+      scorer = Scorer(sft.model, mesh, values.batch_size, signals.stoppable(progress.update))
       scores = scorer.score(sft.variables, Reference.of(ref.variables), prompts, responses)
   records = [
       {**line, **score_record(tokenizer, r, s)}

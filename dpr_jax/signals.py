@@ -9,7 +9,7 @@ processes a signal to one of them stops all of them, after the same unit (see pe
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from dpr_jax import peers
 from dpr_jax.errors import Stopped
@@ -74,3 +74,14 @@ def deferred() -> Iterator[None]:
     _deferring = outer
   if _received is not None and not outer and not peers.several():
     raise Stopped(_received)
+
+
+def stoppable(update: Callable[[int], object]) -> Callable[[int], None]:
+  """`update`, after which the work ends if a signal to any process says so."""
+
+  def updated(n: int) -> None:
+    update(n)
+    if (signum := reached()) is not None:
+      raise Stopped(signum)
+
+  return updated

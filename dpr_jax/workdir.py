@@ -130,7 +130,7 @@ def _is_json(path: pathlib.Path) -> bool:
     text = path.read_text(encoding="utf-8")
     for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
       json.loads(part)
-  except ValueError:
+  except (ValueError, RecursionError):
     return False
   return text.endswith("\n")
 
@@ -138,7 +138,7 @@ def _is_json(path: pathlib.Path) -> bool:
 def _is_sealed(path: pathlib.Path) -> bool:
   try:
     return fingerprints.is_whole(json.loads(path.read_text(encoding="utf-8")))
-  except ValueError:
+  except (ValueError, RecursionError):
     return False
 
 
@@ -175,7 +175,7 @@ class Workdir:
     """Path in the workdir -> fingerprint of each file that is finished; {} if it is damaged."""
     try:
       record = json.loads(self.checksums_file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
       return {}
     return record["files"] if fingerprints.is_whole(record) else {}
 
@@ -278,7 +278,13 @@ class Workdir:
       raise UserError(f"{self.config_file}: not the config.json of a run: {e}") from None
     if not isinstance(record, dict):
       raise UserError(f"{self.config_file}: not the config.json of a run: no JSON object")
-    return record
+    if fingerprints.CHECKSUM in record and not fingerprints.is_whole(record):
+      raise UserError(f"{self.config_file}: not what the run wrote; restore it from a copy")
+    return {name: value for name, value in record.items() if name != fingerprints.CHECKSUM}
+
+  def write_config(self, record: Mapping[str, Any]) -> None:
+    """Writes config.json, with a checksum."""
+    write_json(self.config_file, fingerprints.seal(_plain(record)))
 
   def check(self, config: config_lib.RunConfig) -> None:
     """Refuses a folder that holds something else: another config, or files of no run.
@@ -336,7 +342,7 @@ class Workdir:
     record = {"config": config_lib.to_json(config), "seed": config.seed, "versions": now,
               "history": past if past[-1:] == [now] else [*past, now]}
     try:
-      write_json(self.config_file, {**record, **facts})
+      self.write_config({**record, **facts})
     except OSError as e:
       raise UserError(f"--workdir={self.path} cannot be written: {e.strerror}") from None
 

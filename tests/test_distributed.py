@@ -1,5 +1,10 @@
 """What the environment must say for a process to join others."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import jax
 import pytest
 
@@ -14,8 +19,6 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID"
 @pytest.fixture
 def calls(monkeypatch):
   """Keyword arguments of every call of jax.distributed.initialize; the environment is bare."""
-  import os
-
   for name in list(os.environ):
     if name.startswith(("DPR_", "SLURM_", "TPU_WORKER", "MEGASCALE")):
       monkeypatch.delenv(name)
@@ -99,3 +102,19 @@ def test_a_second_call_does_nothing(calls, monkeypatch):
   call(monkeypatch, SPELT_OUT)
   call(monkeypatch, {"DPR_DISTRIBUTED": "1"})
   assert calls == []
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_does_not_come_ends_the_others_in_one_line(process):
+  program = ("from dpr_jax import distributed; distributed.START_SECONDS = 2.0; "
+             "distributed.initialize()")
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  environ = {**os.environ, "JAX_PLATFORMS": "cpu", "DPR_COORDINATOR": address,
+             "DPR_NUM_PROCESSES": "2", "DPR_PROCESS_ID": str(process)}
+  done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True,
+                        text=True, timeout=120)
+  assert done.returncode == 1
+  assert done.stderr == ("error: the processes of this run have not all come together within 2 s "
+                         f"at DPR_COORDINATOR={address}; see what the others say\n")

@@ -3,6 +3,7 @@
 import datetime
 import json
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -61,12 +62,7 @@ def again(tmp_path, pretrained):
 
 
 def on(monkeypatch, year):
-  class Date(datetime.date):
-    @classmethod
-    def today(cls):
-      return cls(year, 3, 1)
-
-  monkeypatch.setattr(inputs.datetime, "date", Date)
+  monkeypatch.setattr(inputs, "today", lambda: datetime.date(year, 3, 1))
 
 
 def test_the_date_of_a_template_is_that_of_the_first_day(again, monkeypatch):
@@ -186,3 +182,27 @@ def test_a_stage_is_not_read_with_a_tokenizer_that_was_edited(again):
   with pytest.raises(UserError, match="chat_template.jinja: it is not what the run wrote"):
     workdir.load_tokenizer()
   assert path.read_text().startswith("EDITED")
+
+
+def test_weights_of_an_adapter_are_those_of_its_base_too(tmp_path, pretrained):
+  adapter = tmp_path / "adapter"
+  adapter.mkdir()
+  fields = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": "../m"}
+  (adapter / "adapter_config.json").write_text(json.dumps(fields))
+  before = inputs.pretrained_files(adapter)
+  weights = load_file(pretrained / "model.safetensors")
+  weights["model.norm.weight"] = weights["model.norm.weight"] + 1
+  save_file(weights, pretrained / "model.safetensors")
+  after = inputs.pretrained_files(adapter)
+  assert {n for n in before if before[n] != after[n]} == {"base/model.safetensors"}
+
+
+def test_hosts_of_all_time_zones_have_one_date(monkeypatch):
+  days = set()
+  for zone in ("Etc/GMT+12", "Etc/GMT-14"):
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    days.add(inputs.today())
+  monkeypatch.undo()
+  time.tzset()
+  assert len(days) == 1

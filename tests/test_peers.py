@@ -112,5 +112,5 @@ def test_a_process_for_which_the_others_wait_is_named(make_peers):
   peers, lines = make_peers(2, seconds=2.0)
   peers[1]._main = -1  # A thread that is nowhere: no frame, hence no progress.
   with peers[0].waiting():
-    found = peers[0].blame()
+    found = peers[0].find_lost()
   assert found is not None and found[1].startswith("process 1 (") and "is stuck" in found[1]

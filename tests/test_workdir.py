@@ -99,3 +99,13 @@ def test_damaged_checksums_are_set_aside(finished, caplog):
   finished.set_aside_damaged()
   assert "checksums.json.damaged" in caplog.text and len(_outputs(finished)) == 7
   assert json.loads(finished.system_file("sft").read_text().splitlines()[0]) == {"response": "a"}
+
+
+def test_an_edited_config_json_is_refused(tmp_path):
+  workdir = Workdir(tmp_path)
+  workdir.write_config({"seed": 1, "versions": {"jax": "0.10"}, "share": float("nan")})
+  assert workdir.read_config() == {"seed": 1, "versions": {"jax": "0.10"}, "share": None}
+  text = workdir.config_file.read_text()
+  workdir.config_file.write_text(text.replace('"seed": 1', '"seed": 2'))
+  with pytest.raises(UserError, match="config.json: not what the run wrote; restore it"):
+    workdir.read_config()

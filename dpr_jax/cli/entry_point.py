@@ -71,7 +71,7 @@ def run_entry_point(
       try:
         main(sys.argv[1:] if argv is None else argv)
       except Exception as e:
-        if type(e).__name__ in _RUNTIME_ERRORS and (lost := peers.blame()):
+        if type(e).__name__ in _RUNTIME_ERRORS and (lost := peers.find_lost()):
           code, line = lost
           print(f"error: {line}", file=sys.stderr)
           peers.end(code, line)

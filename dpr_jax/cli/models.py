@@ -3,13 +3,13 @@
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
 
-from dpr_jax import compilation_cache, signals
-from dpr_jax.errors import Stopped, UserError, naming
+from dpr_jax import compilation_cache
+from dpr_jax.errors import UserError, naming
 
 
 def define_model_flags(values: flags.FlagValues, batch: str) -> None:
@@ -94,14 +94,22 @@ def new_folder(flag: str, path: str) -> pathlib.Path:
 
 
 def _given(values: flags.FlagValues) -> dict[str, Any]:
-  """What all processes must be given: the flags, and the contents of the files of data."""
+  """What all processes must be given: the flags, the contents of the files of data, and weights.
+
+  Of a stage no weights: its processes read one checkpoint, each a part of it.
+  """
   from dpr_jax.data.dataset import fingerprint
+  from dpr_jax.inputs import pretrained_files
 
   facts = {f"--{name}": value for name, value in values.flag_values_dict().items()}
   for name in ("input", "data", "template"):
     path = facts.get(f"--{name}")
     if path and pathlib.Path(path).exists():
       facts[f"contents of --{name}={path}"] = fingerprint(path)
+  for name in ("model", "sft", "ref"):
+    path = pathlib.Path((facts.get(f"--{name}") or "").partition("@")[0])
+    if path.name and path.exists():
+      facts[f"weights of --{name}={path}"] = pretrained_files(path)
   return facts
 
 
@@ -151,17 +159,6 @@ def load_pair(sft: str, ref: str, mesh: Any, dtype: str) -> tuple[Any, Any]:
     raise UserError(f"--sft={sft} and --ref={ref} have different vocabularies; token rewards need "
                     "the same tokens")
   return a, b
-
-
-def stoppable(update: Callable[[int], Any]) -> Callable[[int], None]:
-  """`update`, and the end of the work where a signal to any process says so (see signals.py)."""
-
-  def updated(n: int) -> None:
-    update(n)
-    if (signum := signals.reached()) is not None:
-      raise Stopped(signum)
-
-  return updated
 
 
 def bar(name: str, total: int, unit: str):

@@ -97,7 +97,7 @@ class ChatTemplate:
       messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     limits.check_template(self.source)
     try:
-      with limits.time_limit(limits.TEMPLATE_SECONDS, "the chat template"):
+      with limits.bounded(limits.TEMPLATE_SECONDS, limits.TEMPLATE_BYTES, "the chat template"):
         texts, spans = render_jinja_template(
           [list(messages)], tools=tools, chat_template=self.source, add_generation_prompt=generate,
           return_assistant_tokens_mask=self.marks, **self.tokenizer.special_tokens_map,

@@ -7,6 +7,7 @@ or memory, or ends in an error at the last line that is written.
 import contextlib
 import functools
 import json
+import os
 import re
 import signal
 import threading
@@ -19,6 +20,8 @@ from dpr_jax.errors import UserError
 MAX_DEPTH = 100  # of JSON.
 MAX_TEMPLATE = 1_000_000  # characters of a chat template, and the largest number in it.
 TEMPLATE_SECONDS = 10.0
+TEMPLATE_BYTES = 1 << 30  # that a process may grow by while a template is rendered.
+_TICK = 0.05  # seconds between two looks at both.
 _ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _HALF = re.compile("[\ud800-\udfff]")
 _NUMBER = re.compile(r"\d[\d_]*")
@@ -108,27 +111,41 @@ def check_template(template: str) -> None:
     raise UserError("the chat template raises a number to a power, which is not allowed in one")
 
 
+def _resident() -> int:
+  """Bytes of memory that this process has; 0 where the system does not say."""
+  try:
+    with open("/proc/self/statm", encoding="ascii") as file:
+      return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+  except OSError:
+    return 0
+
+
 @contextlib.contextmanager
-def time_limit(seconds: float, what: str) -> Iterator[None]:
-  """Ends Python code that takes longer, in the main thread; elsewhere it has no limit.
+def bounded(seconds: float, size: int, what: str) -> Iterator[None]:
+  """Ends Python code that takes longer, or more memory, in the main thread; elsewhere nothing does.
 
   Raises:
-    UserError: "`what` took longer than ... s".
+    UserError: "`what` took longer than ... s", or "... more memory than ...".
   """
   main = threading.current_thread() is threading.main_thread()
   if not main or not hasattr(signal, "setitimer"):
     yield
     return
+  started, memory = time.monotonic(), _resident()
 
-  def end(signum, frame):
-    raise UserError(f"{what} took longer than {seconds:g} s")
+  def look(signum, frame):
+    if time.monotonic() - started > seconds:
+      raise UserError(f"{what} took longer than {seconds:g} s")
+    if _resident() - memory > size:
+      raise UserError(f"{what} took more memory than {size >> 20} MiB")
 
-  before, started = signal.signal(signal.SIGALRM, end), time.monotonic()
-  outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+  before = signal.signal(signal.SIGALRM, look)
+  outer = signal.setitimer(signal.ITIMER_REAL, _TICK, _TICK)
   try:
     yield
   finally:
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
-    if outer:  # A timer that ran before goes on.
-      signal.setitimer(signal.ITIMER_REAL, max(outer - (time.monotonic() - started), 0.01))
+    if outer[0]:  # A timer that ran before goes on.
+      left = max(outer[0] - (time.monotonic() - started), 0.01)
+      signal.setitimer(signal.ITIMER_REAL, left, outer[1])

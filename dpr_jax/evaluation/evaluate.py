@@ -33,6 +33,7 @@ from dpr_jax.evaluation.systems import System
 from dpr_jax.loading import LoadedModel, load_checkpoint
 from dpr_jax.references.base import Reference
 from dpr_jax.sharding import barrier
+from dpr_jax.signals import stoppable
 from dpr_jax.workdir import read_lines
 
 
@@ -153,7 +154,7 @@ def _respond(evaluation: Evaluation, system: System) -> list[dict[str, Any]]:
           run.rng("evaluate"),  # The same for all systems, so that they share their noise.
           temperature=system.temperature if mode == "sampled" else 0.0,
           seed=run.config.seed,
-          on_batch=bar.update,
+          on_batch=stoppable(bar.update),
       )
       for i, (demo, response, more) in enumerate(
           zip(prompts.demos, responses, extra, strict=True), start=1

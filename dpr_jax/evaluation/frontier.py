@@ -41,6 +41,7 @@ import numpy as np
 from dpr_jax.evaluation.metrics import checked_scores
 from dpr_jax.evaluation.responses import response_text
 from dpr_jax.evaluation.statistics import bootstrapped, compare, interval
+from dpr_jax.signals import stoppable
 from dpr_jax.workdir import read_lines
 
 RESAMPLES = 4_999  # of the prompts.
@@ -81,7 +82,7 @@ def measure(evaluation: Any, system: Any) -> None:
       responses, _ = system.respond(
           evaluation.members(system), run.responder, prompts,
           run.rng(f"frontier/{temperature}"), temperature=temperature, seed=run.config.seed,
-          samples_per_prompt=k, on_batch=bar.update,
+          samples_per_prompt=k, on_batch=stoppable(bar.update),
       )
       texts = [
           response_text(run.tokenizer, r.tokens, r.hit_eos, run.stop_ids) for r in responses

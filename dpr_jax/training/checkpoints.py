@@ -28,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dpr_jax import fingerprints, sharding
+from dpr_jax import fingerprints, peers, sharding
 from dpr_jax.errors import UserError
 from dpr_jax.training.integrity import changed_file, fingerprint, record_files, stored_dtypes
 from dpr_jax.training.steps import TrainState
@@ -370,7 +370,8 @@ def _agreed(decision: int) -> tuple[int, int]:
     return decision, 0
   from jax.experimental import multihost_utils
 
-  found = np.reshape(multihost_utils.process_allgather(np.int32(decision)), -1)
+  with peers.waiting():
+    found = np.reshape(multihost_utils.process_allgather(np.int32(decision)), -1)
   return int(found.max()), int(found.argmax())
 
 

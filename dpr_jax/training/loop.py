@@ -92,18 +92,20 @@ def run_stage(stage: Stage, build: Callable[[], Training]) -> TrainState | None:
     restored = checkpoints.restore(
         step_fn.abstract(training.abstract, training.rng), training.frozen
     )
+    written = None
     if restored is None:
       state, start = step_fn.init(training.start(), training.rng, training.frozen), 0
     else:
-      state, data_state = restored
-      start = int(state.step)
-      batches.set_state(data_state)
+      state, position = restored
+      start, written = int(state.step), position.pop("metrics", None)
+      batches.set_state(position)
     due = {*stage.keep_steps, steps}
     writer = MetricsWriter(
         directory,
         stage=stage.name,
         steps=steps,
         start_step=start,
+        fingerprint=written,
         every=stage.log.every,
         tensorboard_dir=stage.tensorboard_dir if stage.log.tensorboard else None,
         progress=stage.log.progress,
@@ -119,7 +121,7 @@ def run_stage(stage: Stage, build: Callable[[], Training]) -> TrainState | None:
             results.append(state)
         except StageEnded as end:
           writer.flush()
-          checkpoints.save(state, step - 1, position)
+          checkpoints.save(state, step - 1, {**position, "metrics": writer.fingerprint()})
           checkpoints.wait()
           write_stopped(directory, step - 1, steps, str(end))
           break
@@ -131,7 +133,8 @@ def run_stage(stage: Stage, build: Callable[[], Training]) -> TrainState | None:
           # Metrics first: a step that is not finite raises here, and is not saved; and no
           # checkpoint is ahead of its metrics.
           writer.flush()
-          checkpoints.save(state, step, batches.get_state())
+          position = {**batches.get_state(), "metrics": writer.fingerprint()}
+          checkpoints.save(state, step, position)
         if signum:
           checkpoints.wait()
           raise Stopped(signum, f"{stage.name}: step {step} is saved")

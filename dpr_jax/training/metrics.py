@@ -5,6 +5,7 @@ Only process 0 writes. After a resume no step occurs twice: lines beyond the res
 step are cut before the first new one.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -65,6 +66,12 @@ class MetricsWriter:
 
   A line has `step`, `loss`, `tokens` (trained since the stage began), `seconds` (of the
   stage, earlier runs included) and whatever the step reported.
+
+  Args:
+    fingerprint: `fingerprint()` after `start_step`, as the checkpoint of that step has it.
+
+  Raises:
+    UserError: the lines up to `start_step` are not those that the stage wrote.
   """
 
   def __init__(
@@ -74,6 +81,7 @@ class MetricsWriter:
       stage: str,
       steps: int,
       start_step: int = 0,
+      fingerprint: str | None = None,
       every: int = 1,
       tensorboard_dir=None,
       progress: bool = True,
@@ -87,12 +95,15 @@ class MetricsWriter:
     path = Path(directory) / "metrics.jsonl"
     lines, damaged = _parse(path, ("step", "loss", "tokens", "seconds"))
     kept = [line for line in lines if line["step"] <= start_step]
-    if start_step and (not kept or kept[-1]["step"] != start_step):
+    texts = [json.dumps(line) + "\n" for line in kept]
+    self._digest = hashlib.blake2b("".join(texts).encode(), digest_size=8)
+    whole = not start_step or (kept and kept[-1]["step"] == start_step)
+    if not whole or fingerprint not in (None, self.fingerprint()):
       checkpoints = path.parent / "checkpoints"
       raise UserError(
-          f"{path} was cut or edited: it has no whole line of step {start_step}, from which the "
-          f"stage goes on; restore it from a copy, or train the stage again: mv {checkpoints} "
-          f"{checkpoints}.damaged and run the same command"
+          f"{path} was cut or edited: its lines up to step {start_step}, from which the stage goes "
+          f"on, are not those it wrote; restore it from a copy, or train the stage again: mv "
+          f"{checkpoints} {checkpoints}.damaged and run the same command"
       )
     if kept:
       self._tokens, self._seconds = kept[-1]["tokens"], kept[-1]["seconds"]
@@ -105,7 +116,7 @@ class MetricsWriter:
         )
       path.parent.mkdir(parents=True, exist_ok=True)
       temporary = path.with_suffix(".tmp")
-      temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+      temporary.write_text("".join(texts), encoding="utf-8")
       os.replace(temporary, path)
       self._file = open(path, "a", encoding="utf-8", buffering=1)  # A line at a time.
       if tensorboard_dir is not None:
@@ -138,6 +149,10 @@ class MetricsWriter:
       for resource in (self._file, self._board, self._bar):
         if resource is not None:
           resource.close()
+
+  def fingerprint(self) -> str:
+    """blake2b of the lines that process 0 has written, 16 hex digits."""
+    return self._digest.hexdigest()
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Takes the metrics of `step` (1-based) and writes those of the step before."""
@@ -190,7 +205,9 @@ class MetricsWriter:
       return
     if due or step % self._every == 0 or step == self._steps:
       finite = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN.
-      self._file.write(json.dumps(finite) + "\n")
+      text = json.dumps(finite) + "\n"
+      self._digest.update(text.encode())
+      self._file.write(text)
       if self._board is not None:
         for name, value in line.items():
           if name != "step":

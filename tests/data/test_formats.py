@@ -1,12 +1,14 @@
 """Every layout of a demonstration file, and every complaint about one."""
 
+import dataclasses
 import json
 import pathlib
 
 import pytest
 
+from dpr_jax.config.sections import DataSection
 from dpr_jax.data.demos import check_disjoint, split_holdout
-from dpr_jax.data.formats import read_demos, read_prompts
+from dpr_jax.data.formats import FORMATS, read_demos, read_prompts
 from dpr_jax.data.records import iter_records
 from dpr_jax.errors import UserError
 
@@ -358,3 +360,8 @@ def test_what_generate_wrote_of_any_format_is_read_as_it_was_sampled(tmp_path, r
   assert [m["content"] for m in demo.messages] == ["q", response] and not demo.ended
   ((messages, carried),) = read_prompts(path)
   assert [m["content"] for m in messages] == ["q"] and carried == line
+
+
+def test_a_config_knows_every_format():
+  field = next(f for f in dataclasses.fields(DataSection) if f.name == "format")
+  assert set(field.metadata["choices"]) == {"auto", *FORMATS}

@@ -338,6 +338,10 @@ TEMPLATES = {
     "power": "{{ 9 ** 9 ** 9 }}",
     "a long text": "{{ 'a' * 10000000000 }}",
     "a long text in steps": "{{ 'a' * 1_000_000_000 }}",
+    "doubles": "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}"
+               "{% endfor %}",
+    "writes without an end": "{% for i in range(99999) %}{% for j in range(99999) %}"
+                             "{{ 'a' * 9999 }}{% endfor %}{% endfor %}",
     "a long range": "{% for i in range(1000000) %}x{% endfor %}",
     "long": "x" * 2_000_000,
     "not UTF-8": b"\xff\xfe",
@@ -356,6 +360,7 @@ TEMPLATES = {
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_chat_templates(name, tmp_path, monkeypatch):
   monkeypatch.setattr(limits, "TEMPLATE_SECONDS", 0.5)
+  monkeypatch.setattr(limits, "TEMPLATE_BYTES", 1 << 27)
   path, text = tmp_path / "a.jinja", TEMPLATES[name]
   path.write_bytes(text if isinstance(text, bytes) else text.encode())
   refuses(render_prompt, [{"role": "user", "content": "hi"}], byte_tokenizer(), str(path), "a:1")

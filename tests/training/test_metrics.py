@@ -130,6 +130,33 @@ def test_metrics_that_were_cut_are_refused(tmp_path, left):
   path = tmp_path / "metrics.jsonl"
   path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:left]))
   before = path.read_bytes()
-  with pytest.raises(UserError, match="no whole line of step 4, .*checkpoints.damaged and run"):
+  with pytest.raises(UserError, match="its lines up to step 4, .*checkpoints.damaged and run"):
     _writer(tmp_path, start_step=4)
   assert path.read_bytes() == before
+
+
+def _flip_digit(data):
+  return data.replace(b'"loss": 1.0', b'"loss": 3.0', 1)
+
+
+@pytest.mark.parametrize("edit", [
+    _flip_digit, lambda data: data.replace(b"loss", b"lops", 1),
+    lambda data: data.replace(b"{", b"\0", 1), lambda data: b"".join(data.splitlines(True)[1:]),
+])
+def test_metrics_that_were_edited_are_refused(tmp_path, edit):
+  """Steps 1 to 4 are covered by a fingerprint, as of a checkpoint; step 5 came after it."""
+  with _writer(tmp_path) as metrics:
+    for step in range(1, 6):
+      metrics.write(step, {"loss": float(step % 3 or 1), "tokens": 8.0})
+      if step == 4:
+        metrics.flush()
+        known = metrics.fingerprint()
+  path = tmp_path / "metrics.jsonl"
+  good = path.read_bytes()
+  path.write_bytes(edit(good))
+  with pytest.raises(UserError, match="its lines up to step 4, .*checkpoints.damaged and run"):
+    _writer(tmp_path, start_step=4, fingerprint=known)
+  assert path.read_bytes() == edit(good)
+  path.write_bytes(good)
+  with _writer(tmp_path, start_step=4, fingerprint=known) as metrics:
+    assert metrics.fingerprint() == known
