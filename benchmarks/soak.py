@@ -10,7 +10,7 @@ as from a copy). What is neither is `unexpected`, with the last line of stderr.
 
 Kinds of faults: SIGKILL, SIGTERM, SIGINT; `flip`, one bit of a file of one class; `files`, a start
 with too few file descriptors; `transient`, a running process that can open no file for some seconds
-(Linux); `one_of_two`, one of two processes is killed.
+(Linux); `one_of_two`, one of two processes is killed, `stop_of_two`, gets SIGTERM or SIGINT.
 """
 
 import argparse
@@ -44,7 +44,7 @@ LIGHT = (
 )
 CODES = {"SIGKILL": (-9,), "SIGTERM": (143,), "SIGINT": (130,)}
 KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "flip", "flip", "flip", "files", "transient",
-         "one_of_two")
+         "one_of_two", "stop_of_two")
 CLASSES = {  # of files, by their place in the workdir.
     "config": r"config\.json", "tokenizer": r"tokenizer/.*", "metrics": r"\w+/metrics\.jsonl",
     "meta": r"\w+/checkpoints/\d+/(meta/.*|_\w+)", "samples": r"samples/.*",
@@ -223,7 +223,7 @@ class Soak:
     elif code is not None:
       self.odd("transient", code)
 
-  def one_of_two(self):
+  def one_of_two(self, signum=signal.SIGKILL):
     workdir = self.folder / f"pair{self.number}_{sum(self.faults.values())}"
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
@@ -231,23 +231,26 @@ class Soak:
     pair = [start(workdir, self.cache, process=i, port=port) for i in range(2)]
     time.sleep(self.rng.uniform(0.3, 1.2) * self.seconds)
     dead = self.rng.randrange(2)
-    pair[dead].kill()
-    pair[dead].wait()
-    self.wait(pair[1 - dead], self.deadline)
+    pair[dead].send_signal(signum)
+    codes = [self.wait(process, self.deadline) for process in (pair[dead], pair[1 - dead])]
+    if signum != signal.SIGKILL and None not in codes and not {*codes} <= {0, 128 + signum}:
+      self.unexpected.append(f"{signum.name} of two: exit codes {codes}")
     code = self.wait(start(workdir, self.cache), 20 * self.seconds + 60)
     losses = [line["loss"] for line in read_metrics(workdir / "sft/metrics.jsonl")]
     right = [line["loss"] for line in self.whole["metrics"]["sft"]]
     # On two devices sums are taken in another order.
     if code or len(losses) != len(right) or any(abs(a - b) > 1e-3 for a, b in zip(losses, right)):
-      self.unexpected.append(f"one_of_two: exit code {code}, {len(losses)} of {len(right)} steps: "
-                             f"{' | '.join(self.said(workdir)[-1:])[:200]}")
+      self.unexpected.append(f"{signum.name} of two: exit code {code}, {len(losses)} of "
+                             f"{len(right)} steps: {' | '.join(self.said(workdir)[-1:])[:200]}")
     else:
       self.counts["recoveries"] += 1
 
   def inject(self, kind):
     self.faults[kind] += 1
     others = {"flip": self.flip, "files": self.starved, "transient": self.transient,
-              "one_of_two": self.one_of_two}
+              "one_of_two": self.one_of_two,
+              "stop_of_two": lambda: self.one_of_two(
+                  self.rng.choice((signal.SIGTERM, signal.SIGINT)))}
     others.get(kind, lambda: self.signalled(kind))()
 
 

@@ -7,8 +7,11 @@ anything else is a bug and keeps its traceback.
 
 import functools
 import logging
+import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from dpr_jax import peers, signals
 from dpr_jax.errors import Diverged, Stopped, UserError
@@ -52,6 +55,22 @@ def _print_traceback(kind, error, trace) -> None:
     sys.__excepthook__(kind, error, trace)
 
 
+def _end(code: int, message: str, process: bool) -> NoReturn:
+  """Ends after an error, and the other processes of a run too.
+
+  Args:
+    process: whether this process ends, rather than a caller handles SystemExit. It does not wait
+      for threads then: those of a save that has failed wait for each other, for minutes.
+  """
+  peers.end(code, message)
+  others = (t for t in threading.enumerate() if t is not threading.main_thread())
+  if process and not all(t.daemon for t in others):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  raise SystemExit(code) from None
+
+
 def run_entry_point(
     main: Callable[[Sequence[str]], None],
     argv: Sequence[str] | None = None,
@@ -76,14 +95,9 @@ def run_entry_point(
           print(f"error: {line}", file=sys.stderr)
           peers.end(code, line)
         raise
-  except UserError as e:
+  except (UserError, Diverged) as e:
     print(f"error: {e}", file=sys.stderr)
-    peers.end(2, str(e))
-    raise SystemExit(2) from None
-  except Diverged as e:
-    print(f"error: {e}", file=sys.stderr)
-    peers.end(1, str(e))
-    raise SystemExit(1) from None
+    _end(2 if isinstance(e, UserError) else 1, str(e), argv is None)
   except Stopped as e:
     print(f"{e}; {kept}", file=sys.stderr)
     raise SystemExit(e.code) from None
@@ -91,7 +105,7 @@ def run_entry_point(
     print(f"stopped by SIGINT; {kept}", file=sys.stderr)
     raise SystemExit(130) from None
   except Exception as e:
-    if peers.several():
-      sys.excepthook(*sys.exc_info())
-      peers.end(1, f"{type(e).__name__}: {str(e)[:200]}")
-    raise
+    if argv is not None and not peers.several():
+      raise
+    sys.excepthook(*sys.exc_info())
+    _end(1, f"{type(e).__name__}: {str(e)[:200]}", argv is None)

@@ -154,6 +154,13 @@ class Checkpoints:
           f"({_first_line(e)}); those before it are whole: rerun the same command to resume"
       ) from e
 
+  def position(self, step: int) -> dict[str, Any]:
+    """The data position of a checkpoint; {} if it is damaged, as whoever restores it will say."""
+    try:
+      return self._meta(step)["data"]
+    except Damaged:
+      return {}
+
   def set_aside(self, step: int) -> list[str]:
     """Renames a damaged checkpoint, and those of later steps, which are trained again after it.
 

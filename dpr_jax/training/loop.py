@@ -13,7 +13,7 @@ from dpr_jax import sharding, signals
 from dpr_jax.config.sections import CheckpointSection, LogSection, parse_steps
 from dpr_jax.errors import StageEnded, Stopped
 from dpr_jax.training.checkpoints import Checkpoints
-from dpr_jax.training.metrics import MetricsWriter
+from dpr_jax.training.metrics import MetricsWriter, read_until
 from dpr_jax.training.profiling import trace_steps
 from dpr_jax.training.steps import TrainState
 from dpr_jax.training.stopping import last_step, write_stopped
@@ -85,19 +85,20 @@ def run_stage(stage: Stage, build: Callable[[], Training]) -> TrainState | None:
   with Checkpoints(
       directory / "checkpoints", keep=stage.checkpoint.keep, keep_steps=stage.keep_steps
   ) as checkpoints:
-    if last_step(directory, steps) in checkpoints.steps():
+    if (last := last_step(directory, steps)) in checkpoints.steps():
+      read_until(directory / "metrics.jsonl", last, checkpoints.position(last).get("metrics"))
       return None
     training = build()
     step_fn, batches = training.step, training.batches
     restored = checkpoints.restore(
         step_fn.abstract(training.abstract, training.rng), training.frozen
     )
-    written = None
+    known = None
     if restored is None:
       state, start = step_fn.init(training.start(), training.rng, training.frozen), 0
     else:
       state, position = restored
-      start, written = int(state.step), position.pop("metrics", None)
+      start, known = int(state.step), position.pop("metrics", None)
       batches.set_state(position)
     due = {*stage.keep_steps, steps}
     writer = MetricsWriter(
@@ -105,7 +106,7 @@ def run_stage(stage: Stage, build: Callable[[], Training]) -> TrainState | None:
         stage=stage.name,
         steps=steps,
         start_step=start,
-        fingerprint=written,
+        fingerprint=known,
         every=stage.log.every,
         tensorboard_dir=stage.tensorboard_dir if stage.log.tensorboard else None,
         progress=stage.log.progress,

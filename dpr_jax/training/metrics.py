@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,34 @@ def _numbers(damaged: Sequence[int]) -> str:
   return several if len(damaged) > 1 else f"line {damaged[0]} is"
 
 
+def _digest(texts: Iterable[str]) -> Any:
+  return hashlib.blake2b("".join(texts).encode(), digest_size=8)
+
+
+def read_until(
+    path: Path, step: int, fingerprint: str | None
+) -> tuple[list[dict[str, Any]], list[int]]:
+  """The lines of a metrics.jsonl up to `step`, and the numbers of damaged lines.
+
+  Args:
+    fingerprint: of those lines, as the checkpoint of that step has it; None of an older checkpoint.
+
+  Raises:
+    UserError: they are not those that the stage wrote.
+  """
+  lines, damaged = _parse(path, ("step", "loss", "tokens", "seconds"))
+  kept = [line for line in lines if line["step"] <= step]
+  now = _digest(json.dumps(line) + "\n" for line in kept).hexdigest()
+  if step and (not kept or kept[-1]["step"] != step) or fingerprint not in (None, now):
+    checkpoints = path.parent / "checkpoints"
+    raise UserError(
+        f"{path} was cut or edited: its lines up to step {step}, from which the stage goes on, are "
+        f"not those it wrote; restore it from a copy, or train the stage again: mv {checkpoints} "
+        f"{checkpoints}.damaged and run the same command"
+    )
+  return kept, damaged
+
+
 class MetricsWriter:
   """Writes the metrics of one stage; a context manager.
 
@@ -68,10 +96,7 @@ class MetricsWriter:
   stage, earlier runs included) and whatever the step reported.
 
   Args:
-    fingerprint: `fingerprint()` after `start_step`, as the checkpoint of that step has it.
-
-  Raises:
-    UserError: the lines up to `start_step` are not those that the stage wrote.
+    fingerprint: see `read_until`, which it raises the error of.
   """
 
   def __init__(
@@ -93,18 +118,9 @@ class MetricsWriter:
     self._file = self._board = self._bar = None
     self._warned = False
     path = Path(directory) / "metrics.jsonl"
-    lines, damaged = _parse(path, ("step", "loss", "tokens", "seconds"))
-    kept = [line for line in lines if line["step"] <= start_step]
+    kept, damaged = read_until(path, start_step, fingerprint)
     texts = [json.dumps(line) + "\n" for line in kept]
-    self._digest = hashlib.blake2b("".join(texts).encode(), digest_size=8)
-    whole = not start_step or (kept and kept[-1]["step"] == start_step)
-    if not whole or fingerprint not in (None, self.fingerprint()):
-      checkpoints = path.parent / "checkpoints"
-      raise UserError(
-          f"{path} was cut or edited: its lines up to step {start_step}, from which the stage goes "
-          f"on, are not those it wrote; restore it from a copy, or train the stage again: mv "
-          f"{checkpoints} {checkpoints}.damaged and run the same command"
-      )
+    self._digest = _digest(texts)
     if kept:
       self._tokens, self._seconds = kept[-1]["tokens"], kept[-1]["seconds"]
     if self._lead:

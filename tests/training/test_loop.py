@@ -282,3 +282,11 @@ def test_a_profile_changes_nothing(stage, tmp_path):
   traced = stage(tmp_path / "b", log={"profile_steps": "3:4"}, profile_dir=tmp_path / "profile")
   assert _bits(traced) == _bits(plain)
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_edited_metrics_of_a_stage_that_has_just_finished_are_refused(stage, tmp_path):
+  stage(tmp_path)
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(path.read_text().replace('"step": 2, "loss": ', '"step": 2, "loss": 1'))
+  with pytest.raises(UserError, match="metrics.jsonl was cut or edited: its lines up to step 11"):
+    stage(tmp_path)
