@@ -120,3 +120,10 @@ def test_a_comment_where_a_field_is_declared_is_its_meaning():
 
   found = {f.name: reference_page.meaning(Sized, f) for f in dataclasses.fields(Sized)}
   assert found == {"width": "columns, all of them", "height": ""}
+
+
+def test_the_tests_of_every_fault_exist():
+  named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs/faults.md").read_text())
+  assert len(named) > 40
+  for file, test in named:
+    assert f"\ndef {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
