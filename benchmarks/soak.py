@@ -48,7 +48,8 @@ KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "flip", "flip", "flip", "files", "trans
 CLASSES = {  # of files, by their place in the workdir.
     "config": r"config\.json", "tokenizer": r"tokenizer/.*", "metrics": r"\w+/metrics\.jsonl",
     "meta": r"\w+/checkpoints/\d+/(meta/.*|_\w+)", "samples": r"samples/.*",
-    "arrays": r"\w+/checkpoints/\d+/(variables|training|ema)/.*", "report": r"report/.*\.json",
+    "arrays": r"\w+/checkpoints/\d+/(variables|training|ema)/.*", "report": r"report/.*",
+    "records": r"checksums\.json|\w+/checkpoints/\d+/(files\.json|commit_success\.txt)",
 }
 
 

@@ -55,6 +55,13 @@ def _print_traceback(kind, error, trace) -> None:
     sys.__excepthook__(kind, error, trace)
 
 
+def _print_unraisable(unraisable) -> None:
+  """Leaves out an event loop that was never made, for want of files: that error is raised as well.
+  """
+  if getattr(unraisable.object, "__qualname__", "") != "BaseEventLoop.__del__":
+    sys.__unraisablehook__(unraisable)
+
+
 def _end(code: int, message: str, process: bool) -> NoReturn:
   """Ends after an error, and the other processes of a run too.
 
@@ -85,6 +92,7 @@ def run_entry_point(
   logging.getLogger("absl").addFilter(_was_raised_too)
   if argv is None:
     sys.excepthook = _print_traceback
+    sys.unraisablehook = _print_unraisable
   try:
     with signals.handled(restore=argv is not None):
       try:

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from benchmarks import overhead
 from dpr_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -173,3 +174,16 @@ def test_run_all_gives_flags_that_the_scripts_take(tmp_path, accelerator):
       assert set(args.peers) == {"torch", "trl", "tunix"}
     if name == "memory":
       assert [module.command(args, case) for case in module.cases(args)]
+
+
+@pytest.mark.slow
+def test_overhead_is_a_share_of_a_step(capsys):
+  overhead.main(["--config=configs/smoke.py:debug", "--batch=2", "--length=16", "--repeats=2",
+                 "--every=4"])
+  line = json.loads(capsys.readouterr().out)
+  seconds = line["seconds"]
+  parts = {kind: sum(t for name, t in seconds.items() if name.startswith(f"{kind}/"))
+           for kind in ("each_step", "each_checkpoint", "once")}
+  share = (parts["each_step"] + parts["each_checkpoint"] / 4) / line["step_seconds"]
+  assert line["share_of_step"] == pytest.approx(share) and min(seconds.values()) > 0
+  assert line["once_in_steps"] == pytest.approx(parts["once"] / line["step_seconds"])
