@@ -16,7 +16,7 @@ from dpr_jax.config.run_config import RunConfig
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Flags without a config file: what the page writes about them alone.
-_OTHERS = ("score", "generate", "export", "evaluate")
+_OTHERS = ("score", "generate", "export", "evaluate", "filter")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 
