@@ -3,10 +3,11 @@
     python -m benchmarks.soak --faults=50 [--seed=N]
 
 A run is killed, stopped, damaged and starved, and begun again each time by the same command, until
-it ends; then the next one. Every run that ends must hold what an undisturbed one holds, bit by bit
-(`wrong_results`); every process must end on its own (`hangs`). A flipped bit is either mended
-(`recoveries`) or refused in one line that names a file (`refusals`; the bit is then flipped back,
-as from a copy). What is neither is `unexpected`, with the last line of stderr.
+it ends; then the next one. Every run that ends must hold what an undisturbed one holds: the arrays
+of the last checkpoints bit by bit, metrics, samples and figures to the digit (`wrong_results`);
+every process must end on its own (`hangs`). A flipped bit is either mended (`recoveries`) or refused
+in one line that names a file (`refusals`; the bit is then flipped back, as from a copy). What is
+neither is `unexpected`, with the last line of stderr.
 
 Kinds of faults: SIGKILL, SIGTERM, SIGINT; `flip`, one bit of a file of one class; `files`, a start
 with too few file descriptors; `transient`, a running process that can open no file for some seconds
@@ -46,9 +47,10 @@ CODES = {"SIGKILL": (-9,), "SIGTERM": (143,), "SIGINT": (130,)}
 KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "flip", "flip", "flip", "files", "transient",
          "one_of_two", "stop_of_two")
 CLASSES = {  # of files, by their place in the workdir.
-    "config": r"config\.json", "tokenizer": r"tokenizer/.*", "metrics": r"\w+/metrics\.jsonl",
+    "config": r"\.?config\.json", "tokenizer": r"tokenizer/.*", "metrics": r"\w+/metrics\.jsonl",
     "meta": r"\w+/checkpoints/\d+/(meta/.*|_\w+)", "samples": r"samples/.*",
     "arrays": r"\w+/checkpoints/\d+/(variables|training|ema)/.*", "report": r"report/.*",
+    "reference": r"reference\.json|\w+/stopped\.json",
     "records": r"checksums\.json|\w+/checkpoints/\d+/(files\.json|commit_success\.txt)",
 }
 
@@ -76,7 +78,12 @@ def outcome(workdir):
   }
   results = json.loads((workdir / "report/results.json").read_text(encoding="utf-8"))
   samples = {p.name: p.read_text() for p in sorted((workdir / "samples").glob("*.jsonl"))}
-  return {"metrics": lines, "systems": results["systems"], "samples": samples}
+  arrays = {}  # Fingerprints, of the last checkpoint of each stage.
+  for folder in sorted(workdir.glob("*/checkpoints")):
+    last = max(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
+    meta = json.loads((folder / str(last) / "meta/metadata").read_text(encoding="utf-8"))
+    arrays[folder.parent.name] = last, meta["hashes"]
+  return {"metrics": lines, "systems": results["systems"], "samples": samples, "arrays": arrays}
 
 
 def ahead_of_checkpoints(workdir):

@@ -25,6 +25,7 @@ from dpr_jax.cli import models as models_cli
 from dpr_jax.errors import UserError
 
 _FIELDS = {"reward": "token_rewards", "logp_sft": "logp_sft", "logp_ref": "logp_ref"}
+_LARGEST = 1e6  # nats per token.
 _REDUCE = {"sum": np.sum, "mean": np.mean, "min": np.min}
 
 
@@ -60,14 +61,11 @@ def scores(
   for i, record in enumerate(records):
     field = _FIELDS.get(by, "token_rewards")
     values = record.get(field)
-    try:
-      tokens = np.asarray(values, np.float64)
-    except (TypeError, ValueError):
-      tokens = np.zeros(())
-    if tokens.ndim != 1 or not tokens.size or not np.isfinite(tokens).all():
-      raise UserError(f"{name}: record {i + 1}: field {field!r} must be a list of finite numbers, "
-                      "one per token, as dpr_jax.score writes it")
-    out[i] = len(tokens) if by == "length" else _REDUCE[reduce](tokens)
+    numbers = isinstance(values, list) and all(type(x) in (int, float) for x in values)
+    if not numbers or not values or not all(abs(x) < _LARGEST for x in values):
+      raise UserError(f"{name}: record {i + 1}: field {field!r} must be a list of numbers below "
+                      f"{_LARGEST:g}, one per token, as dpr_jax.score writes it")
+    out[i] = len(values) if by == "length" else _REDUCE[reduce](values)
   return out
 
 
@@ -95,6 +93,8 @@ def main(argv: Sequence[str]) -> None:
     path = getattr(values, flag)
     places.append(models_cli.new_file(f"--{flag}", path, *filter(None, places)) if path else None)
   from dpr_jax.data.records import iter_records
+  from dpr_jax.report.heatmap import heatmap_page
+  from dpr_jax.report.render import write_atomically
   from dpr_jax.workdir import write_lines
 
   records = [record for record, _ in iter_records(values.input)]
@@ -106,13 +106,12 @@ def main(argv: Sequence[str]) -> None:
   lines = [{**r, "filter_score": round(float(s), 6)} for r, s in zip(records, found, strict=True)]
   order = [i for i in np.argsort(found, kind="stable") if not chosen[i]]
   out, cut, html = places
+  page = heatmap_page([lines[i] for i in order], f"What was cut by {values.by}, lowest first")
   write_lines(out, [line for line, c in zip(lines, chosen, strict=True) if c])
   if cut:
     write_lines(cut, [lines[i] for i in order])
   if html:
-    from dpr_jax.report.heatmap import write_heatmap
-
-    write_heatmap([lines[i] for i in order], html, f"What was cut by {values.by}, lowest first")
+    write_atomically(html, page)
   print(f"kept {chosen.sum()} of {len(chosen)}; scores of the kept from {found[chosen].min():.4g}, "
         f"of the others up to {found[~chosen].max(initial=-np.inf):.4g}")
 

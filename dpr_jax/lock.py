@@ -145,6 +145,8 @@ def _take(path: pathlib.Path, own: dict[str, Any]) -> None:
     holder = _read(path)
     if holder is None:
       continue
+    if holder.get("token") == own["token"]:  # A network file system answered twice.
+      return
     if _alive(path, holder):
       raise _InUse(holder)
     content = json.dumps(holder, sort_keys=True).encode()
@@ -194,8 +196,9 @@ def locked(folder: pathlib.Path, name: str) -> Iterator[None]:
     yield
   finally:
     ended.set()
-    if (_read(path) or {}).get("token") == own["token"]:
-      path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      if (_read(path) or {}).get("token") == own["token"]:
+        path.unlink(missing_ok=True)
     for place in made:  # Where nothing was written, nothing is left.
       with contextlib.suppress(OSError):
         place.rmdir()

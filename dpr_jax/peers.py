@@ -243,8 +243,9 @@ def end(code: int, message: str) -> None:
   if _peers is None:
     return
   _peers.end(code, message)
-  sys.stdout.flush()
-  sys.stderr.flush()
+  with contextlib.suppress(OSError, ValueError):
+    sys.stdout.flush()
+    sys.stderr.flush()
   if _peers.index == 0:
     _peers.wait_for_ends()
   os._exit(code)

@@ -1,6 +1,7 @@
 """The files of a run.
 
-    config.json            what was run: resolved config, model, data, versions, labels, inputs
+    config.json            what was run: resolved config, model, data, versions, labels, inputs;
+                           .config.json is its copy
     checksums.json         fingerprints of the finished files below
     tokenizer/             the tokenizer of the run with its chat template, which resumed runs and
                            whatever uses a stage read
@@ -142,6 +143,19 @@ def _is_sealed(path: pathlib.Path) -> bool:
     return False
 
 
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+  """Raises UserError where a file is not what `Workdir.write_config` writes."""
+  try:
+    record = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError) as e:
+    raise UserError(f"{path}: not the config.json of a run: {e}") from None
+  if not isinstance(record, dict):
+    raise UserError(f"{path}: not the config.json of a run: no JSON object")
+  if fingerprints.CHECKSUM in record and not fingerprints.is_whole(record):
+    raise UserError(f"{path}: not what the run wrote; restore it from a copy")
+  return record
+
+
 class Workdir:
   """Paths of a run, and its config.json."""
 
@@ -151,6 +165,7 @@ class Workdir:
                       "for example with gcsfuse; give its path")
     self.path = pathlib.Path(path).absolute()
     self.config_file = self.path / "config.json"
+    self._config_copy = self.path / ".config.json"
     self.checksums_file = self.path / "checksums.json"
     self.tokenizer = self.path / "tokenizer"
     self.reference_file = self.path / "reference.json"
@@ -273,18 +288,23 @@ class Workdir:
   def read_config(self) -> dict[str, Any]:
     """Raises UserError where it is not what a run writes; restore it from a copy then."""
     try:
-      record = json.loads(self.config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-      raise UserError(f"{self.config_file}: not the config.json of a run: {e}") from None
-    if not isinstance(record, dict):
-      raise UserError(f"{self.config_file}: not the config.json of a run: no JSON object")
-    if fingerprints.CHECKSUM in record and not fingerprints.is_whole(record):
-      raise UserError(f"{self.config_file}: not what the run wrote; restore it from a copy")
+      record = _read_config(self.config_file)
+    except UserError as damaged:
+      if not self._config_copy.exists():
+        raise
+      record = _read_config(self._config_copy)
+      _log.warning("%s; its copy %s is read", damaged, self._config_copy.name)
     return {name: value for name, value in record.items() if name != fingerprints.CHECKSUM}
 
   def write_config(self, record: Mapping[str, Any]) -> None:
-    """Writes config.json, with a checksum."""
-    write_json(self.config_file, fingerprints.seal(_plain(record)))
+    """Writes config.json, with a checksum, and its copy; one that is damaged is set aside."""
+    if self.config_file.exists() and jax.process_index() == 0:
+      try:
+        _read_config(self.config_file)
+      except UserError:
+        fingerprints.set_aside(self.config_file)
+    for path in (self.config_file, self._config_copy):
+      write_json(path, fingerprints.seal(_plain(record)))
 
   def check(self, config: config_lib.RunConfig) -> None:
     """Refuses a folder that holds something else: another config, or files of no run.

@@ -28,13 +28,16 @@ def test_a_message_is_one_line_of_bounded_length():
 @pytest.mark.parametrize("error, code, end", [
     ("UserError('bad')", 2, "error: bad"), ("Diverged('bad')", 1, "error: bad"),
     ("KeyError('bad')", 1, "KeyError: 'bad'"),
+    ("Stopped(15)", 143, "stopped by SIGTERM; rerun the same command to resume"),
 ])
 def test_an_error_ends_the_process_whatever_its_threads_wait_for(error, code, end):
   """As the threads of Orbax do, for each other, where a save has failed."""
   program = f"""
 import threading
 from dpr_jax import cli
-from dpr_jax.errors import Diverged, UserError
+from dpr_jax.cli import entry_point
+from dpr_jax.errors import Diverged, Stopped, UserError
+entry_point._PATIENCE = 0.5
 def main(argv):
   threading.Thread(target=threading.Event().wait).start()
   raise {error}

@@ -101,11 +101,18 @@ def test_damaged_checksums_are_set_aside(finished, caplog):
   assert json.loads(finished.system_file("sft").read_text().splitlines()[0]) == {"response": "a"}
 
 
-def test_an_edited_config_json_is_refused(tmp_path):
+def test_an_edited_config_json_is_read_from_its_copy(tmp_path, caplog):
   workdir = Workdir(tmp_path)
   workdir.write_config({"seed": 1, "versions": {"jax": "0.10"}, "share": float("nan")})
   assert workdir.read_config() == {"seed": 1, "versions": {"jax": "0.10"}, "share": None}
   text = workdir.config_file.read_text()
   workdir.config_file.write_text(text.replace('"seed": 1', '"seed": 2'))
+  assert workdir.read_config()["seed"] == 1  # Of the copy.
+  assert "config.json: not what the run wrote; restore it from a copy; its copy" in caplog.text
+  workdir.write_config(workdir.read_config())
+  assert workdir.config_file.read_text() == text
+  assert '"seed": 2' in (tmp_path / "config.json.damaged").read_text()
+  for path in (workdir.config_file, tmp_path / ".config.json"):
+    path.write_text(text.replace('"seed": 1', '"seed": 2'))
   with pytest.raises(UserError, match="config.json: not what the run wrote; restore it"):
     workdir.read_config()

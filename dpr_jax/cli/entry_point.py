@@ -5,6 +5,7 @@ on stderr, a run that diverged with 1, one that was stopped by SIGINT or SIGTERM
 anything else is a bug and keeps its traceback.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -18,6 +19,7 @@ from dpr_jax.errors import Diverged, Stopped, UserError
 
 # How JAX calls the errors of its runtime, of a collective whose other end is gone among them.
 _RUNTIME_ERRORS = ("JaxRuntimeError", "XlaRuntimeError")
+_PATIENCE = 10.0  # seconds for threads, after an error or a signal.
 
 
 def readable(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
@@ -62,19 +64,19 @@ def _print_unraisable(unraisable) -> None:
     sys.__unraisablehook__(unraisable)
 
 
-def _end(code: int, message: str, process: bool) -> NoReturn:
-  """Ends after an error, and the other processes of a run too.
+def _end(code: int, process: bool) -> NoReturn:
+  """Raises SystemExit.
 
   Args:
-    process: whether this process ends, rather than a caller handles SystemExit. It does not wait
-      for threads then: those of a save that has failed wait for each other, for minutes.
+    process: whether this process ends, rather than a caller handles it. It does not wait for ever
+      for threads then: those of a save that has failed wait for each other.
   """
-  peers.end(code, message)
-  others = (t for t in threading.enumerate() if t is not threading.main_thread())
-  if process and not all(t.daemon for t in others):
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+  if process:
+    with contextlib.suppress(OSError, ValueError):
+      sys.stdout.flush()
+    timer = threading.Timer(_PATIENCE, os._exit, [code])
+    timer.daemon = True
+    timer.start()
   raise SystemExit(code) from None
 
 
@@ -104,16 +106,19 @@ def run_entry_point(
           peers.end(code, line)
         raise
   except (UserError, Diverged) as e:
+    code = 2 if isinstance(e, UserError) else 1
     print(f"error: {e}", file=sys.stderr)
-    _end(2 if isinstance(e, UserError) else 1, str(e), argv is None)
+    peers.end(code, str(e))
+    _end(code, argv is None)
   except Stopped as e:
     print(f"{e}; {kept}", file=sys.stderr)
-    raise SystemExit(e.code) from None
+    _end(e.code, argv is None)
   except KeyboardInterrupt:
     print(f"stopped by SIGINT; {kept}", file=sys.stderr)
-    raise SystemExit(130) from None
+    _end(130, argv is None)
   except Exception as e:
     if argv is not None and not peers.several():
       raise
     sys.excepthook(*sys.exc_info())
-    _end(1, f"{type(e).__name__}: {str(e)[:200]}", argv is None)
+    peers.end(1, f"{type(e).__name__}: {str(e)[:200]}")
+    _end(1, argv is None)

@@ -100,6 +100,7 @@ def _given(values: flags.FlagValues) -> dict[str, Any]:
   """
   from dpr_jax.data.dataset import fingerprint
   from dpr_jax.inputs import pretrained_files
+  from dpr_jax.loading import is_stage, split_checkpoint
 
   facts = {f"--{name}": value for name, value in values.flag_values_dict().items()}
   for name in ("input", "data", "template"):
@@ -107,9 +108,10 @@ def _given(values: flags.FlagValues) -> dict[str, Any]:
     if path and pathlib.Path(path).exists():
       facts[f"contents of --{name}={path}"] = fingerprint(path)
   for name in ("model", "sft", "ref"):
-    path = pathlib.Path((facts.get(f"--{name}") or "").partition("@")[0])
-    if path.name and path.exists():
-      facts[f"weights of --{name}={path}"] = pretrained_files(path)
+    if spec := facts.get(f"--{name}"):
+      path = split_checkpoint(os.path.expanduser(spec))[0]
+      if path.exists() and not is_stage(path):
+        facts[f"weights of --{name}={spec}"] = pretrained_files(path)
   return facts
 
 
@@ -127,7 +129,7 @@ def model_mesh(values: flags.FlagValues) -> Iterator[tuple[Any, str]]:
   from dpr_jax.loading import compute_dtype
 
   distributed.initialize()
-  agree(lambda: None, lambda _: _given(values))
+  agree(lambda: None, lambda _: _given(values), seconds=600.0)  # Weights are read for it.
   compilation_cache.keep_compilations(values.compilation_cache)
   try:
     data, fsdp, tensor = (int(x) for x in values.mesh.split(","))

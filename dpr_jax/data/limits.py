@@ -111,18 +111,22 @@ def check_template(template: str) -> None:
     raise UserError("the chat template raises a number to a power, which is not allowed in one")
 
 
-def _resident() -> int:
-  """Bytes of memory that this process has; 0 where the system does not say."""
+def _memory() -> tuple[int, int] | None:
+  """(address space, resident memory) of this process in bytes; None where nothing says it."""
   try:
     with open("/proc/self/statm", encoding="ascii") as file:
-      return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+      pages = file.read().split()
+    return tuple(int(n) * os.sysconf("SC_PAGE_SIZE") for n in pages[:2])
   except OSError:
-    return 0
+    return None
 
 
 @contextlib.contextmanager
 def bounded(seconds: float, size: int, what: str) -> Iterator[None]:
   """Ends Python code that takes longer, or more memory, in the main thread; elsewhere nothing does.
+
+  The memory is looked at while the code runs, and, where the system can, a single piece of it is
+  refused when it is asked for.
 
   Raises:
     UserError: "`what` took longer than ... s", or "... more memory than ...".
@@ -131,21 +135,32 @@ def bounded(seconds: float, size: int, what: str) -> Iterator[None]:
   if not main or not hasattr(signal, "setitimer"):
     yield
     return
-  started, memory = time.monotonic(), _resident()
+  import resource
+
+  started, memory = time.monotonic(), _memory()
+  space = resource.getrlimit(resource.RLIMIT_AS)
+  too_much = UserError(f"{what} took more memory than {size >> 20} MiB")
 
   def look(signum, frame):
-    if time.monotonic() - started > seconds:
-      raise UserError(f"{what} took longer than {seconds:g} s")
-    if _resident() - memory > size:
-      raise UserError(f"{what} took more memory than {size >> 20} MiB")
+    now = _memory()
+    late = time.monotonic() - started > seconds
+    if late or (now and memory and now[1] - memory[1] > size):
+      signal.setitimer(signal.ITIMER_REAL, 0)
+      raise UserError(f"{what} took longer than {seconds:g} s") if late else too_much
 
   before = signal.signal(signal.SIGALRM, look)
   outer = signal.setitimer(signal.ITIMER_REAL, _TICK, _TICK)
+  if memory and space[0] == resource.RLIM_INFINITY:
+    # More than `size`: what other threads ask for in the meantime is not refused.
+    resource.setrlimit(resource.RLIMIT_AS, (memory[0] + 4 * size, space[1]))
   try:
     yield
+  except MemoryError:
+    raise too_much from None
   finally:
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
+    resource.setrlimit(resource.RLIMIT_AS, space)
     if outer[0]:  # A timer that ran before goes on.
       left = max(outer[0] - (time.monotonic() - started), 0.01)
       signal.setitimer(signal.ITIMER_REAL, left, outer[1])

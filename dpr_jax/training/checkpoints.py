@@ -155,11 +155,9 @@ class Checkpoints:
       ) from e
 
   def position(self, step: int) -> dict[str, Any]:
-    """The data position of a checkpoint; {} if it is damaged, as whoever restores it will say."""
-    try:
-      return self._meta(step)["data"]
-    except Damaged:
-      return {}
+    """The data position of a checkpoint; {} if it cannot be read, as whoever restores it says."""
+    out, decision, _ = self._try(lambda: self._meta(step)["data"])
+    return out if decision == _READ else {}
 
   def set_aside(self, step: int) -> list[str]:
     """Renames a damaged checkpoint, and those of later steps, which are trained again after it.

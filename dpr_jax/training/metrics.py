@@ -39,7 +39,7 @@ def _parse(
       line = json.loads(raw)
     except (ValueError, RecursionError):
       line = None
-    if isinstance(line, dict) and line.keys() >= set(keys):
+    if isinstance(line, dict) and all(isinstance(line.get(k), int | float) for k in keys):
       lines.append(line)
     else:
       damaged.append(number)

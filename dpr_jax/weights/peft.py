@@ -64,6 +64,9 @@ class Adapter:
     places = [pathlib.Path(base).expanduser(), folder / base] if base else []
     is_model = lambda p: (p / "config.json").is_file() or (p.is_file() and p.suffix == ".gguf")
     self.base = next(filter(is_model, places), None)
+    if self.base is not None and (self.base / CONFIG).is_file():
+      raise UserError(f"{path}: base_model_name_or_path={base!r} is an adapter itself; merge that "
+                      "one into its base with peft")
     if self.base is None:
       raise UserError(f"{path}: base_model_name_or_path={base!r} is no model folder or .gguf file "
                       "on this machine; write the path of the base there")

@@ -81,7 +81,7 @@ def test_length_and_chance(scored, tmp_path):
   assert a == again != other and len(a) == len(other) == 6
 
 
-NO_LIST = "record 1: field 'token_rewards' must be a list of finite numbers"
+NO_LIST = "record 1: field 'token_rewards' must be a list of numbers below"
 
 
 @pytest.mark.parametrize("flags, content, message", [
@@ -91,6 +91,10 @@ NO_LIST = "record 1: field 'token_rewards' must be a list of finite numbers"
     (["--above=0"], '{"token_rewards": [1, "x"]}', NO_LIST),
     (["--above=0"], '{"token_rewards": []}', NO_LIST),
     (["--above=0"], '{"token_rewards": [NaN]}', NO_LIST),
+    (["--above=0"], '{"token_rewards": [1%s]}' % ("0" * 400), NO_LIST),
+    (["--above=0"], '{"token_rewards": [1e308, 1e308]}', NO_LIST),
+    (["--above=0"], '{"token_rewards": [true]}', NO_LIST),
+    (["--above=0"], '{"token_rewards": ["1"]}', NO_LIST),
     (["--above=0"], '{"prompt": "p"}', NO_LIST),
     (["--above=0", "--cut={kept}"], None, "--cut={kept} is the file of another flag"),
 ])

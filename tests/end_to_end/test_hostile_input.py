@@ -342,6 +342,8 @@ TEMPLATES = {
                "{% endfor %}",
     "writes without an end": "{% for i in range(99999) %}{% for j in range(99999) %}"
                              "{{ 'a' * 9999 }}{% endfor %}{% endfor %}",
+    "a product": "{% set n = 1000000 %}{{ ('a' * (n * 3000)) | length }}",
+    "a square": "{% set x = 'a'.center(100000) %}{{ x.replace('', x) | length }}",
     "a long range": "{% for i in range(1000000) %}x{% endfor %}",
     "long": "x" * 2_000_000,
     "not UTF-8": b"\xff\xfe",

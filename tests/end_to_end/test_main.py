@@ -101,7 +101,10 @@ def test_a_damaged_run_is_made_whole_by_the_same_command(entry_point, finished_r
   responses, measures = (damaged / "samples" / name for name in ("sft.jsonl", "measures.json"))
   responses.write_bytes(responses.read_bytes()[:-100])
   measures.write_text(measures.read_text().replace("heldout_nll", "heldout_nil"))
+  page = damaged / "report" / "report.html"
+  page.write_text("")
   err = entry_point.finish(entry_point.start(damaged))[1]
+  assert page.stat().st_size > 10_000
   for name in ("20.damaged", "sft.jsonl.damaged", "measures.json.damaged"):
     assert len(re.findall(rf"renamed to {name}", err)) == 1, err
   assert "Traceback" not in err
