@@ -5,9 +5,9 @@
 A run is killed, stopped, damaged and starved, and begun again each time by the same command, until
 it ends; then the next one. Every run that ends must hold what an undisturbed one holds: the arrays
 of the last checkpoints bit by bit, metrics, samples and figures to the digit (`wrong_results`);
-every process must end on its own (`hangs`). A flipped bit is either mended (`recoveries`) or refused
-in one line that names a file (`refusals`; the bit is then flipped back, as from a copy). What is
-neither is `unexpected`, with the last line of stderr.
+every process must end on its own (`hangs`). A flipped bit is either mended (`recoveries`), or
+refused in one line that names a file (`refusals`; the bit is then flipped back, as from a copy).
+What is neither is `unexpected`, with the last line of stderr.
 
 Kinds of faults: SIGKILL, SIGTERM, SIGINT; `flip`, one bit of a file of one class; `files`, a start
 with too few file descriptors; `transient`, a running process that can open no file for some seconds
