@@ -3,7 +3,7 @@
 `default_config()` turns the dataclasses into an `ml_collections` config, which the files in
 configs/ override and the command line overrides further (`--config.sft.steps=200`); `resolve()`
 turns that back into a checked, frozen `RunConfig`. docs/configuration.md is made from the same
-dataclasses (`config.reference_page`).
+dataclasses (docs/make_configuration.py).
 """
 
 from dpr_jax.config.fields import Value, setting
