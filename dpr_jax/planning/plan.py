@@ -10,7 +10,6 @@ from dpr_jax.config import RunConfig
 from dpr_jax.errors import UserError
 from dpr_jax.planning import report, search
 from dpr_jax.planning.programs import planned_model, planned_works
-from dpr_jax.planning.summary import peak_bytes
 from dpr_jax.planning.topologies import Topology, describe
 from dpr_jax.planning.work import Shape
 from dpr_jax.run import check_mesh
@@ -174,6 +173,6 @@ def _outcome(planned: dict[str, Any] | None) -> dict[str, Any]:
   complete = _got_to(planned) == len(programs)
   return {
       "fits": planned["fits"],
-      "peak_bytes": max(map(peak_bytes, programs)) if complete else None,
+      "peak_bytes": max(map(report.peak_bytes, programs)) if complete else None,
       "bound_seconds": sum(map(report.bound, programs)) if planned["fits"] else None,
   }

@@ -146,6 +146,16 @@ def bound(entry: dict[str, Any]) -> float:
   return max(entry["bound_seconds"].values()) if entry["bound_seconds"] else 0.0
 
 
+def peak_bytes(entry: dict[str, Any]) -> int:
+  """Peak memory of a program, together with what is resident beside it."""
+  return (entry["peak_bytes"] or entry["exhausted_bytes"] or 0) + (entry["resident_bytes"] or 0)
+
+
+def out_of_memory(entry: dict[str, Any]) -> bool:
+  """Whether the compiler ran out of memory."""
+  return entry["fits"] is False and entry["peak_bytes"] is None
+
+
 def speeds(
     programs: Sequence[Program], entries: dict[str, dict[str, Any]]
 ) -> dict[str, float | None]:
