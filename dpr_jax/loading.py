@@ -132,10 +132,8 @@ def stage_step(path: pathlib.Path, fraction: str, record: Mapping[str, Any]) -> 
 
 def _check_pretrained(spec: str, path: pathlib.Path, fraction: str) -> None:
   if fraction or not path.exists():
-    raise UserError(
-        f"{spec}: no such checkpoint; expected a Hugging Face folder, a .gguf file, or a stage of "
-        "a workdir (DIR/sft, DIR/sft@0.5, DIR/dpr)"
-    )
+    raise UserError(f"{spec}: no such checkpoint; expected a Hugging Face folder, a .gguf file, or "
+                    "a stage of a workdir (DIR/sft, DIR/sft@0.5, DIR/dpr)")
 
 
 def fingerprint_checkpoint(spec: str) -> dict[str, str]:

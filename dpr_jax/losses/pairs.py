@@ -45,10 +45,8 @@ def make_pair_batch(model, frozen, demos: SFTBatch, generated: SFTBatch) -> Pair
     ValueError: different numbers of rows.
   """
   if demos.tokens.shape[0] != generated.tokens.shape[0]:
-    raise ValueError(
-        f"{demos.tokens.shape[0]} demonstrations and {generated.tokens.shape[0]} generated rows "
-        "make no pairs"
-    )
+    raise ValueError(f"{demos.tokens.shape[0]} demonstrations and {generated.tokens.shape[0]} "
+                     "generated rows make no pairs")
   score = lambda rows: jax.lax.stop_gradient(summed_logp(model, frozen, rows))
   return PairBatch(
       demos=demos, generated=generated, demo_logp=score(demos), generated_logp=score(generated)

@@ -107,13 +107,12 @@ def make_plan(
     if rounds[-1].compile(guesses if shape else hopeful, cfg, topology, devices, exhaustive, log):
       break
   if not rounds:
-    raise UserError(
-        f"no mesh over the {topology.size} devices of {topology.name} divides the rows of every "
-        f"batch (config.sft.batch_size={config.sft.batch_size}, config.budget.batch_size="
-        f"{config.budget.batch_size}, config.eval.batch_size={config.eval.batch_size}; a "
-        "micro-batch needs a multiple of data * fsdp rows) with tensor a divisor of the heads; "
-        "take more rows"
-    )
+    raise UserError(f"no mesh over the {topology.size} devices of {topology.name} divides the rows "
+                    f"of every batch (config.sft.batch_size={config.sft.batch_size}, "
+                    f"config.budget.batch_size={config.budget.batch_size}, "
+                    f"config.eval.batch_size={config.eval.batch_size}; a micro-batch needs a "
+                    "multiple of data * fsdp rows) with tensor a divisor of the heads; take more "
+                    "rows")
   if not any(r.compiled for r in rounds):  # What the smallest of the last lacks is worth knowing.
     rounds[-1].compile(rounds[-1].guesses[:1], cfg, topology, devices, exhaustive, log)
   # The fastest mesh that fits, else the one that got farthest, of the latest round that has one.

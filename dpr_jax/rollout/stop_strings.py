@@ -310,10 +310,8 @@ class _Decoder:
         ):
           fields.update(strip=n, strip_character=content)
         case _:
-          raise UserError(
-              f"stop strings: the tokenizer's decoder {json.dumps(spec)} is not supported; it must "
-              "be byte-level or SentencePiece-like"
-          )
+          raise UserError(f"stop strings: the tokenizer's decoder {json.dumps(spec)} is not "
+                          "supported; it must be byte-level or SentencePiece-like")
     return cls(steps=tuple(steps), **fields)
 
   def text(self, name: str, first: bool) -> tuple[bytes, bool]:

@@ -78,10 +78,8 @@ class SafetensorsFile:
   def dtype(self, name: str) -> np.dtype:
     kind = self._entries[name][0]
     if kind not in DTYPES:
-      raise UserError(
-          f"{self.path}: tensor {name!r} has dtype {kind}, which is not implemented; known: "
-          f"{', '.join(DTYPES)}"
-      )
+      raise UserError(f"{self.path}: tensor {name!r} has dtype {kind}, which is not implemented; "
+                      f"known: {', '.join(DTYPES)}")
     return DTYPES[kind]
 
   def read(self, name: str, start: int, stop: int) -> np.ndarray:
