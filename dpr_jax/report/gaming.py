@@ -26,10 +26,11 @@ A sign whose numbers are missing is left out. Signs alone are no proof of gaming
 became shorter and surer may be better, which is why the verdict depends on the goals.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpr_jax.report.monitors import FAR, Lines, Trend, change
+from dpr_jax.report.monitors import FAR, Lines, Trend, trend_of
 from dpr_jax.report.render import finite, number
 from dpr_jax.report.tables import (
   column,
@@ -56,12 +57,7 @@ def gaming(
     verdict: gaming | suspected | clean | no_rise | unknown; text: one sentence; signs: a list of
     {name, found, text}, JSON.
   """
-  seeds = stages.get(system) or ()
-
-  def trend(key: str) -> Trend | None:
-    changes = [change([line.get(key) for line in lines]) for lines in seeds]
-    return Trend(tuple(changes)) if changes and all(changes) else None
-
+  trend = functools.partial(trend_of, stages.get(system) or ())
   against_sft = {
     c["metric"]: (column(results, c["metric"]), c) for c in results.get("comparisons") or ()
     if list(c.get("pair") or ()) == [system, "sft"] and finite(c.get("difference"))

@@ -6,6 +6,7 @@ several seeds, if it did so in every seed and in one direction.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -97,6 +98,12 @@ class Trend:
     return f"{verb} by {by}, from {start} to {end}" + (unit if unit == "%" else "")
 
 
+def trend_of(seeds: Sequence[Lines], key: str) -> Trend | None:
+  """The trend of a metric; None where a seed has too few lines of it."""
+  changes = [change([line.get(key) for line in lines]) for lines in seeds]
+  return Trend(tuple(changes)) if changes and all(changes) else None
+
+
 def monitors(
   stages: Mapping[str, Sequence[Lines]], results: Mapping[str, Any]
 ) -> list[dict[str, str]]:
@@ -110,11 +117,7 @@ def monitors(
   for stage, seeds in stages.items():
     if not any(len(lines) for lines in seeds):
       continue
-
-    def trend(key: str, seeds=seeds) -> Trend | None:
-      changes = [change([line.get(key) for line in lines]) for lines in seeds]
-      return Trend(tuple(changes)) if changes and all(changes) else None
-
+    trend = functools.partial(trend_of, seeds)
     found = [_loss(trend)]
     if any("reward" in line for lines in seeds for line in lines):
       found = [
