@@ -121,6 +121,11 @@ class ModelConfig:
       groups = [(pattern, 1) for pattern, repeats in groups for _ in range(repeats)]
     return tuple(groups)
 
+  @property
+  def layer_kinds(self) -> list[str]:
+    """global | local, of each layer."""
+    return [self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers)]
+
   def rope_of(self, kind: str) -> Rope:
     return self.local_rope if kind == LOCAL and self.local_rope is not None else self.rope
 

@@ -220,13 +220,9 @@ def _layer_kinds(family: Family, f: Fields, window: int, where: str) -> list[str
   return [KINDS[t] for t in given]
 
 
-def _kinds(cfg: ModelConfig) -> list[str]:
-  return [cfg.layer_pattern[i % len(cfg.layer_pattern)] for i in range(cfg.num_layers)]
-
-
 def canonical(cfg: ModelConfig) -> ModelConfig:
   """Returns the same function, with the fields that do not affect it at fixed values."""
-  pattern = pattern_of(_kinds(cfg))
+  pattern = pattern_of(cfg.layer_kinds)
   local = LOCAL in pattern
   same_rope = cfg.local_rope is None or cfg.local_rope == cfg.rope
   default_scale = math.isclose(cfg.query_scale or cfg.head_dim**-0.5, cfg.head_dim**-0.5)
@@ -261,7 +257,7 @@ def to_hf(cfg: ModelConfig, family: Family | None = None) -> dict[str, Any]:
     UserError: no family, or not the given one, matches `cfg`.
   """
   family, wanted = family or family_of(cfg), canonical(cfg)
-  types = [next(t for t, kind in KINDS.items() if kind == k) for k in _kinds(wanted)]
+  types = [next(t for t, kind in KINDS.items() if kind == k) for k in wanted.layer_kinds]
   activation = next(name for name, ours in ACTIVATIONS.items() if ours == cfg.activation)
   rope, parameters = rope_to_hf(cfg.rope), rope_to_hf(cfg.rope)
   theta = rope.pop("rope_theta")
