@@ -33,11 +33,7 @@ def compute_dtype(dtype: str) -> str:
 
 
 def base_variables(
-    section: ModelSection,
-    cfg: ModelConfig,
-    mesh: jax.sharding.Mesh,
-    seed: int,
-    dtype: str,
+    section: ModelSection, cfg: ModelConfig, mesh: jax.sharding.Mesh, seed: int, dtype: str,
 ) -> dict[str, Any]:
   """{"params"}: pretrained weights, else random ones of the run's seed, in `dtype`."""
   from dpr_jax import weights
@@ -59,13 +55,8 @@ def fresh_adapter(
 
 
 def stage_variables(
-    directory: pathlib.Path,
-    step: int,
-    cfg: ModelConfig,
-    mesh: jax.sharding.Mesh,
-    dtype: str,
-    frozen: Mapping[str, Any],
-    part: str = "variables",
+    directory: pathlib.Path, step: int, cfg: ModelConfig, mesh: jax.sharding.Mesh, dtype: str,
+    frozen: Mapping[str, Any], part: str = "variables",
 ) -> dict[str, Any]:
   """The variables of one checkpoint of a stage: what was trained in `dtype`, beside `frozen`.
 

@@ -19,9 +19,7 @@ Group = tuple[np.ndarray, np.ndarray]
 
 
 def auc(
-    low: np.ndarray,
-    high: np.ndarray,
-    low_weight: np.ndarray | None = None,
+    low: np.ndarray, high: np.ndarray, low_weight: np.ndarray | None = None,
     high_weight: np.ndarray | None = None,
 ) -> float:
   """Probability that a value of `low`, [P], lies below one of `high`, [N]; a tie counts half.

@@ -154,12 +154,8 @@ def token_rewards(scores: Sequence[TokenScores]) -> dict[str, list[np.ndarray]]:
 
 
 def corruption_records(
-    demos: Sequence[Demo],
-    corruptions: Sequence[Corruption],
-    wrong: Sequence[TokenScores],
-    right: Sequence[TokenScores],
-    tokenizer: Any,
-    benchmark: Benchmark,
+    demos: Sequence[Demo], corruptions: Sequence[Corruption], wrong: Sequence[TokenScores],
+    right: Sequence[TokenScores], tokenizer: Any, benchmark: Benchmark,
 ) -> list[dict[str, Any]]:
   """One line of samples/corruption.jsonl for each corruption.
 

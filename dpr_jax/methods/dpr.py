@@ -145,27 +145,17 @@ class DPR(TrainedMethod):
     """(rollout step, train step, advantages) of a run, or of its shapes."""
     budget = self.budget(context.config)
     rollout_step = make_rollout_step(
-        context.model,
-        max_new_tokens=budget.max_new_tokens,
-        stop_ids=context.stop_ids,
-        sampling=Sampling(self.temperature, self.top_k, self.top_p),
-        reward=self.reward,
-        extras=transforms.needs(self.transforms),
-        samples_per_prompt=self.samples_per_prompt,
-        slots=self.slots,
-        refill=self.refill,
+        context.model, max_new_tokens=budget.max_new_tokens, stop_ids=context.stop_ids,
+        sampling=Sampling(self.temperature, self.top_k, self.top_p), reward=self.reward,
+        extras=transforms.needs(self.transforms), samples_per_prompt=self.samples_per_prompt,
+        slots=self.slots, refill=self.refill,
     )
     loss = make_reinforce_loss(context.model, loss_aggregation=self.loss_aggregation)
     train_step = make_step(loss, budget)
     make_batch = functools.partial(
-        reinforce_batch,
-        beta_ref=self.beta_ref,
-        gamma=self.gamma,
-        returns=self.returns,
-        variance_baseline=self.variance_baseline,
-        group_size=self.samples_per_prompt,
-        truncated=self.truncated,
-        transform=transforms.parse(self.transforms),
+        reinforce_batch, beta_ref=self.beta_ref, gamma=self.gamma, returns=self.returns,
+        variance_baseline=self.variance_baseline, group_size=self.samples_per_prompt,
+        truncated=self.truncated, transform=transforms.parse(self.transforms),
         external_weight=self.verifier_weight,
     )
     return rollout_step, train_step, make_batch

@@ -11,11 +11,7 @@ from dpr_jax.methods.programs import Program, Shapes, TrainWork
 
 
 def fine_tune(
-    run: Any,
-    name: str,
-    rows: PackedRows,
-    steps: int,
-    keep_steps: tuple[int, ...] = (),
+    run: Any, name: str, rows: PackedRows, steps: int, keep_steps: tuple[int, ...] = (),
     ema_decay: float = 0.0,
 ) -> None:
   """Trains from the initial variables on `rows` as config.sft says, but for `steps`."""

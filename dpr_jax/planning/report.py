@@ -102,11 +102,7 @@ def add_bounds(
 
 
 def plan_mesh(
-    config: RunConfig,
-    cfg: ModelConfig,
-    topology: Topology,
-    devices: list[Any],
-    shape: Shape,
+    config: RunConfig, cfg: ModelConfig, topology: Topology, devices: list[Any], shape: Shape,
     on_program: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
   """{"mesh", "fits", "attention", "batch", "programs", "tokens_per_second_bound"} of one mesh.

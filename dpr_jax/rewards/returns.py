@@ -50,9 +50,7 @@ def returns(rewards: jax.Array, mask: jax.Array, kind: str = "reward_to_go", gam
 
 
 def advantages(
-    returns_BxT: jax.Array,
-    mask_BxT: jax.Array,
-    variance_baseline: str = "none",
+    returns_BxT: jax.Array, mask_BxT: jax.Array, variance_baseline: str = "none",
     group_size: int = 1,
 ) -> jax.Array:
   """A_t = G_t - b_t, 0 outside of the mask.

@@ -177,11 +177,7 @@ def generate(
 
 
 def prefill(
-    model: Any,
-    variables: Any,
-    prompt_GxP: jax.Array,
-    segments_GxP: jax.Array,
-    at_a_time: int,
+    model: Any, variables: Any, prompt_GxP: jax.Array, segments_GxP: jax.Array, at_a_time: int,
     room: int,
 ) -> tuple[jax.Array, Any]:
   """Returns (last hidden state [G, D], cache) of right-aligned prompts.

@@ -149,9 +149,7 @@ def load_gguf_config(path: pathlib.Path) -> ModelConfig:
 
 
 def load_gguf(
-    path: pathlib.Path,
-    dtype: Any = None,
-    mesh: jax.sharding.Mesh | None = None,
+    path: pathlib.Path, dtype: Any = None, mesh: jax.sharding.Mesh | None = None,
     adapted: Callable[[Source, Mapping[str, str]], Source] = lambda source, names: source,
 ) -> tuple[ModelConfig, dict[str, Any]]:
   """Implements `dpr_jax.weights.load_pretrained` for a .gguf file; `adapted` as in `hf`."""

@@ -116,9 +116,7 @@ def _files(folder: pathlib.Path) -> list[tuple[SafetensorsFile, list[str] | None
 
 
 def load_hf(
-    folder: pathlib.Path,
-    dtype: Any = None,
-    mesh: jax.sharding.Mesh | None = None,
+    folder: pathlib.Path, dtype: Any = None, mesh: jax.sharding.Mesh | None = None,
     adapted: Callable[[Source, Mapping[str, str]], Source] = lambda source, names: source,
 ) -> tuple[ModelConfig, dict[str, Any]]:
   """Implements `dpr_jax.weights.load_pretrained` for a folder.

@@ -102,10 +102,7 @@ def check_names(source: Source, specs: list[TensorSpec], ignored: Callable[[str]
 
 
 def fill_params(
-    cfg: ModelConfig,
-    specs: list[TensorSpec],
-    source: Source,
-    dtype: Any = None,
+    cfg: ModelConfig, specs: list[TensorSpec], source: Source, dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Any]:
   """Reads all tensors and returns the plain parameter tree of `Transformer(cfg)`.

@@ -95,10 +95,8 @@ class SafetensorsFile:
 
 
 def write_safetensors(
-    path: pathlib.Path,
-    entries: Mapping[str, tuple[np.dtype, Sequence[int]]],
-    fetch: Callable[[str], np.ndarray],
-    write: bool = True,
+    path: pathlib.Path, entries: Mapping[str, tuple[np.dtype, Sequence[int]]],
+    fetch: Callable[[str], np.ndarray], write: bool = True,
 ) -> None:
   """Writes tensors one at a time; the file has a temporary name until it is complete.
 
