@@ -26,6 +26,8 @@ from dpr_jax.training.optimizer import make_optimizer
 from dpr_jax.training.steps import LossFn, TrainStep
 from dpr_jax.training.stopping import FILE as STOPPED_FILE
 
+_BUDGET = ("steps", "batch_size", "accumulation", "max_new_tokens")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method(Value):
@@ -97,16 +99,12 @@ class TrainedMethod(Method):
       ValueError: micro-batches of different sizes.
     """
     shared = config.budget
-    changes = {
-        name: getattr(self, name)
-        for name in ("steps", "batch_size", "accumulation", "max_new_tokens")
-    }
-    return overlay(shared, {**changes, "optimizer": overlay(shared.optimizer, self.optimizer)})
+    own = {name: getattr(self, name) for name in _BUDGET}
+    return overlay(shared, {**own, "optimizer": overlay(shared.optimizer, self.optimizer)})
 
   def own_budget(self) -> str:
     """What differs from the shared budget, as in "steps 50, learning_rate 1e-05"; "" if nothing."""
-    names = ("steps", "batch_size", "accumulation", "max_new_tokens")
-    own = {name: getattr(self, name) for name in names} | vars(self.optimizer)
+    own = {name: getattr(self, name) for name in _BUDGET} | vars(self.optimizer)
     return ", ".join(f"{name} {value}" for name, value in own.items() if value is not None)
 
   def check(self, config):

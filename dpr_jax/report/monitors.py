@@ -13,18 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from dpr_jax.report import tables
 from dpr_jax.report.render import count, finite, number, plain, significant
-from dpr_jax.report.tables import (
-  column,
-  difference,
-  goals,
-  in_sentence,
-  interval,
-  label,
-  of_difference,
-  resolved,
-  show,
-)
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -125,7 +115,7 @@ def monitors(
         _plausibility(trend), _stopping(trend), _variety(trend), _sampling(seeds),
       ]
     found += [_broken(seeds)]
-    out += [{**m, "name": f"{label(results, stage)}: {m['name']}"} for m in found if m]
+    out += [{**m, "name": f"{tables.label(results, stage)}: {m['name']}"} for m in found if m]
   return out
 
 
@@ -153,16 +143,16 @@ def _reward(trend: Callable[[str], Trend | None]) -> dict[str, str] | None:
 
 def _goal(trend, results: Mapping[str, Any], stage: str) -> dict[str, str] | None:
   """The reward is a proxy: did the task improve as well?"""
-  reward, metric = trend("reward"), next(iter(goals(results)), "")
-  c = difference(results, stage, "sft", metric)
+  reward, metric = trend("reward"), next(iter(tables.goals(results)), "")
+  c = tables.difference(results, stage, "sft", metric)
   if reward is None or c is None:
     return None
-  about = column(results, metric)
-  name, unit = in_sentence(about), about["unit"]
+  about = tables.column(results, metric)
+  name, unit = tables.in_sentence(about), about["unit"]
   moved = {1: "rose", 0: "stayed within noise", -1: "fell"}[reward.direction]
   text = f"Reward {moved}; {name}, on held-out prompts differs from SFT's by "
-  text += f"{show(c['difference'], unit, sign=True)} {of_difference(unit)} {interval(c, unit)}"
-  sign = about["better"] * resolved(c)
+  text += f"{tables.gap(c, unit)} {tables.interval(c, unit)}"
+  sign = about["better"] * tables.resolved(c)
   text += {1: ", a gain.", -1: ", a loss.", 0: ", which may be 0."}[sign]
   if reward.direction > 0 and sign < 0:
     text += " A reward that rises while the task suffers is the mark of a gamed reward."

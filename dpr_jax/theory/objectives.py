@@ -26,13 +26,11 @@ def baseline_relative(sft_SxA: np.ndarray, ref_SxA: np.ndarray) -> np.ndarray:
 
 
 def endogenous(mdp: TokenMDP, q_SxA: np.ndarray) -> np.ndarray:
-  """r(s, a) = Q(s, a) - V(s'), [S, A]: the inverse soft Bellman operator at gamma = 1."""
+  """r(s, a) = Q(s, a) - V(s'), [S, A]: the inverse soft Bellman operator at gamma = 1.
+
+  A constant added to Q in each state is potential shaping of it (Ng, Harada, Russell 1999).
+  """
   return q_SxA - next_value(mdp, logsumexp(q_SxA))
-
-
-def shape(mdp: TokenMDP, reward_SxA: np.ndarray, potential_S: np.ndarray) -> np.ndarray:
-  """r(s, a) + phi(s') - phi(s), phi(end) = 0: potential shaping (Ng, Harada, Russell 1999)."""
-  return reward_SxA + next_value(mdp, potential_S) - potential_S[:, None]
 
 
 def _expect(mdp: TokenMDP, demos_Y: np.ndarray, values_Y: np.ndarray) -> float:
@@ -48,12 +46,6 @@ def iq_learn(mdp: TokenMDP, q_SxA: np.ndarray, demos_Y: np.ndarray) -> float:
   """J(Q) as in the module's docstring, to be maximised."""
   rewards_Y = np.sum(per_token(mdp, endogenous(mdp, q_SxA)), axis=1)
   return _expect(mdp, demos_Y, rewards_Y) - float(np.mean(logsumexp(q_SxA)[: mdp.num_prompts]))
-
-
-def iq_learn_telescoped(mdp: TokenMDP, q_SxA: np.ndarray, demos_Y: np.ndarray) -> float:
-  """E_demo[ sum_t Q(s_t, a_t) - V(s_t) ]: the same number, state by state."""
-  advantage_SxA = q_SxA - logsumexp(q_SxA)[:, None]
-  return _expect(mdp, demos_Y, np.sum(per_token(mdp, advantage_SxA), axis=1))
 
 
 def iq_learn_normalised(
