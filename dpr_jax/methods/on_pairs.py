@@ -136,13 +136,6 @@ def _pair_batches(run: Any, batch_size: int, max_new_tokens: int) -> Batches:
   rows = unpacked_rows(run, max_new_tokens)
   prompts = pad_prompts(run.data.prompts.tokens, run.config.data.prompt_length)
   assert len(rows) == len(prompts.lengths)  # Every response has a token: none was left out.
-
-  def gather(index_B: np.ndarray) -> tuple[SFTBatch, PromptBatch]:
-    demos = SFTBatch(
-        tokens=rows.tokens[index_B],
-        segment_ids=rows.segment_ids[index_B],
-        loss_mask=rows.loss_mask[index_B],
-    )
-    return demos, PromptBatch(tokens=prompts.tokens[index_B], lengths=prompts.lengths[index_B])
-
+  demos = SFTBatch(tokens=rows.tokens, segment_ids=rows.segment_ids, loss_mask=rows.loss_mask)
+  gather = lambda index_B: jax.tree.map(lambda x: x[index_B], (demos, prompts))
   return Batches(gather, len(rows), batch_size, run.config.seed + 1)
