@@ -60,8 +60,8 @@ def legend(scale: float) -> dict[str, Any]:
   }
 
 
-def write_heatmap(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike, title: str) -> None:
-  """Writes a page of heatmaps that needs no other file and no network; its folder is made.
+def heatmap_page(rows: Iterable[Mapping[str, Any]], title: str) -> str:
+  """A page of heatmaps that needs no other file and no network, as HTML.
 
   Args:
     rows: lines as `dpr_jax.score` writes them: prompt or messages, response, tokens,
@@ -71,9 +71,17 @@ def write_heatmap(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike, ti
   rows = list(rows)
   scale = limit(rows)
   section = {"id": "scored", "name": "Scored responses", "rows": heatmap_view(rows, scale)}
-  lead = f"{len(section['rows'])} responses scored token by token."
-  page = render(title=title, lead=lead, heatmaps=[section], legend=legend(scale))
-  write_atomically(pathlib.Path(path), page)
+  return render(
+    title=title,
+    lead=f"{len(section['rows'])} responses scored token by token.",
+    heatmaps=[section],
+    legend=legend(scale),
+  )
+
+
+def write_heatmap(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike, title: str) -> None:
+  """Writes `heatmap_page` to `path`; its folder is made."""
+  write_atomically(pathlib.Path(path), heatmap_page(rows, title))
 
 
 def _prompt(row: Mapping[str, Any]) -> str:

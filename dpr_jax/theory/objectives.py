@@ -26,11 +26,13 @@ def baseline_relative(sft_SxA: np.ndarray, ref_SxA: np.ndarray) -> np.ndarray:
 
 
 def endogenous(mdp: TokenMDP, q_SxA: np.ndarray) -> np.ndarray:
-  """r(s, a) = Q(s, a) - V(s'), [S, A]: the inverse soft Bellman operator at gamma = 1.
-
-  A constant added to Q in each state is potential shaping of it (Ng, Harada, Russell 1999).
-  """
+  """r(s, a) = Q(s, a) - V(s'), [S, A]: the inverse soft Bellman operator at gamma = 1."""
   return q_SxA - next_value(mdp, logsumexp(q_SxA))
+
+
+def shape(mdp: TokenMDP, reward_SxA: np.ndarray, potential_S: np.ndarray) -> np.ndarray:
+  """r(s, a) + phi(s') - phi(s), phi(end) = 0: potential shaping (Ng, Harada, Russell 1999)."""
+  return reward_SxA + next_value(mdp, potential_S) - potential_S[:, None]
 
 
 def _expect(mdp: TokenMDP, demos_Y: np.ndarray, values_Y: np.ndarray) -> float:

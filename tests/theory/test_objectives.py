@@ -9,14 +9,9 @@ from dpr_jax.theory.objectives import (
     endogenous,
     iq_learn,
     iq_learn_normalised,
-    next_value,
     sft_loss,
+    shape,
 )
-
-
-def _shape(mdp, reward_SxA, potential_S):
-  """r(s, a) + phi(s') - phi(s), phi(end) = 0: potential shaping (Ng, Harada, Russell 1999)."""
-  return reward_SxA + next_value(mdp, potential_S) - potential_S[:, None]
 
 
 def _telescoped(mdp, q_SxA, demos_Y):
@@ -102,7 +97,7 @@ def test_the_log_ratio_does_not_depend_on_the_gauge_but_the_endogenous_reward_do
   assert np.abs(change_YxT).max() > 0.1
   # The change is potential shaping, so its sum over a response is c(s_0) alone.
   np.testing.assert_allclose(
-      endogenous(mdp, moved), _shape(mdp, endogenous(mdp, i.sft), -c_S), atol=1e-12
+      endogenous(mdp, moved), shape(mdp, endogenous(mdp, i.sft), -c_S), atol=1e-12
   )
   np.testing.assert_allclose(
       change_YxT.sum(axis=1), c_S[mdp.responses.prompts_Y], atol=1e-12
