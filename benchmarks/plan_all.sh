@@ -26,7 +26,7 @@ plan() { # name, config, topology, flags
     failed+=("$name")
     return 0
   fi
-  "$python" -m dpr_jax.planning.tables summarize "$full/$name.json" --output="$summary"
+  "$python" -m benchmarks.plan_tables summarize "$full/$name.json" --output="$summary"
 }
 
 flags=("$@")
@@ -53,7 +53,7 @@ plan llama31_8b_fsdp16_v5e_4x4 llama31_8b v5e:4x4 --mesh=1,16,1 \
 plan llama31_8b_32k_v5p_4x4x4 llama31_8b v5p:4x4x4 --config.data.row_length=32768 \
   --config.sft.batch_size=32 ${flags[@]+"${flags[@]}"}
 
-"$python" -m dpr_jax.planning.tables "$summary" docs/scaling.md
+"$python" -m benchmarks.plan_tables "$summary" docs/scaling.md
 
 if ((${#failed[@]})); then
   echo "failed: ${failed[*]}" >&2

@@ -33,11 +33,7 @@ def compute_dtype(dtype: str) -> str:
 
 
 def base_variables(
-    section: ModelSection,
-    cfg: ModelConfig,
-    mesh: jax.sharding.Mesh,
-    seed: int,
-    dtype: str,
+    section: ModelSection, cfg: ModelConfig, mesh: jax.sharding.Mesh, seed: int, dtype: str,
 ) -> dict[str, Any]:
   """{"params"}: pretrained weights, else random ones of the run's seed, in `dtype`."""
   from dpr_jax import weights
@@ -59,13 +55,8 @@ def fresh_adapter(
 
 
 def stage_variables(
-    directory: pathlib.Path,
-    step: int,
-    cfg: ModelConfig,
-    mesh: jax.sharding.Mesh,
-    dtype: str,
-    frozen: Mapping[str, Any],
-    part: str = "variables",
+    directory: pathlib.Path, step: int, cfg: ModelConfig, mesh: jax.sharding.Mesh, dtype: str,
+    frozen: Mapping[str, Any], part: str = "variables",
 ) -> dict[str, Any]:
   """The variables of one checkpoint of a stage: what was trained in `dtype`, beside `frozen`.
 
@@ -132,10 +123,8 @@ def stage_step(path: pathlib.Path, fraction: str, record: Mapping[str, Any]) -> 
 
 def _check_pretrained(spec: str, path: pathlib.Path, fraction: str) -> None:
   if fraction or not path.exists():
-    raise UserError(
-        f"{spec}: no such checkpoint; expected a Hugging Face folder, a .gguf file, or a stage of "
-        "a workdir (DIR/sft, DIR/sft@0.5, DIR/dpr)"
-    )
+    raise UserError(f"{spec}: no such checkpoint; expected a Hugging Face folder, a .gguf file, or "
+                    "a stage of a workdir (DIR/sft, DIR/sft@0.5, DIR/dpr)")
 
 
 def fingerprint_checkpoint(spec: str) -> dict[str, str]:

@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
   output = new_file("--output", values.output) if values.output else None
   import jax
 
-  from dpr_jax.planning import plan, tables
+  from dpr_jax.planning import plan, text
 
   if values.quick:
     jax.config.update("jax_exec_time_optimization_effort", -1.0)
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
   )
   if output:
     pathlib.Path(output).write_text(json.dumps(planned, indent=1) + "\n", encoding="utf-8")
-  print(tables.plan_text(planned))
+  print(text.plan_text(planned))
 
 
 def parse_mesh(text: str, devices: int) -> tuple[int, int, int]:

@@ -133,9 +133,8 @@ def _parse(path: str, kind: Any, value: str) -> Any:
   try:
     return kind(value)
   except ValueError:
-    raise UserError(
-        f"config.sweep.values: {value!r} must be of type {kind.__name__}, for config.{path}"
-    ) from None
+    raise UserError(f"config.sweep.values: {value!r} must be of type {kind.__name__}, for "
+                    f"config.{path}") from None
 
 
 def shared(config: RunConfig) -> Shared:

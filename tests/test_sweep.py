@@ -11,7 +11,6 @@ from dpr_jax import config as config_lib
 from dpr_jax import pipeline, sweep
 from dpr_jax.config import RunConfig, setting
 from dpr_jax.config.sections import SweepSection
-from dpr_jax.config.values import get_path
 from dpr_jax.errors import UserError
 from dpr_jax.evaluation.systems import System
 from dpr_jax.main import parse
@@ -68,7 +67,9 @@ def test_values_take_the_type_of_their_field(field, value, parsed):
       sweep.points(swept(field, "1"))
     return
   (point,) = sweep.points(swept(field, value))
-  found = get_path(point.config, field)
+  found = point.config
+  for name in field.split("."):
+    found = found[name] if isinstance(found, dict) else getattr(found, name)
   assert found == parsed and type(found) is type(parsed)
 
 

@@ -3,7 +3,7 @@
 `default_config()` turns the dataclasses into an `ml_collections` config, which the files in
 configs/ override and the command line overrides further (`--config.sft.steps=200`); `resolve()`
 turns that back into a checked, frozen `RunConfig`. docs/configuration.md is made from the same
-dataclasses (`config.reference_page`).
+dataclasses (docs/make_configuration.py).
 """
 
 from dpr_jax.config.fields import Value, setting
@@ -14,19 +14,10 @@ from dpr_jax.config.run_config import (
     first_difference,
     resolve,
 )
-from dpr_jax.config.sections import (
-    Budget,
-    DataSection,
-    EvalSection,
-    LogSection,
-    ModelSection,
-    OptimizerConfig,
-    SFTSection,
-)
+from dpr_jax.config.sections import ModelSection, OptimizerConfig
 from dpr_jax.config.values import Config, to_json
 
 __all__ = [
-    "Budget", "Config", "DataSection", "EvalSection", "LogSection", "ModelSection",
-    "OptimizerConfig", "RunConfig", "SFTSection", "Value", "debug_config", "default_config",
-    "first_difference", "resolve", "setting", "to_json",
+    "Config", "ModelSection", "OptimizerConfig", "RunConfig", "Value", "debug_config",
+    "default_config", "first_difference", "resolve", "setting", "to_json",
 ]

@@ -42,10 +42,9 @@ def setting(
   return dataclasses.field(default=default, metadata=metadata)
 
 
-def section(cls: type, meaning: str = "", *, resumable: bool = False) -> Any:
+def section(cls: type, *, resumable: bool = False) -> Any:
   """A field that holds a section, a dataclass, at its defaults."""
-  metadata = {"meaning": meaning, "resumable": resumable}
-  return dataclasses.field(default_factory=cls, metadata=metadata)
+  return dataclasses.field(default_factory=cls, metadata={"resumable": resumable})
 
 
 def slot(package: str, default: str | None, meaning: str = "") -> Any:

@@ -4,20 +4,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dpr_jax.config import sections
 from dpr_jax.config.fields import Value, kind_class, kinds, section, setting, slot, slots
-from dpr_jax.config.sections import (
-    BENCHMARKS,
-    Budget,
-    CheckpointSection,
-    DataSection,
-    EvalSection,
-    LogSection,
-    MeshSection,
-    ModelSection,
-    SFTSection,
-    SweepSection,
-)
-from dpr_jax.config.values import Config, build, get_path, to_config, to_json
+from dpr_jax.config.values import Config, build, to_config
 from dpr_jax.errors import UserError
 from dpr_jax.keys import MAX_SEED
 from dpr_jax.models.config import COMPUTATION
@@ -33,21 +22,21 @@ class RunConfig:
   seeds: int = setting(
       1, "number of seeds, counted up from `seed`; each gets a workdir of its own", low=1
   )
-  model: ModelSection = section(ModelSection)
-  data: DataSection = section(DataSection)
-  sft: SFTSection = section(SFTSection)
+  model: sections.ModelSection = section(sections.ModelSection)
+  data: sections.DataSection = section(sections.DataSection)
+  sft: sections.SFTSection = section(sections.SFTSection)
   reference: Any = slot("dpr_jax.references", "midrun", "the parameters that are pi_ref")
-  budget: Budget = section(Budget)
+  budget: sections.Budget = section(sections.Budget)
   methods: Mapping[str, Any] = slots("dpr_jax.methods", "systems that a run can compare, by name")
   compare: tuple[str, ...] = setting(
       ("low_temperature", "contrastive", "weight_extrapolation", "continued_sft", "dpr"),
       "names of the methods that this run trains, evaluates and compares; the last is the main one",
   )
-  eval: EvalSection = section(EvalSection)
-  sweep: SweepSection = section(SweepSection)
-  mesh: MeshSection = section(MeshSection, resumable=True)
-  checkpoint: CheckpointSection = section(CheckpointSection, resumable=True)
-  log: LogSection = section(LogSection, resumable=True)
+  eval: sections.EvalSection = section(sections.EvalSection)
+  sweep: sections.SweepSection = section(sections.SweepSection)
+  mesh: sections.MeshSection = section(sections.MeshSection, resumable=True)
+  checkpoint: sections.CheckpointSection = section(sections.CheckpointSection, resumable=True)
+  log: sections.LogSection = section(sections.LogSection, resumable=True)
 
   def compared(self) -> dict[str, Any]:
     """The methods of `compare`, in that order."""
@@ -115,7 +104,7 @@ def values_in(config: Any, prefix: str = "") -> Iterator[tuple[str, Value]]:
 def _check_columns(run: RunConfig) -> None:
   """Raises UserError where two columns of results.json would have one name."""
   # Without a benchmark it is one of the package, chosen when the demonstrations are read.
-  chosen = [run.eval.benchmark] if run.eval.benchmark else kinds(BENCHMARKS).values()
+  chosen = [run.eval.benchmark] if run.eval.benchmark else kinds(sections.BENCHMARKS).values()
   taken = {
       name: "a score of the benchmark"
       for b in chosen if "accuracy" in b.scores for name in b.scores
@@ -227,9 +216,3 @@ def _class_of(package: str, value: Mapping[str, Any]) -> type | None:
     return kind_class(package, value.get("kind", ""))
   except ValueError:
     return None
-
-
-__all__ = [
-    "RunConfig", "debug_config", "default_config", "first_difference", "get_path", "resolve",
-    "to_json",
-]

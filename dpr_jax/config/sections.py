@@ -119,9 +119,7 @@ OptimizerChanges = dataclasses.make_dataclass(
 def check_accumulation(batch_size: int, accumulation: int) -> None:
   """Raises ValueError where micro-batches would differ in size."""
   if batch_size % accumulation:
-    raise ValueError(
-        f"batch_size={batch_size} is not a multiple of accumulation={accumulation}"
-    )
+    raise ValueError(f"batch_size={batch_size} is not a multiple of accumulation={accumulation}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +138,8 @@ class SFTSection:
     check_accumulation(self.batch_size, self.accumulation)
     for fraction, step in self.milestone_steps().items():
       if not 0 < fraction <= 1 or step < 1:
-        raise ValueError(
-            f"milestones: {fraction} of {self.steps} steps is step {step}; fractions lie in (0, 1] "
-            "and reach step 1 at least"
-        )
+        raise ValueError(f"milestones: {fraction} of {self.steps} steps is step {step}; fractions "
+                         "lie in (0, 1] and reach step 1 at least")
 
   def milestone_steps(self) -> dict[float, int]:
     """Fraction -> step at which its checkpoint is kept, ascending. The end is always kept."""

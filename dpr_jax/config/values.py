@@ -182,10 +182,3 @@ def build_value(package: str, value: Any, where: str) -> Value:
   except ValueError as e:
     raise UserError(f"config.{where}.{e}") from None
   return build(cls, value, f"{where}.")
-
-
-def get_path(value: Any, path: str) -> Any:
-  """The entry at a dotted path of dataclasses and mappings."""
-  for name in path.split("."):
-    value = value[name] if isinstance(value, Mapping) else getattr(value, name)
-  return value

@@ -19,9 +19,7 @@ Group = tuple[np.ndarray, np.ndarray]
 
 
 def auc(
-    low: np.ndarray,
-    high: np.ndarray,
-    low_weight: np.ndarray | None = None,
+    low: np.ndarray, high: np.ndarray, low_weight: np.ndarray | None = None,
     high_weight: np.ndarray | None = None,
 ) -> float:
   """Probability that a value of `low`, [P], lies below one of `high`, [N]; a tie counts half.
@@ -54,7 +52,7 @@ def _weighted(low_rank, high_rank, low_weight=None, high_weight=None) -> float:
   return float(np.sum(low_weight * (above + at / 2)[low_rank])) / pairs
 
 
-def auc_interval(per_seed: Sequence[Sequence[Group]], *, seed: int = 0) -> dict[str, object]:
+def auc_interval(per_seed: Sequence[Sequence[Group]]) -> dict[str, object]:
   """AUC over all groups (demonstrations), mean over seeds, with a 95% bootstrap interval.
 
   Whole groups are sampled, because values of one group are not independent; all seeds sample the
@@ -62,7 +60,6 @@ def auc_interval(per_seed: Sequence[Sequence[Group]], *, seed: int = 0) -> dict[
 
   Args:
     per_seed: for each seed its groups; the i-th is of the same demonstration in every seed.
-    seed: of the resamples.
 
   Returns:
     mean, ci95 [low, high] within [0, 1] (NaN where unknown), n (groups in all seeds together).
@@ -70,28 +67,28 @@ def auc_interval(per_seed: Sequence[Sequence[Group]], *, seed: int = 0) -> dict[
   Raises:
     ValueError: no seed, or seeds with different numbers of groups.
   """
-  areas, resampled = _all_areas(per_seed, seed)
+  areas, resampled = _all_areas(per_seed)
   return _interval(areas, resampled, len(per_seed[0]), 0.0)
 
 
 def auc_difference(
-    a_per_seed: Sequence[Sequence[Group]], b_per_seed: Sequence[Sequence[Group]], *, seed: int = 0
+    a_per_seed: Sequence[Sequence[Group]], b_per_seed: Sequence[Sequence[Group]]
 ) -> dict[str, object]:
   """AUC of a minus that of b on the same groups, paired: both see the same resamples of groups.
 
   Returns and raises as `auc_interval`.
   """
-  (a, a_resampled), (b, b_resampled) = (_all_areas(x, seed) for x in (a_per_seed, b_per_seed))
+  (a, a_resampled), (b, b_resampled) = (_all_areas(x) for x in (a_per_seed, b_per_seed))
   if a.shape != b.shape or len(a_per_seed[0]) != len(b_per_seed[0]):
     raise ValueError("a and b must be paired: as many seeds and groups in one as in the other")
   return _interval(a - b, a_resampled - b_resampled, len(a_per_seed[0]), -1.0)
 
 
-def _all_areas(per_seed, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _all_areas(per_seed) -> tuple[np.ndarray, np.ndarray]:
   """(area of each seed [S], areas of its resamples [S, RESAMPLES])."""
   if not per_seed or len({len(groups) for groups in per_seed}) != 1:
     raise ValueError("give at least one seed, and as many groups in each as in the others")
-  found = [_areas(groups, np.random.default_rng(seed)) for groups in per_seed]
+  found = [_areas(groups, np.random.default_rng(0)) for groups in per_seed]
   return np.array([area for area, _ in found]), np.stack([areas for _, areas in found])
 
 

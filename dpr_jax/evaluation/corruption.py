@@ -154,12 +154,8 @@ def token_rewards(scores: Sequence[TokenScores]) -> dict[str, list[np.ndarray]]:
 
 
 def corruption_records(
-    demos: Sequence[Demo],
-    corruptions: Sequence[Corruption],
-    wrong: Sequence[TokenScores],
-    right: Sequence[TokenScores],
-    tokenizer: Any,
-    benchmark: Benchmark,
+    demos: Sequence[Demo], corruptions: Sequence[Corruption], wrong: Sequence[TokenScores],
+    right: Sequence[TokenScores], tokenizer: Any, benchmark: Benchmark,
 ) -> list[dict[str, Any]]:
   """One line of samples/corruption.jsonl for each corruption.
 
@@ -194,7 +190,8 @@ def summarize(per_seed: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]
   """
   out = {}
   for kind in KINDS:
-    chosen = [[r for r in records if _of_kind(r, kind)] for records in per_seed]
+    counts = lambda r, kind=kind: kind == "all" or kind in r["groups"]
+    chosen = [list(filter(counts, records)) for records in per_seed]
     if not all(chosen):
       continue
     later = [[r for r in records if r["position"]] for records in chosen]
@@ -203,10 +200,6 @@ def summarize(per_seed: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]
       chances = [1 / (r["position"] + 1) for records in later for r in records]
       out[kind]["chance"] = float(np.mean(chances))
   return out
-
-
-def _of_kind(record: Mapping[str, Any], kind: str) -> bool:
-  return kind == "all" or kind in record["groups"]
 
 
 def _summary(chosen, later, name: str) -> dict[str, Any]:

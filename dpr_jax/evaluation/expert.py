@@ -36,15 +36,8 @@ class ExpertScores:
     static_argnames=("weights", "temperature"),
 )
 def score_states(
-    model: Any,
-    expert: Any,
-    members: tuple[Any, ...],
-    expert_variables: Any,
-    tokens_BxT: jax.Array,
-    segment_ids_BxT: jax.Array,
-    *,
-    weights: tuple[float, ...] = (1.0,),
-    temperature: float = 1.0,
+    model: Any, expert: Any, members: tuple[Any, ...], expert_variables: Any, tokens_BxT: jax.Array,
+    segment_ids_BxT: jax.Array, *, weights: tuple[float, ...] = (1.0,), temperature: float = 1.0,
 ) -> ExpertScores:
   """Scores of every token of given rows, [B, T]; 0 where a token has no past.
 
@@ -87,12 +80,8 @@ def score_states(
 
 
 def score_against_expert(
-    scorer: Scorer,
-    system: System,
-    members: Sequence[Any],
-    expert: Any,
-    prompts: Sequence[np.ndarray],
-    responses: Sequence[np.ndarray],
+    scorer: Scorer, system: System, members: Sequence[Any], expert: Any,
+    prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray],
 ) -> list[ExpertScores]:
   """`score_states` of each response after its prompt, numpy float32 [T_i].
 

@@ -138,11 +138,8 @@ def checked_scores(found: Any, declared: Collection[str], where: str) -> dict[st
 
 
 def score_response(
-    record: dict[str, Any],
-    found: Any,
-    declared: Collection[str],
-    metrics: Mapping[str, ResponseMetric],
-    where: str,
+    record: dict[str, Any], found: Any, declared: Collection[str],
+    metrics: Mapping[str, ResponseMetric], where: str,
 ) -> dict[str, Any]:
   """`record` with its `scores`: those that a benchmark found, then those of metrics.
 

@@ -67,14 +67,8 @@ class ResampledSystem(System):
 
 
 def resample(
-    scorer: Scorer,
-    sft: object,
-    ref: Reference,
-    prompts: Sequence[np.ndarray],
-    candidates: Sequence[Response],
-    *,
-    alpha: float,
-    seed: int,
+    scorer: Scorer, sft: object, ref: Reference, prompts: Sequence[np.ndarray],
+    candidates: Sequence[Response], *, alpha: float, seed: int,
 ) -> tuple[list[Response], np.ndarray]:
   """One of the candidates of each prompt, sampled by its weight.
 

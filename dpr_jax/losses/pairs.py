@@ -45,10 +45,8 @@ def make_pair_batch(model, frozen, demos: SFTBatch, generated: SFTBatch) -> Pair
     ValueError: different numbers of rows.
   """
   if demos.tokens.shape[0] != generated.tokens.shape[0]:
-    raise ValueError(
-        f"{demos.tokens.shape[0]} demonstrations and {generated.tokens.shape[0]} generated rows "
-        "make no pairs"
-    )
+    raise ValueError(f"{demos.tokens.shape[0]} demonstrations and {generated.tokens.shape[0]} "
+                     "generated rows make no pairs")
   score = lambda rows: jax.lax.stop_gradient(summed_logp(model, frozen, rows))
   return PairBatch(
       demos=demos, generated=generated, demo_logp=score(demos), generated_logp=score(generated)
@@ -77,16 +75,13 @@ def log_ratios(
   on_B = jnp.any(batch.demos.loss_mask > 0, axis=1) & jnp.any(
       batch.generated.loss_mask > 0, axis=1
   )
-  sides = (batch.demos, batch.demo_logp), (batch.generated, batch.generated_logp)
-  demo_B, generated_B = (
-      jnp.where(
-          on_B,
-          summed_logp(model, variables, rows, rngs=rngs)
-          - jax.lax.stop_gradient(frozen_B),
-          0.0,
-      )
-      for rows, frozen_B in sides
-  )
+
+  def log_ratio(rows, frozen_B):
+    logp_B = summed_logp(model, variables, rows, rngs=rngs)
+    return jnp.where(on_B, logp_B - jax.lax.stop_gradient(frozen_B), 0.0)
+
+  demo_B = log_ratio(batch.demos, batch.demo_logp)
+  generated_B = log_ratio(batch.generated, batch.generated_logp)
   return demo_B, generated_B, on_B.astype(jnp.float32)
 
 

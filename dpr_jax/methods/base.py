@@ -9,15 +9,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from dpr_jax import sharding
 from dpr_jax.config.fields import Value, overlay, setting
-from dpr_jax.config.sections import Budget, OptimizerChanges
+from dpr_jax.config.sections import Budget, OptimizerChanges, SFTSection
+from dpr_jax.data.batches import SFTBatch
 from dpr_jax.errors import UserError
 from dpr_jax.evaluation.systems import System
 from dpr_jax.methods.programs import Program, Shapes
+from dpr_jax.models.lora import split_trainable
+from dpr_jax.models.variables import abstract_variables
+from dpr_jax.training import make_train_step
 from dpr_jax.training.loop import Stage, Training, run_stage
+from dpr_jax.training.optimizer import make_optimizer
+from dpr_jax.training.steps import LossFn, TrainStep
 from dpr_jax.training.stopping import FILE as STOPPED_FILE
+
+_BUDGET = ("steps", "batch_size", "accumulation", "max_new_tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,16 +99,12 @@ class TrainedMethod(Method):
       ValueError: micro-batches of different sizes.
     """
     shared = config.budget
-    changes = {
-        name: getattr(self, name)
-        for name in ("steps", "batch_size", "accumulation", "max_new_tokens")
-    }
-    return overlay(shared, {**changes, "optimizer": overlay(shared.optimizer, self.optimizer)})
+    own = {name: getattr(self, name) for name in _BUDGET}
+    return overlay(shared, {**own, "optimizer": overlay(shared.optimizer, self.optimizer)})
 
   def own_budget(self) -> str:
     """What differs from the shared budget, as in "steps 50, learning_rate 1e-05"; "" if nothing."""
-    names = ("steps", "batch_size", "accumulation", "max_new_tokens")
-    own = {name: getattr(self, name) for name in names} | vars(self.optimizer)
+    own = {name: getattr(self, name) for name in _BUDGET} | vars(self.optimizer)
     return ", ".join(f"{name} {value}" for name, value in own.items() if value is not None)
 
   def check(self, config):
@@ -152,6 +157,14 @@ def train_stage(
     run.workdir.record(*files)
 
 
+def make_step(loss: LossFn, budget: Budget | SFTSection, ema_decay: float = 0.0) -> TrainStep:
+  """The train step of a loss; its optimizer runs over the steps of the budget."""
+  optimizer = make_optimizer(budget.optimizer, budget.steps)
+  return make_train_step(
+      loss, optimizer, accumulation=budget.accumulation, ema_decay=ema_decay
+  )
+
+
 def make_training(
     run: Any, name: str, step: Any, optimizer: Any, batches: Any, start: Callable[[], Any]
 ) -> Training:
@@ -160,9 +173,6 @@ def make_training(
   Args:
     start: makes the variables at step 0, float32 where they are trained.
   """
-  from dpr_jax.models.lora import split_trainable
-  from dpr_jax.models.variables import abstract_variables
-
   return Training(
       step=step,
       batches=batches,
@@ -176,10 +186,6 @@ def make_training(
 
 def row_batch(shapes: Shapes, rows: int, tokens: int) -> Any:
   """An abstract `SFTBatch`."""
-  import jax.numpy as jnp
-
-  from dpr_jax.data.batches import SFTBatch
-
   shape = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
   mask = jax.ShapeDtypeStruct(shape.shape, jnp.float32)
   return shapes.rows(SFTBatch(tokens=shape, segment_ids=shape, loss_mask=mask))

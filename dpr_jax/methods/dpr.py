@@ -19,16 +19,14 @@ from dpr_jax.evaluation.metrics import checked_scores
 from dpr_jax.evaluation.responses import response_text
 from dpr_jax.losses import make_reinforce_loss, reinforce_batch
 from dpr_jax.losses.reinforce import LOSS_AGGREGATIONS
-from dpr_jax.methods.base import TrainedMethod, make_training
+from dpr_jax.methods.base import TrainedMethod, make_step, make_training
 from dpr_jax.methods.programs import Program, RolloutWork, TrainWork, device_bytes
 from dpr_jax.rewards import Endogenous, LogLikelihood, transforms
 from dpr_jax.rewards.base import check_pointwise
 from dpr_jax.rewards.control import KLControl
 from dpr_jax.rewards.returns import RETURNS, VARIANCE_BASELINES
 from dpr_jax.rollout import Rollout, Sampling, make_rollout_step
-from dpr_jax.training import make_train_step
 from dpr_jax.training.dpr_step import DPRStep
-from dpr_jax.training.optimizer import make_optimizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,30 +145,17 @@ class DPR(TrainedMethod):
     """(rollout step, train step, advantages) of a run, or of its shapes."""
     budget = self.budget(context.config)
     rollout_step = make_rollout_step(
-        context.model,
-        max_new_tokens=budget.max_new_tokens,
-        stop_ids=context.stop_ids,
-        sampling=Sampling(self.temperature, self.top_k, self.top_p),
-        reward=self.reward,
-        extras=transforms.needs(self.transforms),
-        samples_per_prompt=self.samples_per_prompt,
-        slots=self.slots,
-        refill=self.refill,
+        context.model, max_new_tokens=budget.max_new_tokens, stop_ids=context.stop_ids,
+        sampling=Sampling(self.temperature, self.top_k, self.top_p), reward=self.reward,
+        extras=transforms.needs(self.transforms), samples_per_prompt=self.samples_per_prompt,
+        slots=self.slots, refill=self.refill,
     )
-    train_step = make_train_step(
-        make_reinforce_loss(context.model, loss_aggregation=self.loss_aggregation),
-        make_optimizer(budget.optimizer, budget.steps),
-        accumulation=budget.accumulation,
-    )
+    loss = make_reinforce_loss(context.model, loss_aggregation=self.loss_aggregation)
+    train_step = make_step(loss, budget)
     make_batch = functools.partial(
-        reinforce_batch,
-        beta_ref=self.beta_ref,
-        gamma=self.gamma,
-        returns=self.returns,
-        variance_baseline=self.variance_baseline,
-        group_size=self.samples_per_prompt,
-        truncated=self.truncated,
-        transform=transforms.parse(self.transforms),
+        reinforce_batch, beta_ref=self.beta_ref, gamma=self.gamma, returns=self.returns,
+        variance_baseline=self.variance_baseline, group_size=self.samples_per_prompt,
+        truncated=self.truncated, transform=transforms.parse(self.transforms),
         external_weight=self.verifier_weight,
     )
     return rollout_step, train_step, make_batch

@@ -11,10 +11,8 @@ from typing import Any
 from dpr_jax.data.loader import sft_batches
 from dpr_jax.data.packing import PackedRows, pack
 from dpr_jax.data.templates import Example, encode_demo
-from dpr_jax.methods.base import TrainedMethod, make_training, row_batch
+from dpr_jax.methods.base import TrainedMethod, make_step, make_training, row_batch
 from dpr_jax.methods.programs import Program, TrainWork
-from dpr_jax.training import make_train_step
-from dpr_jax.training.optimizer import make_optimizer
 from dpr_jax.training.steps import LossFn
 
 
@@ -26,21 +24,17 @@ class DemoMethod(TrainedMethod):
     """loss_fn(variables, batch: SFTBatch, rng) -> (loss_sum, weight, metrics)."""
     raise NotImplementedError
 
-  def _step(self, model, config):
-    budget = self.budget(config)
-    optimizer = make_optimizer(budget.optimizer, budget.steps)
-    return make_train_step(self.loss(model), optimizer, accumulation=budget.accumulation)
-
   def build(self, run, name):
     budget = self.budget(run.config)
-    step = self._step(run.model, run.config)
+    step = make_step(self.loss(run.model), budget)
     # Another order than SFT's, which has just seen these demonstrations.
     rows = unpacked_rows(run, budget.max_new_tokens)
     batches = sft_batches(rows, budget.batch_size, run.config.seed + 1)
     return make_training(run, name, step, step.optimizer, batches, run.sft_float32)
 
   def programs(self, shapes, name):
-    budget, step = self.budget(shapes.config), self._step(shapes.model, shapes.config)
+    budget = self.budget(shapes.config)
+    step = make_step(self.loss(shapes.model), budget)
     tokens = shapes.config.data.prompt_length + budget.max_new_tokens
     state, batch = shapes.state(step), row_batch(shapes, budget.batch_size, tokens)
     work = TrainWork(budget.batch_size, tokens, tokens - 1, budget.accumulation)

@@ -1,4 +1,4 @@
-"""Methods that compare demonstrations with the model's own samples: a loss of pairs declares one.
+"""Methods that compare demonstrations with the model's own samples: a loss of a pair declares one.
 
 One iteration: the samples come from the last SFT checkpoint, which stays the frozen iterate, and
 where training starts. A step takes half as many pairs as the budget has rows, so that it trains on
@@ -11,18 +11,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpr_jax import sharding
 from dpr_jax.data.batches import PromptBatch, SFTBatch
 from dpr_jax.data.loader import Batches, pad_prompts
 from dpr_jax.losses import generated_rows, make_pair_batch
-from dpr_jax.methods.base import TrainedMethod, make_training, row_batch
+from dpr_jax.losses.pairs import log_ratios, pair_metrics
+from dpr_jax.methods.base import TrainedMethod, make_step, make_training, row_batch
 from dpr_jax.methods.on_demos import unpacked_rows
 from dpr_jax.methods.programs import Program, RolloutWork, TrainWork, device_bytes
 from dpr_jax.rollout import generate
-from dpr_jax.training import make_train_step
-from dpr_jax.training.optimizer import make_optimizer
 from dpr_jax.training.steps import LossFn, TrainStep
 
 
@@ -49,11 +49,25 @@ class PairStep:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairMethod(TrainedMethod):
-  """Trains on pairs with `loss`."""
+  """Trains on pairs with `pair_losses`, or with a `loss` of another form."""
+
+  def pair_losses(self, demo_B: jax.Array, generated_B: jax.Array) -> jax.Array:
+    """float32 [B], of the log-ratios log pi - log pi_k of both responses of each pair, nats."""
+    raise NotImplementedError
 
   def loss(self, model: Any) -> LossFn:
-    """loss_fn(variables, batch: PairBatch, rng) -> (loss_sum, weight, metrics)."""
-    raise NotImplementedError
+    """loss_fn(variables, batch: PairBatch, rng) -> (loss_sum, weight, metrics).
+
+    loss_sum: summed over pairs; weight: their number. Metrics: see `losses.pairs.pair_metrics`.
+    """
+
+    def loss_fn(variables, batch, rng):
+      demo_B, generated_B, on_B = log_ratios(model, variables, batch, rng)
+      losses_B = self.pair_losses(demo_B, generated_B)
+      metrics = pair_metrics(demo_B, generated_B, on_B)
+      return jnp.sum(on_B * losses_B), jnp.sum(on_B), metrics
+
+    return loss_fn
 
   def check(self, config):
     budget = self.budget(config)
@@ -68,12 +82,10 @@ class PairMethod(TrainedMethod):
 
   def _steps(self, context):
     budget = self.budget(context.config)
-    optimizer = make_optimizer(budget.optimizer, budget.steps)
-    step = make_train_step(self.loss(context.model), optimizer, accumulation=budget.accumulation)
     make_pairs = functools.partial(
         _make_pairs, context.model, budget.max_new_tokens, tuple(context.stop_ids)
     )
-    return jax.jit(make_pairs), step
+    return jax.jit(make_pairs), make_step(self.loss(context.model), budget)
 
   def build(self, run, name):
     budget = self.budget(run.config)
@@ -124,13 +136,6 @@ def _pair_batches(run: Any, batch_size: int, max_new_tokens: int) -> Batches:
   rows = unpacked_rows(run, max_new_tokens)
   prompts = pad_prompts(run.data.prompts.tokens, run.config.data.prompt_length)
   assert len(rows) == len(prompts.lengths)  # Every response has a token: none was left out.
-
-  def gather(index_B: np.ndarray) -> tuple[SFTBatch, PromptBatch]:
-    demos = SFTBatch(
-        tokens=rows.tokens[index_B],
-        segment_ids=rows.segment_ids[index_B],
-        loss_mask=rows.loss_mask[index_B],
-    )
-    return demos, PromptBatch(tokens=prompts.tokens[index_B], lengths=prompts.lengths[index_B])
-
+  demos = SFTBatch(tokens=rows.tokens, segment_ids=rows.segment_ids, loss_mask=rows.loss_mask)
+  gather = lambda index_B: jax.tree.map(lambda x: x[index_B], (demos, prompts))
   return Batches(gather, len(rows), batch_size, run.config.seed + 1)

@@ -41,6 +41,17 @@ class RolloutWork:
   slots: int = 0  # responses decoded at a time; 0: all at once.
   held: int = 0  # models beside the one that is trained, in the compute dtype.
 
+  @property
+  def decoded(self) -> int:
+    """Responses decoded at a time."""
+    return min(self.slots or self.rows, self.rows)
+
+  @property
+  def steps(self) -> int:
+    """Passes of the decoding batch where no response ends before its `new` tokens."""
+    # The last token is sampled and never fed.
+    return -(-self.rows // self.decoded) * (self.new - 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:

@@ -3,41 +3,22 @@
 import dataclasses
 from typing import Any
 
-from dpr_jax.config.sections import SFTSection
 from dpr_jax.data.loader import sft_batches
 from dpr_jax.data.packing import PackedRows
 from dpr_jax.losses import make_sft_loss
-from dpr_jax.methods.base import make_training, row_batch, train_stage
+from dpr_jax.methods.base import make_step, make_training, row_batch, train_stage
 from dpr_jax.methods.programs import Program, Shapes, TrainWork
-from dpr_jax.models import Transformer
-from dpr_jax.training import make_train_step
-from dpr_jax.training.optimizer import make_optimizer
-from dpr_jax.training.steps import TrainStep
-
-
-def make_sft_step(model: Transformer, section: SFTSection, ema_decay: float = 0.0) -> TrainStep:
-  """The train step of SFT; its optimizer runs over `section.steps`."""
-  return make_train_step(
-      make_sft_loss(model),
-      make_optimizer(section.optimizer, section.steps),
-      accumulation=section.accumulation,
-      ema_decay=ema_decay,
-  )
 
 
 def fine_tune(
-    run: Any,
-    name: str,
-    rows: PackedRows,
-    steps: int,
-    keep_steps: tuple[int, ...] = (),
+    run: Any, name: str, rows: PackedRows, steps: int, keep_steps: tuple[int, ...] = (),
     ema_decay: float = 0.0,
 ) -> None:
   """Trains from the initial variables on `rows` as config.sft says, but for `steps`."""
   section = dataclasses.replace(run.config.sft, steps=steps, milestones=())
 
   def build():
-    step = make_sft_step(run.model, section, ema_decay)
+    step = make_step(make_sft_loss(run.model), section, ema_decay)
     batches = sft_batches(rows, section.batch_size, run.config.seed)
     start = lambda: run.initial_variables("float32")
     return make_training(run, name, step, step.optimizer, batches, start)
@@ -56,7 +37,7 @@ def sft_programs(shapes: Shapes) -> list[Program]:
   """What the stage compiles."""
   section, tokens = shapes.config.sft, shapes.config.data.row_length
   decay = shapes.config.reference.ema_decay
-  step = make_sft_step(shapes.model, section, decay)
+  step = make_step(make_sft_loss(shapes.model), section, decay)
   state, batch = shapes.state(step), row_batch(shapes, section.batch_size, tokens)
   work = TrainWork(section.batch_size, tokens, tokens - 1, section.accumulation, decay > 0)
   return [

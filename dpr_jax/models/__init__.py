@@ -6,12 +6,6 @@ from dpr_jax.models.logprobs import TokenLogProbs, token_logprobs
 from dpr_jax.models.transformer import Transformer, init_variables
 
 __all__ = [
-    "Cache",
-    "ModelConfig",
-    "Rope",
-    "TokenLogProbs",
-    "Transformer",
-    "init_cache",
-    "init_variables",
+    "Cache", "ModelConfig", "Rope", "TokenLogProbs", "Transformer", "init_cache", "init_variables",
     "token_logprobs",
 ]

@@ -26,13 +26,8 @@ from dpr_jax.sharding import resolve
 def positions_of(segment_ids_BxT: jax.Array) -> jax.Array:
   """Positions counted from 0 within each run of equal segment ids. int32 [B, T]."""
   index_1xT = jnp.arange(segment_ids_BxT.shape[1], dtype=jnp.int32)[None, :]
-  starts_BxT = jnp.concatenate(
-      [
-          jnp.ones_like(segment_ids_BxT[:, :1], dtype=bool),
-          segment_ids_BxT[:, 1:] != segment_ids_BxT[:, :-1],
-      ],
-      axis=1,
-  )
+  changes_BxT = segment_ids_BxT[:, 1:] != segment_ids_BxT[:, :-1]
+  starts_BxT = jnp.pad(changes_BxT, ((0, 0), (1, 0)), constant_values=True)
   index_BxT = jnp.broadcast_to(index_1xT, segment_ids_BxT.shape)
   first_BxT = jax.lax.cummax(jnp.where(starts_BxT, index_BxT, 0), axis=1)
   return index_BxT - first_BxT

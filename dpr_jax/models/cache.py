@@ -144,10 +144,7 @@ def from_prefill(cfg: ModelConfig, made: Any, segment_ids_BxP: jax.Array, new: i
 
 
 def admit(
-    cfg: ModelConfig,
-    cache: Cache,
-    prompts: Cache,
-    take: Callable[[jax.Array, int], jax.Array],
+    cfg: ModelConfig, cache: Cache, prompts: Cache, take: Callable[[jax.Array, int], jax.Array],
     new_B: jax.Array,
 ) -> Cache:
   """Replaces rows of a running cache by prefilled prompts.

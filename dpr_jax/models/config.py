@@ -89,14 +89,11 @@ class ModelConfig:
       if not 0 <= getattr(self, name) < MAX_SIZE:
         raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below {MAX_SIZE}")
     if self.head_dim % 2 or not 1 <= self.max_length < 2**31 or self.window < 0:
-      raise ValueError(
-          f"head_dim={self.head_dim} must be even, max_length={self.max_length} at least 1 (and "
-          f"below 2^31) and window={self.window} at least 0"
-      )
+      raise ValueError(f"head_dim={self.head_dim} must be even, max_length={self.max_length} at "
+                       f"least 1 (and below 2^31) and window={self.window} at least 0")
     if self.num_heads % self.num_kv_heads:
-      raise ValueError(
-          f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
-      )
+      raise ValueError(f"num_heads={self.num_heads} is not a multiple of "
+                       f"num_kv_heads={self.num_kv_heads}")
     if LOCAL in self.layer_pattern and self.window < 1:
       raise ValueError("window must be at least 1 where layer_pattern has a local layer")
     if not set(self.layer_pattern) <= {GLOBAL, LOCAL} or not self.layer_pattern:
@@ -123,6 +120,11 @@ class ModelConfig:
     if not self.scan_layers:
       groups = [(pattern, 1) for pattern, repeats in groups for _ in range(repeats)]
     return tuple(groups)
+
+  @property
+  def layer_kinds(self) -> list[str]:
+    """global | local, of each layer."""
+    return [self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers)]
 
   def rope_of(self, kind: str) -> Rope:
     return self.local_rope if kind == LOCAL and self.local_rope is not None else self.rope

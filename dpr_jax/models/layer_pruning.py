@@ -31,10 +31,8 @@ def pruned_config(cfg: ModelConfig, keep: int) -> ModelConfig:
     raise UserError(f"keep={keep} must be at least 2 and at most {cfg.num_layers}, the number of "
                     "layers of the model, or 0, which keeps all")
   if len(cfg.layer_pattern) > 1:
-    raise UserError(
-        f"keep={keep} would break the pattern of attention layers of this model "
-        f"({', '.join(cfg.layer_pattern)}); use 0, which keeps all layers"
-    )
+    raise UserError(f"keep={keep} would break the pattern of attention layers of this model "
+                    f"({', '.join(cfg.layer_pattern)}); use 0, which keeps all layers")
   return dataclasses.replace(cfg, num_layers=keep)
 
 

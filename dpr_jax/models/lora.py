@@ -49,13 +49,8 @@ def _uniform_fan_in(n_in: int):
 
 
 def adapter(
-    module: nn.Module,
-    config: LoRA,
-    x: jax.Array,
-    in_axes: tuple[str | None, ...],
-    out_axes: tuple[str | None, ...],
-    out_shape: tuple[int, ...],
-    dtype: Any,
+    module: nn.Module, config: LoRA, x: jax.Array, in_axes: tuple[str | None, ...],
+    out_axes: tuple[str | None, ...], out_shape: tuple[int, ...], dtype: Any,
 ) -> jax.Array | None:
   """Returns the adapter's term [..., out dims] of `module`'s output, or None without an adapter.
 

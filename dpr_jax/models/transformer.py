@@ -113,10 +113,8 @@ class Attention(nn.Module):
     scale = cfg.query_scale or cfg.head_dim**-0.5
     if kv is None:
       out_BxTxNxH = attention_lib.self_attention(
-          q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, shared["segment_ids"],
-          window=cfg.window_of(self.kind),
-          scale=scale,
-          backend=attention_lib.resolve_backend(cfg, x_BxTxD.shape[1]),
+          q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, shared["segment_ids"], window=cfg.window_of(self.kind),
+          scale=scale, backend=attention_lib.resolve_backend(cfg, x_BxTxD.shape[1]),
           mask_Bx1xTxT=shared["mask"][self.kind],
       )
       if "keep" in shared:  # A prefill, which builds a cache.

@@ -37,7 +37,8 @@ def split_variables(cfg: ModelConfig, variables: Any) -> Any:
     rest = {name: x for name, x in tree.items() if not name.startswith("group_")}
     layers = []
     for g, (_, repeats) in enumerate(cfg.groups):
-      layers += _split(tree.get(f"group_{g}", {}), repeats)
+      group = tree.get(f"group_{g}", {})  # Leaves [R, ...], of each layer [1, ...].
+      layers += [jax.tree.map(lambda x, r=r: x[r : r + 1], group) for r in range(repeats)]
     return {**rest, **{f"group_{i}": layer for i, layer in enumerate(layers)}}
 
   return {name: split(tree) for name, tree in variables.items()}
@@ -52,8 +53,3 @@ def split_cache(cfg: ModelConfig, cache: Cache) -> Cache:
     layer = lambda r, group=group: jax.tree.map(lambda x: x[r], group)
     kv += [group] if repeats == 1 else [layer(r) for r in range(repeats)]
   return cache.replace(kv=tuple(kv))
-
-
-def _split(tree: Any, repeats: int) -> list[Any]:
-  """Splits a tree of leaves [R, ...] into R trees of leaves [1, ...]."""
-  return [jax.tree.map(lambda x, r=r: x[r : r + 1], tree) for r in range(repeats)]

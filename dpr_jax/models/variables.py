@@ -92,11 +92,9 @@ def extrapolate(sft: Any, ref: Any, alpha: float) -> Any:
   """
   shardings = jax.tree.map(lambda x: x.sharding, sft)
 
-  def combine(sft, ref):
-    def leaf(a, b):
-      a32 = a.astype(jnp.float32)
-      return (a32 + alpha * (a32 - b.astype(jnp.float32))).astype(a.dtype)
+  def leaf(a, b):
+    a32 = a.astype(jnp.float32)
+    return (a32 + alpha * (a32 - b.astype(jnp.float32))).astype(a.dtype)
 
-    return jax.tree.map(leaf, sft, ref)
-
+  combine = lambda sft, ref: jax.tree.map(leaf, sft, ref)
   return jax.jit(combine, out_shardings=shardings)(sft, ref)

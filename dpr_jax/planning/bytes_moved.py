@@ -6,6 +6,7 @@ beyond it is not counted.
 
 import numpy as np
 
+from dpr_jax.methods.programs import RolloutWork, TrainWork
 from dpr_jax.models.config import LOCAL, ModelConfig
 
 WORD = 2  # bytes of the compute dtype, bfloat16.
@@ -17,7 +18,7 @@ def weights(cfg: ModelConfig, tensor: int) -> float:
 
 
 def train(
-    cfg: ModelConfig, tensor: int, rows: float, tokens: int, state_bytes: float, accumulation: int
+    cfg: ModelConfig, tensor: int, rows: float, work: TrainWork, state_bytes: float
 ) -> float:
   """A train step: state in and out, weights of each pass, layer inputs saved and read again.
 
@@ -26,38 +27,27 @@ def train(
     state_bytes: arguments and results of the step.
   """
   passes = 3 if cfg.remat == "full" else 2  # forward, again, backward.
-  saved = 2 * WORD * rows * tokens * cfg.hidden_size * cfg.num_layers
-  return state_bytes + accumulation * passes * weights(cfg, tensor) + saved
+  saved = 2 * WORD * rows * work.tokens * cfg.hidden_size * cfg.num_layers
+  return state_bytes + work.accumulation * passes * weights(cfg, tensor) + saved
 
 
 def cache_bytes(cfg: ModelConfig, tensor: int, rows: float, tokens: int) -> float:
   """Keys and values of `tokens` columns per row, or of a window: what a decoding step reads."""
-  kinds = [cfg.layer_pattern[i % len(cfg.layer_pattern)] for i in range(cfg.num_layers)]
   ways = tensor if cfg.num_kv_heads % tensor == 0 else 1
-  slots = sum(min(tokens, cfg.window) if kind == LOCAL else tokens for kind in kinds)
+  slots = sum(min(tokens, cfg.window) if kind == LOCAL else tokens for kind in cfg.layer_kinds)
   return 2 * WORD * rows * slots * cfg.num_kv_heads * cfg.head_dim / ways
 
 
-def rollout(
-    cfg: ModelConfig,
-    tensor: int,
-    rows: float,
-    prompt: int,
-    new: int,
-    steps: int,
-    scored: int = 2,
-) -> float:
+def rollout(cfg: ModelConfig, tensor: int, rows: float, work: RolloutWork) -> float:
   """Weights for the prefill, each step of decoding and each scoring; the cache for each step.
 
   A step reads the whole cache, with room for `new` tokens, and masks what is not filled yet.
 
   Args:
     rows: that one device decodes at a time.
-    steps: from `flops.decode_steps`.
-    scored: models that score the responses.
   """
-  step = weights(cfg, tensor) + cache_bytes(cfg, tensor, rows, prompt + new)
-  return steps * step + (1 + scored) * weights(cfg, tensor)
+  step = weights(cfg, tensor) + cache_bytes(cfg, tensor, rows, work.prompt + work.new)
+  return work.steps * step + (1 + work.scored) * weights(cfg, tensor)
 
 
 def minimum_received(

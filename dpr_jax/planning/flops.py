@@ -7,7 +7,8 @@ that compute masked pairs too do more, so all is a lower bound.
 
 import dataclasses
 
-from dpr_jax.models.config import LOCAL, ModelConfig
+from dpr_jax.methods.programs import RolloutWork
+from dpr_jax.models.config import ModelConfig
 
 
 def layer_params(cfg: ModelConfig) -> int:
@@ -32,12 +33,9 @@ def pairs(queries: int, past: int = 0, window: int = 0, full: bool = False) -> i
 
 def attention(cfg: ModelConfig, queries: int, past: int = 0, full: bool = False) -> int:
   """FLOPs per row of all layers: q.k and p.v."""
-  kinds = [cfg.layer_pattern[i % len(cfg.layer_pattern)] for i in range(cfg.num_layers)]
-  per_pair = 4 * cfg.num_heads * cfg.head_dim
-  of_kind = {
-      kind: pairs(queries, past, cfg.window if kind == LOCAL else 0, full) for kind in set(kinds)
-  }
-  return per_pair * sum(of_kind[kind] for kind in kinds)
+  kinds = cfg.layer_kinds
+  of_kind = {kind: pairs(queries, past, cfg.window_of(kind), full) for kind in set(kinds)}
+  return 4 * cfg.num_heads * cfg.head_dim * sum(of_kind[kind] for kind in kinds)
 
 
 def head(cfg: ModelConfig, tokens: int) -> int:
@@ -77,34 +75,11 @@ def adapter_params(cfg: ModelConfig) -> int:
   return layer_params(cfg) - layer_params(plain)
 
 
-def decode_steps(rows: int, new: int, slots: int = 0) -> int:
-  """Passes of the decoding batch where no response ends before its `new` tokens.
-
-  Args:
-    slots: rows decoded at a time; 0 decodes all at once.
-  """
-  # The last token is sampled and never fed.
-  return -(-rows // min(slots or rows, rows)) * (new - 1)
-
-
-def rollout(
-    cfg: ModelConfig,
-    rows: int,
-    prompt: int,
-    new: int,
-    samples: int = 1,
-    slots: int = 0,
-    scored: int = 2,
-) -> int:
-  """Prefill of each prompt, decode of all `new` tokens, and scoring.
-
-  Args:
-    samples: rows that share a prompt and its prefill.
-    slots: rows decoded at a time, 0 all at once. What is left idle by the last rows computes too.
-    scored: models that score the responses: sft, and the members of ref.
-  """
-  prefill = forward(cfg, rows // samples, prompt)
-  slots = min(slots or rows, rows)
-  decoded = -(-rows // slots) * slots
-  decode = forward(cfg, decoded, new - 1, past=prompt, logits=new - 1) + head(cfg, decoded)
-  return prefill + decode + scored * forward(cfg, rows, prompt + new, logits=new)
+def rollout(cfg: ModelConfig, work: RolloutWork) -> int:
+  """Prefill of each prompt, decode of all `new` tokens, and scoring."""
+  prefill = forward(cfg, work.rows // work.samples, work.prompt)
+  fed = work.new - 1
+  rows = -(-work.rows // work.decoded) * work.decoded  # What the last ones leave idle computes too.
+  decode = forward(cfg, rows, fed, past=work.prompt, logits=fed) + head(cfg, rows)
+  scoring = forward(cfg, work.rows, work.prompt + work.new, logits=work.new)
+  return prefill + decode + work.scored * scoring

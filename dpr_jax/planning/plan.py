@@ -10,7 +10,6 @@ from dpr_jax.config import RunConfig
 from dpr_jax.errors import UserError
 from dpr_jax.planning import report, search
 from dpr_jax.planning.programs import planned_model, planned_works
-from dpr_jax.planning.summary import peak_bytes
 from dpr_jax.planning.topologies import Topology, describe
 from dpr_jax.planning.work import Shape
 from dpr_jax.run import check_mesh
@@ -108,13 +107,12 @@ def make_plan(
     if rounds[-1].compile(guesses if shape else hopeful, cfg, topology, devices, exhaustive, log):
       break
   if not rounds:
-    raise UserError(
-        f"no mesh over the {topology.size} devices of {topology.name} divides the rows of every "
-        f"batch (config.sft.batch_size={config.sft.batch_size}, config.budget.batch_size="
-        f"{config.budget.batch_size}, config.eval.batch_size={config.eval.batch_size}; a "
-        "micro-batch needs a multiple of data * fsdp rows) with tensor a divisor of the heads; "
-        "take more rows"
-    )
+    raise UserError(f"no mesh over the {topology.size} devices of {topology.name} divides the rows "
+                    f"of every batch (config.sft.batch_size={config.sft.batch_size}, "
+                    f"config.budget.batch_size={config.budget.batch_size}, "
+                    f"config.eval.batch_size={config.eval.batch_size}; a micro-batch needs a "
+                    "multiple of data * fsdp rows) with tensor a divisor of the heads; take more "
+                    "rows")
   if not any(r.compiled for r in rounds):  # What the smallest of the last lacks is worth knowing.
     rounds[-1].compile(rounds[-1].guesses[:1], cfg, topology, devices, exhaustive, log)
   # The fastest mesh that fits, else the one that got farthest, of the latest round that has one.
@@ -174,6 +172,6 @@ def _outcome(planned: dict[str, Any] | None) -> dict[str, Any]:
   complete = _got_to(planned) == len(programs)
   return {
       "fits": planned["fits"],
-      "peak_bytes": max(map(peak_bytes, programs)) if complete else None,
+      "peak_bytes": max(map(report.peak_bytes, programs)) if complete else None,
       "bound_seconds": sum(map(report.bound, programs)) if planned["fits"] else None,
   }

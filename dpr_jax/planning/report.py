@@ -102,11 +102,7 @@ def add_bounds(
 
 
 def plan_mesh(
-    config: RunConfig,
-    cfg: ModelConfig,
-    topology: Topology,
-    devices: list[Any],
-    shape: Shape,
+    config: RunConfig, cfg: ModelConfig, topology: Topology, devices: list[Any], shape: Shape,
     on_program: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
   """{"mesh", "fits", "attention", "batch", "programs", "tokens_per_second_bound"} of one mesh.
@@ -144,6 +140,16 @@ def plan_mesh(
 def bound(entry: dict[str, Any]) -> float:
   """Seconds below which a program cannot be, 0 if it was not compiled."""
   return max(entry["bound_seconds"].values()) if entry["bound_seconds"] else 0.0
+
+
+def peak_bytes(entry: dict[str, Any]) -> int:
+  """Peak memory of a program, together with what is resident beside it."""
+  return (entry["peak_bytes"] or entry["exhausted_bytes"] or 0) + (entry["resident_bytes"] or 0)
+
+
+def out_of_memory(entry: dict[str, Any]) -> bool:
+  """Whether the compiler ran out of memory."""
+  return entry["fits"] is False and entry["peak_bytes"] is None
 
 
 def speeds(

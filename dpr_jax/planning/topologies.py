@@ -104,49 +104,32 @@ def prepare_environment() -> None:
     os.environ[name] = value
 
 
-def _first_line(e: Exception, most: int) -> str:
-  """The first line of an exception, its name if it is empty."""
-  return (str(e).strip() or type(e).__name__).splitlines()[0][:most]
-
-
 def describe(topology: Topology) -> list[Any]:
   """Compile-only devices of a topology.
 
   Raises:
     UserError: libtpu is not installed, or its compiler does not know the shape.
   """
+  import importlib.util
+
   from jax.experimental import topologies
 
   if topology.chip.platform == "gpu":
-    return _describe_gpu(topology)
-  import importlib.util
-
-  if importlib.util.find_spec("libtpu") is None:
+    what = dict(topology_name="", platform="cuda", target_config=_H100)
+    what["topology"] = f"1x1x{topology.size}"
+    refused = ("compiling for a GPU needs jax's CUDA plugin: pip install 'dpr_jax[cuda12]' (from a "
+               "checkout: pip install -e '.[cuda12]'): {}")
+  elif importlib.util.find_spec("libtpu") is None:
     raise UserError(MISSING_LIBTPU)
-  options = {}
-  if math.prod(topology.shape) == 1:
-    options = {"chips_per_host_bounds": [1, 1, 1]}
+  else:
+    what = dict(topology_name=topology.name, platform="tpu")
+    if topology.size == 1:
+      what["chips_per_host_bounds"] = [1, 1, 1]
+    refused = ("the TPU compiler refuses it ({}); shapes that exist are 4x4, 8x8 or 16x16 of v5e "
+               "and v6e, 2x2x1, 2x2x2 or 4x4x4 of v4 and v5p")
   try:
     with captured():
-      found = topologies.get_topology_desc(
-          platform="tpu", topology_name=topology.name, **options
-      )
+      return list(topologies.get_topology_desc(**what).devices)
   except Exception as e:
-    raise UserError(f"--topology={topology.name}: the TPU compiler refuses it "
-                    f"({_first_line(e, 160)}); shapes that exist are 4x4, 8x8 or 16x16 of "
-                    "v5e and v6e, 2x2x1, 2x2x2 or 4x4x4 of v4 and v5p") from None
-  return list(found.devices)
-
-
-def _describe_gpu(topology: Topology) -> list[Any]:
-  from jax.experimental import topologies
-
-  try:
-    found = topologies.get_topology_desc(
-        "", platform="cuda", target_config=_H100, topology=f"1x1x{topology.size}"
-    )
-  except Exception as e:
-    raise UserError(f"--topology={topology.name}: compiling for a GPU needs jax's CUDA plugin: pip "
-                    "install 'dpr_jax[cuda12]' (from a checkout: pip install -e '.[cuda12]'): "
-                    f"{_first_line(e, 120)}") from None
-  return list(found.devices)
+    first = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
+    raise UserError(f"--topology={topology.name}: {refused.format(first)}") from None

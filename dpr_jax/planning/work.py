@@ -18,9 +18,7 @@ def total_flops(work: Work, cfg: ModelConfig) -> int:
   """Of all devices together."""
   if isinstance(work, TrainWork):
     return flops.train(cfg, work.rows, work.tokens, work.logits)
-  return flops.rollout(
-      cfg, work.rows, work.prompt, work.new, work.samples, work.slots, work.scored
-  )
+  return flops.rollout(cfg, work)
 
 
 def hbm_bytes(work: Work, cfg: ModelConfig, shape: Shape, state_bytes: float) -> float:
@@ -31,18 +29,13 @@ def hbm_bytes(work: Work, cfg: ModelConfig, shape: Shape, state_bytes: float) ->
   """
   data, fsdp, tensor = shape
   if isinstance(work, TrainWork):
-    rows = work.rows / (data * fsdp)
-    return bytes_moved.train(cfg, tensor, rows, work.tokens, state_bytes, work.accumulation)
-  rows = _decoded(work) / (data * fsdp)
-  steps = loop_trips(work)
-  return bytes_moved.rollout(cfg, tensor, rows, work.prompt, work.new, steps, work.scored)
+    return bytes_moved.train(cfg, tensor, work.rows / (data * fsdp), work, state_bytes)
+  return bytes_moved.rollout(cfg, tensor, work.decoded / (data * fsdp), work)
 
 
 def loop_trips(work: Work) -> int:
   """How often a loop runs that may end early, if no response does; 1 where there is none."""
-  if isinstance(work, TrainWork):
-    return 1
-  return flops.decode_steps(work.rows, work.new, work.slots)
+  return 1 if isinstance(work, TrainWork) else work.steps
 
 
 def minimum_received(work: Work, cfg: ModelConfig, shape: Shape) -> dict[str, float] | None:
@@ -92,7 +85,7 @@ def _estimate_training(work, cfg, topology, shape, trained):
 def _estimate_rollout(work, cfg, topology, shape, trained):
   (data, fsdp, tensor), chip = shape, topology.chip
   gathered, length = bytes_moved.weights(cfg, tensor), work.prompt + work.new
-  rows, decoded = work.rows / (data * fsdp), _decoded(work) / (data * fsdp)
+  rows, decoded = work.rows / (data * fsdp), work.decoded / (data * fsdp)
   prompts = rows / work.samples
   memory = gathered + bytes_moved.cache_bytes(cfg, tensor, decoded, length)
   if decoded < rows:  # The prompts that wait have a cache of their own.
@@ -100,16 +93,11 @@ def _estimate_rollout(work, cfg, topology, shape, trained):
   memory += _logits_bytes(cfg, tensor, rows, work.new)
   # Weights once for decoding, and once for each model that scores.
   moved = ((1 + work.scored) * (fsdp - 1) / fsdp) * gathered
-  tokens = prompts * work.prompt + decoded * loop_trips(work) + work.scored * rows * length
+  tokens = prompts * work.prompt + decoded * work.steps + work.scored * rows * length
   moved += (3 * cfg.num_layers * 2 * (tensor - 1) / tensor) * (2 * cfg.hidden_size * tokens)
   seconds = total_flops(work, cfg) / topology.size / chip.flops
   hbm = hbm_bytes(work, cfg, shape, 0.0) / chip.hbm_bandwidth
   return memory, max(seconds, hbm + moved / chip.ici_bandwidth)
-
-
-def _decoded(work: RolloutWork) -> int:
-  """Rows decoded at a time."""
-  return min(work.slots or work.rows, work.rows)
 
 
 def _logits_bytes(cfg: ModelConfig, tensor: int, rows: float, columns: int) -> float:

@@ -4,7 +4,7 @@ import base64
 import math
 import pathlib
 
-from dpr_jax.report import frontier, sweeps, tables
+from dpr_jax.report import frontier, plots, sweeps, tables
 from dpr_jax.report.render import finite, visible, write_atomically
 from dpr_jax.report.tables import Results
 
@@ -49,14 +49,12 @@ def _curve(parts, key: str, title: str, axis: str, seeds):
     points = [(line["step"], line[key]) for line in lines if key in line and "step" in line]
     values = [v if finite(v) else math.nan for _, v in points]
     if any(math.isfinite(v) for v in values):
-      series.append((f"seed {seeds[i]}" if seeds else "", [s for s, _ in points], values))
+      label = f"seed {seeds[i]}" if seeds else ""
+      series.append(plots.Series(label, [s for s, _ in points], values))
   if not series:
     return None
 
-  def draw(dark: bool) -> bytes:
-    return _plots().curve([_plots().Series(*s) for s in series], title, axis, dark)
-
-  return draw
+  return lambda dark: plots.curve(series, title, axis, dark)
 
 
 def results_plot(folder: pathlib.Path, results: Results) -> dict[str, str] | None:
@@ -71,7 +69,7 @@ def results_plot(folder: pathlib.Path, results: Results) -> dict[str, str] | Non
   shown = {tables.label(results, name): v for name, v in results["systems"].items()}
   return _images(
     folder, "results", "Systems with their 95% intervals",
-    lambda dark: _plots().results_plot(shown, metrics, dark),
+    lambda dark: plots.results_plot(shown, metrics, dark),
   )
 
 
@@ -82,7 +80,7 @@ def frontier_plot(folder: pathlib.Path, results: Results) -> dict[str, str] | No
   axis = f"distinct right answers in {results['frontier']['k']} samples"
   return _images(
     folder, "frontier", "Accuracy and coverage of each system over temperatures",
-    lambda dark: _plots().frontier_plot(series, axis, dark),
+    lambda dark: plots.frontier_plot(series, axis, dark),
   )
 
 
@@ -96,11 +94,5 @@ def sweep_plot(folder: pathlib.Path, results: Results) -> dict[str, str] | None:
   factor = 100.0 if tables.column(results, metric)["unit"] == "%" else 1.0
   return _images(
     folder, "sweep", f"{axis} against {field}, with 95% intervals",
-    lambda dark: _plots().sweep_plot(values, series, field, axis, factor, dark),
+    lambda dark: plots.sweep_plot(values, series, field, axis, factor, dark),
   )
-
-
-def _plots():
-  from dpr_jax.report import plots  # matplotlib comes with it.
-
-  return plots

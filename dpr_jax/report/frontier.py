@@ -3,17 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dpr_jax.report import tables
 from dpr_jax.report.render import finite, plain
-from dpr_jax.report.tables import (
-  Results,
-  cell,
-  difference_cell,
-  grid,
-  interval,
-  label,
-  resolved,
-  show,
-)
+from dpr_jax.report.tables import Results
 
 _UNITS = ("answers", "points", "answers")  # of the differences, in the order of the table.
 
@@ -21,7 +13,7 @@ _UNITS = ("answers", "points", "answers")  # of the differences, in the order of
 def sentences(results: Results) -> list[str]:
   """Whether the main system does more than a lower temperature of SFT would, and at what cost."""
   found, main = results.get("frontier") or {}, results.get("main") or ""
-  out, who = [], label(results, main)
+  out, who = [], tables.label(results, main)
   answers = f"distinct right answers in {found.get('k')} samples"
   equal = {
     "accuracy": ((found.get("equal_accuracy") or {}).get(main), answers, "answers"),
@@ -35,7 +27,7 @@ def sentences(results: Results) -> list[str]:
       1: f"{who} does more than a lower temperature of SFT would",
       0: f"{who} is not shown to do more than a lower temperature of SFT would",
       -1: f"A lower temperature of SFT does better than {who}",
-    }[resolved(c)]
+    }[tables.resolved(c)]
     out.append(f"{claim}: at equal {at}, {_gap(c, *unit)}.")
   elif equal["accuracy"][0]:
     out.append(f"Whether {who} does more than a lower temperature of SFT would cannot be said: "
@@ -43,14 +35,15 @@ def sentences(results: Results) -> list[str]:
   same = (found.get("equal_temperature") or {}).get(main)
   if same and finite(same["coverage"].get("difference")):
     c, t = same["coverage"], plain(same["temperature"])
-    claim = {1: "grew", 0: "is not shown to have changed", -1: "shrank"}[resolved(c)]
+    claim = {1: "grew", 0: "is not shown to have changed", -1: "shrank"}[tables.resolved(c)]
     gap = _gap(c, answers, "answers")
     out.append(f"The diversity of {who} {claim}: at temperature {t}, {gap}.")
   return out
 
 
 def _gap(c: Mapping[str, Any], what: str, unit: str) -> str:
-  return f"{show(c['difference'], unit, sign=True)} {what} against SFT {interval(c, unit)}"
+  found = tables.show(c["difference"], unit, sign=True)
+  return f"{found} {what} against SFT {tables.interval(c, unit)}"
 
 
 def table(results: Results) -> dict[str, Any] | None:
@@ -70,12 +63,12 @@ def table(results: Results) -> dict[str, Any] | None:
   rows = []
   for name, points in found["curves"].items():
     shown = {"accuracy": "%", "coverage": "answers", "pass_at_k": "%"}
-    cells = [cell(points[0][key], unit) for key, unit in shown.items()]
+    cells = [tables.cell(points[0][key], unit) for key, unit in shown.items()]
     gaps = [(found.get(k) or {}).get(name) for k in ("equal_accuracy", "equal_coverage")]
     same = ((found.get("equal_temperature") or {}).get(name) or {}).get("coverage")
-    cells += [difference_cell(c, u) for c, u in zip([*gaps, same], _UNITS)]
-    rows.append({"name": label(results, name), "cells": cells})
-  return grid([{"label": text, "unit": unit, "n": ""} for text, unit in heads], rows)
+    cells += [tables.difference_cell(c, u) for c, u in zip([*gaps, same], _UNITS)]
+    rows.append({"name": tables.label(results, name), "cells": cells})
+  return tables.grid([{"label": text, "unit": unit, "n": ""} for text, unit in heads], rows)
 
 
 def series(results: Results) -> dict[str, list[tuple[float, float, float]]]:
@@ -85,7 +78,7 @@ def series(results: Results) -> dict[str, list[tuple[float, float, float]]]:
   order = [n for n in dict.fromkeys([results.get("main"), "sft", *curves])
            if n in curves and n != "base"]
   return {
-    label(results, n): [
+    tables.label(results, n): [
       (p["temperature"], p["accuracy"]["mean"], p["coverage"]["mean"]) for p in curves[n]
     ]
     for n in order

@@ -26,20 +26,13 @@ A sign whose numbers are missing is left out. Signs alone are no proof of gaming
 became shorter and surer may be better, which is why the verdict depends on the goals.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpr_jax.report.monitors import FAR, Lines, Trend, change
+from dpr_jax.report import tables
+from dpr_jax.report.monitors import FAR, Lines, Trend, trend_of
 from dpr_jax.report.render import finite, number
-from dpr_jax.report.tables import (
-  column,
-  goals,
-  in_sentence,
-  interval,
-  of_difference,
-  resolved,
-  show,
-)
 
 
 def gaming(
@@ -56,19 +49,14 @@ def gaming(
     verdict: gaming | suspected | clean | no_rise | unknown; text: one sentence; signs: a list of
     {name, found, text}, JSON.
   """
-  seeds = stages.get(system) or ()
-
-  def trend(key: str) -> Trend | None:
-    changes = [change([line.get(key) for line in lines]) for lines in seeds]
-    return Trend(tuple(changes)) if changes and all(changes) else None
-
+  trend = functools.partial(trend_of, stages.get(system) or ())
   against_sft = {
-    c["metric"]: (column(results, c["metric"]), c) for c in results.get("comparisons") or ()
+    c["metric"]: (tables.column(results, c["metric"]), c) for c in results.get("comparisons") or ()
     if list(c.get("pair") or ()) == [system, "sft"] and finite(c.get("difference"))
   }
   signs = [s for s in _signs(trend, against_sft, results) if s]
   found = [s["name"] for s in signs if s["found"]]
-  measured = [against_sft[m] for m in goals(results) if m in against_sft]
+  measured = [against_sft[m] for m in tables.goals(results) if m in against_sft]
   verdict, text = _verdict(trend("reward"), measured, found)
   return {"verdict": verdict, "text": text, "signs": signs}
 
@@ -87,7 +75,7 @@ def _verdict(reward: Trend | None, measured, found: list[str]) -> tuple[str, str
     )
   rose = f"the reward rose by {number(reward.delta, 2)} nats per response"
   listed = f"; signs: {', '.join(found)}" if found else "; no sign of it besides"
-  outcomes = {about["better"] * resolved(c) for about, c in measured}
+  outcomes = {about["better"] * tables.resolved(c) for about, c in measured}
   if -1 in outcomes:
     return "gaming", f"The policy was gaming the reward: {rose}, while {tasks}{listed}."
   if 1 in outcomes:
@@ -100,12 +88,12 @@ def _verdict(reward: Trend | None, measured, found: list[str]) -> tuple[str, str
 def _difference(about: Mapping[str, Any], c: Mapping[str, Any]) -> str:
   """'accuracy, sampled, fell by 3.1 points against SFT [-5.0, -1.2]'"""
   unit, d = about["unit"], c["difference"]
-  of = f" {of_difference(unit)}".rstrip()
+  of = f" {tables.of_difference(unit)}".rstrip()
   what = {
-    1: f"rose by {show(abs(d), unit)}{of}", -1: f"fell by {show(abs(d), unit)}{of}",
-    0: f"moved by {show(d, unit, sign=True)}{of}, which may be 0,",
-  }[resolved(c)]
-  return f"{in_sentence(about)}, {what} against SFT {interval(c, unit)}"
+    1: f"rose by {tables.show(abs(d), unit)}{of}", -1: f"fell by {tables.show(abs(d), unit)}{of}",
+    0: f"moved by {tables.show(d, unit, sign=True)}{of}, which may be 0,",
+  }[tables.resolved(c)]
+  return f"{tables.in_sentence(about)}, {what} against SFT {tables.interval(c, unit)}"
 
 
 def _sign(name: str, found: bool, text: str) -> dict[str, Any]:
@@ -134,9 +122,8 @@ def _signs(trend, against_sft, results):
     if about.get("alarm"):
       unit = about["unit"]
       yield _sign(
-        about["label"], resolved(c) > 0 and c["difference"] > about["alarm"],
-        f"{about['label']}: {show(c['difference'], unit, sign=True)} {of_difference(unit)} against "
-        f"SFT {interval(c, unit)}.",
+        about["label"], tables.resolved(c) > 0 and c["difference"] > about["alarm"],
+        f"{about['label']}: {tables.gap(c, unit)} against SFT {tables.interval(c, unit)}.",
       )
   kl = trend("kl")
   yield kl and _sign(
@@ -150,7 +137,7 @@ def _length(results, metric: str, about, c: Mapping[str, Any]) -> dict[str, Any]
     return None
   share, unit = c["difference"] / sft["mean"], about["unit"]
   return _sign(
-    "length", resolved(c) != 0 and abs(share) > 0.2,
-    f"Sampled responses differ in length from SFT's by {show(c['difference'], unit, sign=True)} "
-    f"tokens {interval(c, unit)}, {number(100 * share, 0, sign=True)}% of them.",
+    "length", tables.resolved(c) != 0 and abs(share) > 0.2,
+    f"Sampled responses differ in length from SFT's by {tables.gap(c, unit)} "
+    f"{tables.interval(c, unit)}, {number(100 * share, 0, sign=True)}% of them.",
   )

@@ -6,24 +6,15 @@ several seeds, if it did so in every seed and in one direction.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from dpr_jax.report import tables
 from dpr_jax.report.render import count, finite, number, plain, significant
-from dpr_jax.report.tables import (
-  column,
-  difference,
-  goals,
-  in_sentence,
-  interval,
-  label,
-  of_difference,
-  resolved,
-  show,
-)
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -97,6 +88,12 @@ class Trend:
     return f"{verb} by {by}, from {start} to {end}" + (unit if unit == "%" else "")
 
 
+def trend_of(seeds: Sequence[Lines], key: str) -> Trend | None:
+  """The trend of a metric; None where a seed has too few lines of it."""
+  changes = [change([line.get(key) for line in lines]) for lines in seeds]
+  return Trend(tuple(changes)) if changes and all(changes) else None
+
+
 def monitors(
   stages: Mapping[str, Sequence[Lines]], results: Mapping[str, Any]
 ) -> list[dict[str, str]]:
@@ -110,11 +107,7 @@ def monitors(
   for stage, seeds in stages.items():
     if not any(len(lines) for lines in seeds):
       continue
-
-    def trend(key: str, seeds=seeds) -> Trend | None:
-      changes = [change([line.get(key) for line in lines]) for lines in seeds]
-      return Trend(tuple(changes)) if changes and all(changes) else None
-
+    trend = functools.partial(trend_of, seeds)
     found = [_loss(trend)]
     if any("reward" in line for lines in seeds for line in lines):
       found = [
@@ -122,7 +115,7 @@ def monitors(
         _plausibility(trend), _stopping(trend), _variety(trend), _sampling(seeds),
       ]
     found += [_broken(seeds)]
-    out += [{**m, "name": f"{label(results, stage)}: {m['name']}"} for m in found if m]
+    out += [{**m, "name": f"{tables.label(results, stage)}: {m['name']}"} for m in found if m]
   return out
 
 
@@ -150,16 +143,16 @@ def _reward(trend: Callable[[str], Trend | None]) -> dict[str, str] | None:
 
 def _goal(trend, results: Mapping[str, Any], stage: str) -> dict[str, str] | None:
   """The reward is a proxy: did the task improve as well?"""
-  reward, metric = trend("reward"), next(iter(goals(results)), "")
-  c = difference(results, stage, "sft", metric)
+  reward, metric = trend("reward"), next(iter(tables.goals(results)), "")
+  c = tables.difference(results, stage, "sft", metric)
   if reward is None or c is None:
     return None
-  about = column(results, metric)
-  name, unit = in_sentence(about), about["unit"]
+  about = tables.column(results, metric)
+  name, unit = tables.in_sentence(about), about["unit"]
   moved = {1: "rose", 0: "stayed within noise", -1: "fell"}[reward.direction]
   text = f"Reward {moved}; {name}, on held-out prompts differs from SFT's by "
-  text += f"{show(c['difference'], unit, sign=True)} {of_difference(unit)} {interval(c, unit)}"
-  sign = about["better"] * resolved(c)
+  text += f"{tables.gap(c, unit)} {tables.interval(c, unit)}"
+  sign = about["better"] * tables.resolved(c)
   text += {1: ", a gain.", -1: ", a loss.", 0: ", which may be 0."}[sign]
   if reward.direction > 0 and sign < 0:
     text += " A reward that rises while the task suffers is the mark of a gamed reward."

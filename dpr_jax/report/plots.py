@@ -88,13 +88,11 @@ def results_plot(
     panels = np.atleast_1d(panels)
     for axes, (metric, label, factor) in zip(panels, metrics):
       for i, name in enumerate(names):
-        entry = systems[name].get(metric) or {}
-        mean = _float(entry.get("mean")) * factor
-        low, high = (_float(x) * factor for x in entry.get("ci95") or (math.nan, math.nan))
+        mean, ends = _entry(systems[name].get(metric), factor)
         if not math.isfinite(mean):
           continue
-        if math.isfinite(low) and math.isfinite(high):
-          axes.plot([low, high], [i, i], color=colours[0], linewidth=2, solid_capstyle="round")
+        if np.isfinite(ends).all():
+          axes.plot(ends, [i, i], color=colours[0], linewidth=2, solid_capstyle="round")
         axes.plot([mean], [i], "o", color=colours[0], markersize=5)
       axes.set_xlabel(label)
       axes.set_ylim(len(names) - 0.4, -0.6)
@@ -162,13 +160,11 @@ def sweep_plot(
     figure, axes = _figure(max(5.2, 2.6 + 0.55 * len(values)), 3.0)
     for i, (name, entries) in enumerate(series.items()):
       colour = colours[i % len(colours)]
-      means = np.array([_float((e or {}).get("mean")) * factor for e in entries])
+      means, intervals = zip(*(_entry(e, factor) for e in entries))
       if i == 0:
-        ends = [(e or {}).get("ci95") or (math.nan, math.nan) for e in entries]
-        for at, (low, high) in zip(x, ends):
-          low, high = _float(low) * factor, _float(high) * factor
-          if math.isfinite(low) and math.isfinite(high):
-            axes.plot([at, at], [low, high], color=colour, linewidth=2, solid_capstyle="round")
+        for at, ends in zip(x, intervals):
+          if np.isfinite(ends).all():
+            axes.plot([at, at], ends, color=colour, linewidth=2, solid_capstyle="round")
         axes.plot(x, means, "o-", color=colour, linewidth=1.6, markersize=5, label=name)
       else:
         axes.plot(x, means, "--", marker=".", color=colour, linewidth=1.1, label=name)
@@ -181,8 +177,12 @@ def sweep_plot(
     return _png(figure)
 
 
-def _float(x: Any) -> float:
-  return float(x) if isinstance(x, int | float) else math.nan
+def _entry(entry: Mapping[str, Any] | None, factor: float) -> tuple[float, list[float]]:
+  """(mean, ends of the interval) of {"mean", "ci95"}, times `factor`; NaN where unknown."""
+  entry = entry or {}
+  values = (entry.get("mean"), *(entry.get("ci95") or (None, None)))
+  mean, *ends = (x * factor if isinstance(x, int | float) else math.nan for x in values)
+  return mean, ends
 
 
 def _limits(axes, values: np.ndarray) -> None:

@@ -3,22 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dpr_jax.report import tables
 from dpr_jax.report.corruption import main_auc
 from dpr_jax.report.render import visible
-from dpr_jax.report.tables import (
-  Results,
-  cell,
-  column,
-  difference,
-  difference_cell,
-  goals,
-  grid,
-  in_sentence,
-  label,
-  main_metrics,
-  of_difference,
-  resolved,
-)
+from dpr_jax.report.tables import Results
 
 
 def sweep_table(results: Results, links: bool) -> dict[str, Any] | None:
@@ -33,32 +21,33 @@ def sweep_table(results: Results, links: bool) -> dict[str, Any] | None:
     return None
   judged, *others = systems_of(results)
   whole = {**results, "systems": _all_systems(results)}
-  metrics = [m for m in main_metrics(whole) if "/" not in m and m in whole["systems"][judged]]
+  known = whole["systems"][judged]
+  metrics = [m for m in tables.main_metrics(whole) if "/" not in m and m in known]
   columns = [(judged, m) for m in dict.fromkeys([primary, *metrics])]
   columns += [(name, primary) for name in others]
-  about = {m: column(results, m) for _, m in columns}
-  title = lambda name, metric: f"{label(results, name)}: {in_sentence(about[metric])}"
+  about = {m: tables.column(results, m) for _, m in columns}
+  title = lambda name, metric: f"{tables.label(results, name)}: {tables.in_sentence(about[metric])}"
   heads = [{"label": title(n, m), "unit": about[m]["unit"], "n": ""} for n, m in columns]
   unit = about[primary]["unit"]
-  gap = f"{label(results, judged)} minus SFT"
-  heads.insert(1, {"label": gap, "unit": of_difference(unit), "n": ""})
+  gap = f"{tables.label(results, judged)} minus SFT"
+  heads.insert(1, {"label": gap, "unit": tables.of_difference(unit), "n": ""})
   heads.append({"label": "AUC of a corrupted token", "unit": "%", "n": ""})
   rows = []
   for point in points:
     cells = []
     for name, metric in columns:
-      found = difference(point, name, "sft", metric) if name == judged else None
-      shown = cell(point["systems"].get(name, {}).get(metric), about[metric]["unit"])
-      cells.append({**shown, "n": "", "sign": resolved(found) if found else 0})
-    cells.insert(1, difference_cell(difference(point, judged, "sft", primary), unit))
-    cells.append({**cell(main_auc(point), "%"), "n": ""})
+      found = tables.difference(point, name, "sft", metric) if name == judged else None
+      shown = tables.cell(point["systems"].get(name, {}).get(metric), about[metric]["unit"])
+      cells.append({**shown, "n": "", "sign": tables.resolved(found) if found else 0})
+    cells.insert(1, tables.difference_cell(tables.difference(point, judged, "sft", primary), unit))
+    cells.append({**tables.cell(main_auc(point), "%"), "n": ""})
     href = f"../{point['folder']}/report/report.html" if links else ""
     rows.append({"name": visible(point["value"]), "href": href, "cells": cells})
   unused = [i for i in range(len(heads)) if all(r["cells"][i]["mean"] == "–" for r in rows)]
   for values in (heads, *(r["cells"] for r in rows)):
     for i in reversed(unused):
       del values[i]
-  return {"head": visible(results["sweep"].get("field", "")), **grid(heads, rows)}
+  return {"head": visible(results["sweep"].get("field", "")), **tables.grid(heads, rows)}
 
 
 def systems_of(results: Results) -> list[str]:
@@ -72,14 +61,14 @@ def systems_of(results: Results) -> list[str]:
 
 
 def primary_metric(results: Results) -> str | None:
-  return next(iter(goals({**results, "systems": _all_systems(results)})), None)
+  return next(iter(tables.goals({**results, "systems": _all_systems(results)})), None)
 
 
 def plot_series(results: Results, metric: str) -> dict[str, list[Any]]:
   """Label -> {mean, ci95} at each point (None where there is none), the judged system first."""
   points = _points(results)
   return {
-    label(results, n): [p["systems"].get(n, {}).get(metric) for p in points]
+    tables.label(results, n): [p["systems"].get(n, {}).get(metric) for p in points]
     for n in systems_of(results)
   }
 

@@ -156,14 +156,18 @@ def headline(results: Results) -> str:
   for other in dict.fromkeys(["sft", *(results.get("stages") or ())]):
     c = difference(results, main, other, metric)
     if c and other != main:
-      gap = f"{show(c['difference'], unit, sign=True)} {of_difference(unit)}".strip()
       said[about["better"] * resolved(c)].append(
-        f"{label(results, other)} ({gap} {interval(c, unit)})"
+        f"{label(results, other)} ({gap(c, unit)} {interval(c, unit)})"
       )
   verbs = {1: "is better than", 0: "cannot be told apart from", -1: "is worse than"}
   parts = [f"It {verbs[sign]} {_and(others)}." for sign, others in said.items() if others]
   shown = "%" if unit == "%" else f" {unit}".rstrip()
   return " ".join([f"{about['label']}: {who} reaches {show(entry['mean'], unit)}{shown}.", *parts])
+
+
+def gap(comparison: Mapping[str, Any], unit: str) -> str:
+  """+8.0 points"""
+  return f"{show(comparison['difference'], unit, sign=True)} {of_difference(unit)}".strip()
 
 
 def interval(comparison: Mapping[str, Any], unit: str) -> str:

@@ -50,9 +50,7 @@ def returns(rewards: jax.Array, mask: jax.Array, kind: str = "reward_to_go", gam
 
 
 def advantages(
-    returns_BxT: jax.Array,
-    mask_BxT: jax.Array,
-    variance_baseline: str = "none",
+    returns_BxT: jax.Array, mask_BxT: jax.Array, variance_baseline: str = "none",
     group_size: int = 1,
 ) -> jax.Array:
   """A_t = G_t - b_t, 0 outside of the mask.
@@ -79,10 +77,8 @@ def advantages(
   elif variance_baseline == "leave_one_out":
     batch, length = g.shape
     if group_size < 2 or batch % group_size:
-      raise ValueError(
-          f"leave_one_out needs at least 2 samples per prompt, dividing the batch: group_size="
-          f"{group_size}, batch={batch}"
-      )
+      raise ValueError("leave_one_out needs at least 2 samples per prompt, dividing the batch: "
+                       f"group_size={group_size}, batch={batch}")
     grouped = lambda x: x.reshape(batch // group_size, group_size, length)
     rest = lambda x: jnp.sum(x, axis=1, keepdims=True) - x
     others = lambda x: rest(grouped(x)).reshape(batch, length)

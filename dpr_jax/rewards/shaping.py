@@ -43,13 +43,8 @@ def hybrid(
 
 
 def kl_penalized(
-    rewards: jax.Array,
-    logp_policy: jax.Array,
-    logp_sft: jax.Array,
-    mask: jax.Array,
-    beta: float | jax.Array,
-    logp_ref: jax.Array | None = None,
-    beta_ref: float = 0.0,
+    rewards: jax.Array, logp_policy: jax.Array, logp_sft: jax.Array, mask: jax.Array,
+    beta: float | jax.Array, logp_ref: jax.Array | None = None, beta_ref: float = 0.0,
 ) -> jax.Array:
   """r~(t) = r(t) - beta (log pi_policy - log pi_sft), the KL to SFT inside the reward ("k1").
 

@@ -115,13 +115,15 @@ def compose(transforms: Sequence[Transform]) -> Transform:
 
 # --- From the config --------------------------------------------------------------------------
 
-# Name -> (numbers it takes, how it is written).
+# Name -> (function, numbers it takes, how it is written, extras of rollouts that it reads).
 _SPECS = {
-    "scale": ((1,), "scale:FACTOR, not 0"),
-    "clip": ((1, 2), "clip:NATS (to [-NATS, NATS]) or clip:LOW:HIGH with LOW below HIGH"),
-    "zscore": ((0,), "zscore"),
-    "mask_unsure": ((1,), "mask_unsure:NATS, above 0"),
-    "center": ((0,), "center, the first of the list"),
+    "scale": (scale, (1,), "scale:FACTOR, not 0", ()),
+    "clip": (clip, (1, 2), "clip:NATS (to [-NATS, NATS]) or clip:LOW:HIGH with LOW below HIGH", ()),
+    "zscore": (zscore_by_position, (0,), "zscore", ()),
+    "mask_unsure": (
+        mask_unsure, (1,), "mask_unsure:NATS, above 0", ("sft_entropy", "ref_entropy")
+    ),
+    "center": (center, (0,), "center, the first of the list", ("expected_rewards",)),
 }
 
 
@@ -131,7 +133,7 @@ def _parse_one(spec: str, index: int) -> tuple[str, tuple[float, ...]]:
   where = f"transforms[{index}]={spec!r}"
   if name not in _SPECS:
     raise ValueError(f"{where}: {name!r} is not one of {', '.join(_SPECS)}")
-  counts, usage = _SPECS[name]
+  _, counts, usage, _ = _SPECS[name]
   try:
     numbers = tuple(float(x) for x in rest)
   except ValueError:
@@ -152,23 +154,16 @@ def _parse_one(spec: str, index: int) -> tuple[str, tuple[float, ...]]:
 
 
 def parse(specs: Sequence[str]) -> Transform:
-  """Specs of a config -> one transform, which applies them from first to last.
-
-  scale:FACTOR, clip:NATS, clip:LOW:HIGH, zscore, mask_unsure:NATS, center (first only).
+  """Specs of a config (see `_SPECS`) -> one transform, which applies them from first to last.
 
   Raises:
     ValueError: naming the entry, and what would be right.
   """
-  makers = {
-      "scale": scale, "clip": clip, "zscore": zscore_by_position, "mask_unsure": mask_unsure,
-      "center": center,
-  }
   found = [_parse_one(spec, i) for i, spec in enumerate(specs)]
-  return compose([makers[name](*numbers) for name, numbers in found])
+  return compose([_SPECS[name][0](*numbers) for name, numbers in found])
 
 
 def needs(specs: Sequence[str]) -> frozenset[str]:
   """The extras that rollouts must compute for these transforms; see `rollout.step.EXTRAS`."""
   names = {_parse_one(spec, i)[0] for i, spec in enumerate(specs)}
-  wanted = {"center": ("expected_rewards",), "mask_unsure": ("sft_entropy", "ref_entropy")}
-  return frozenset(extra for name in names for extra in wanted.get(name, ()))
+  return frozenset(extra for name in names for extra in _SPECS[name][-1])

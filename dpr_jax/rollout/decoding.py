@@ -132,12 +132,8 @@ class Decoding:
     return jax.lax.while_loop(lambda s: jnp.any(s.alive), self.step, s)
 
   def run_queue(
-      self,
-      s: Slots,
-      prefilled: Sequence[tuple[jax.Array, Any]],
-      lengths_G: jax.Array,
-      samples_per_prompt: int,
-      refill: float,
+      self, s: Slots, prefilled: Sequence[tuple[jax.Array, Any]], lengths_G: jax.Array,
+      samples_per_prompt: int, refill: float,
   ) -> Slots:
     """Decodes all rows in fewer slots.
 

@@ -108,10 +108,8 @@ def generate(
     ValueError: `stop_strings` are of another vocabulary than the model's.
   """
   if stop_strings is not None and stop_strings.next_state.shape[1] != model.cfg.vocab_size:
-    raise ValueError(
-        f"stop_strings are compiled for {stop_strings.next_state.shape[1]} tokens, but the model "
-        f"has {model.cfg.vocab_size}"
-    )
+    raise ValueError(f"stop_strings are compiled for {stop_strings.next_state.shape[1]} tokens, "
+                     f"but the model has {model.cfg.vocab_size}")
   members = tuple(gathered(model.cfg, variables) for variables in members)
   prompt_GxP, segments_GxP = right_align(prompts)
   groups, width = prompt_GxP.shape
@@ -179,11 +177,7 @@ def generate(
 
 
 def prefill(
-    model: Any,
-    variables: Any,
-    prompt_GxP: jax.Array,
-    segments_GxP: jax.Array,
-    at_a_time: int,
+    model: Any, variables: Any, prompt_GxP: jax.Array, segments_GxP: jax.Array, at_a_time: int,
     room: int,
 ) -> tuple[jax.Array, Any]:
   """Returns (last hidden state [G, D], cache) of right-aligned prompts.

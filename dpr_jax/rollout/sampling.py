@@ -62,9 +62,7 @@ _BLOCK = 256  # Tokens per block of the two-level search.
 
 
 def sample_token(
-    logits_BxV: jax.Array,
-    keys_B: jax.Array,
-    sampling: Sampling,
+    logits_BxV: jax.Array, keys_B: jax.Array, sampling: Sampling,
     temperature: jax.Array | None = None,
 ) -> jax.Array:
   """Samples one token per row, int32 [B]; every row has a random key of its own.

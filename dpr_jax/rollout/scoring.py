@@ -11,15 +11,8 @@ from dpr_jax.rewards.base import RewardFn, Scores, check_pointwise, needs
 
 
 def score_response(
-    model: Any,
-    *,
-    policy: Any | None,
-    sft: Any,
-    ref: Reference,
-    tokens_BxS: jax.Array,
-    segment_ids_BxS: jax.Array,
-    start: int,
-    entropies: bool = False,
+    model: Any, *, policy: Any | None, sft: Any, ref: Reference, tokens_BxS: jax.Array,
+    segment_ids_BxS: jax.Array, start: int, entropies: bool = False,
     expected: RewardFn | None = None,
 ) -> tuple[Scores, TokenLogProbs | None, jax.Array | None]:
   """Scores columns [start, S) without gradient memory.

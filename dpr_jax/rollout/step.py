@@ -103,28 +103,14 @@ def make_rollout_step(
   @jax.jit
   def rollout_step(policy, sft, ref, prompts: PromptBatch, rng) -> Rollout:
     sample = generate(
-        model,
-        (policy,),
-        prompts,
-        rng,
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids,
-        sampling=sampling,
-        samples_per_prompt=samples_per_prompt,
-        slots=slots,
-        refill=refill,
+        model, (policy,), prompts, rng, max_new_tokens=max_new_tokens, stop_ids=stop_ids,
+        sampling=sampling, samples_per_prompt=samples_per_prompt, slots=slots, refill=refill,
         with_entropy=not (rescore or expected),
     )
     scores, rescored, expected_BxN = score_response(
-        model,
-        policy=policy if rescore or expected else None,
-        sft=sft,
-        ref=Reference.of(ref),
-        tokens_BxS=sample.tokens,
-        segment_ids_BxS=sample.segment_ids,
-        start=prompts.tokens.shape[1],
-        entropies=entropies,
-        expected=reward if expected else None,
+        model, policy=policy if rescore or expected else None, sft=sft, ref=Reference.of(ref),
+        tokens_BxS=sample.tokens, segment_ids_BxS=sample.segment_ids, start=prompts.tokens.shape[1],
+        entropies=entropies, expected=reward if expected else None,
     )
     mask = sample.mask
     policy_logp = sample.logp if rescored is None else rescored.logp * mask

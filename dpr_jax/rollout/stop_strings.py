@@ -221,11 +221,9 @@ def _texts_of(tokenizer: "PreTrainedTokenizerFast", size: int, vocab_size: int) 
   later, in_run = zip(*(decoder.text(names[i], False) for i in ids), strict=True)
   first = [decoder.text(names[i], True)[0] for i in ids]
   return _Texts(
-      vocab_size=vocab_size,
-      ids_M=np.asarray(ids),
+      vocab_size=vocab_size, ids_M=np.asarray(ids),
       later=_Pieces.of(later, decoder.strip_character),
-      first=_Pieces.of(first, decoder.strip_character),
-      in_run_M=np.asarray(in_run),
+      first=_Pieces.of(first, decoder.strip_character), in_run_M=np.asarray(in_run),
       strip=decoder.strip,
   )
 
@@ -310,10 +308,8 @@ class _Decoder:
         ):
           fields.update(strip=n, strip_character=content)
         case _:
-          raise UserError(
-              f"stop strings: the tokenizer's decoder {json.dumps(spec)} is not supported; it must "
-              "be byte-level or SentencePiece-like"
-          )
+          raise UserError(f"stop strings: the tokenizer's decoder {json.dumps(spec)} is not "
+                          "supported; it must be byte-level or SentencePiece-like")
     return cls(steps=tuple(steps), **fields)
 
   def text(self, name: str, first: bool) -> tuple[bytes, bool]:

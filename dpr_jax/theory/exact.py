@@ -20,9 +20,10 @@ from dpr_jax.keys import make_key
 from dpr_jax.losses.reinforce import ReinforceBatch, make_reinforce_loss, reinforce_batch
 from dpr_jax.models import cache as cache_lib
 from dpr_jax.models.config import ModelConfig
-from dpr_jax.models.logprobs import token_logprobs
-from dpr_jax.rewards import RewardFn, Scores, apply_reward
+from dpr_jax.references.base import Reference
+from dpr_jax.rewards import RewardFn, apply_reward
 from dpr_jax.rewards.baseline_relative import BASELINE_RELATIVE
+from dpr_jax.rollout.scoring import score_response
 from dpr_jax.rollout.step import Rollout
 from dpr_jax.theory.mdp import TokenMDP
 from dpr_jax.training.steps import TrainState, make_train_step
@@ -119,13 +120,9 @@ def enumerate_rollout(
   segments = np.concatenate([np.ones((len(tokens), 1)), y.mask_YxT], axis=1)
   tokens, segments = jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32)
   mask = jnp.asarray(y.mask_YxT, jnp.float32)
-  score = lambda variables: token_logprobs(
-      model, variables, tokens, segments, start=1, with_entropy=True
-  )
-  policy_out, sft_out, ref_out = score(policy), score(sft), score(ref)
-  scores = Scores(
-      sft_logp=sft_out.logp, sft_logsumexp=sft_out.logsumexp, sft_entropy=sft_out.entropy,
-      ref_logp=ref_out.logp, ref_entropy=ref_out.entropy, policy_logp=policy_out.logp, mask=mask,
+  scores, policy_out, _ = score_response(
+      model, policy=policy, sft=sft, ref=Reference.of(ref), tokens_BxS=tokens,
+      segment_ids_BxS=segments, start=1, entropies=True,
   )
   return Rollout(
       tokens=tokens,
@@ -134,10 +131,10 @@ def enumerate_rollout(
       lengths=jnp.asarray(y.lengths_Y, jnp.int32),
       hit_eos=jnp.asarray(y.hit_eos_Y),
       mask=mask,
-      rewards=apply_reward(reward, scores),
-      policy_logp=policy_out.logp * mask,
-      sft_logp=sft_out.logp * mask,
-      ref_logp=ref_out.logp * mask,
+      rewards=apply_reward(reward, scores.replace(mask=mask)),
+      policy_logp=scores.policy_logp * mask,
+      sft_logp=scores.sft_logp * mask,
+      ref_logp=scores.ref_logp * mask,
       entropy=policy_out.entropy * mask,
       decode_steps=jnp.zeros((), jnp.int32),
   )

@@ -55,10 +55,9 @@ class TokenMDP:
     for _ in range(self.max_length):
       count *= self.vocab_size - 1
       if count > MAX_RESPONSES:
-        raise UserError(
-            f"more than {MAX_RESPONSES} responses: lower num_prompts={self.num_prompts}, "
-            f"vocab_size={self.vocab_size} or max_length={self.max_length}"
-        )
+        raise UserError(f"more than {MAX_RESPONSES} responses: lower "
+                        f"num_prompts={self.num_prompts}, vocab_size={self.vocab_size} or "
+                        f"max_length={self.max_length}")
 
   @functools.cached_property
   def states(self) -> list[tuple[int, tuple[int, ...]]]:

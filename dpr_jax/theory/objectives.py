@@ -50,12 +50,6 @@ def iq_learn(mdp: TokenMDP, q_SxA: np.ndarray, demos_Y: np.ndarray) -> float:
   return _expect(mdp, demos_Y, rewards_Y) - float(np.mean(logsumexp(q_SxA)[: mdp.num_prompts]))
 
 
-def iq_learn_telescoped(mdp: TokenMDP, q_SxA: np.ndarray, demos_Y: np.ndarray) -> float:
-  """E_demo[ sum_t Q(s_t, a_t) - V(s_t) ]: the same number, state by state."""
-  advantage_SxA = q_SxA - logsumexp(q_SxA)[:, None]
-  return _expect(mdp, demos_Y, np.sum(per_token(mdp, advantage_SxA), axis=1))
-
-
 def iq_learn_normalised(
     mdp: TokenMDP, q_SxA: np.ndarray, demos_Y: np.ndarray, gamma: float
 ) -> float:

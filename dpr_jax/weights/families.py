@@ -237,7 +237,6 @@ def family_named(model_type: Any, where: str = "config.json") -> Family:
   """Returns the family of a `model_type`; raises UserError with the known ones if unknown."""
   if not isinstance(model_type, str) or model_type not in FAMILIES:
     known = {*FAMILIES, *(family.multimodal for family in FAMILIES.values())} - {None}
-    raise UserError(
-        f"{where}: model_type={model_type!r} is not implemented; known: {', '.join(sorted(known))}"
-    )
+    raise UserError(f"{where}: model_type={model_type!r} is not implemented; known: "
+                    f"{', '.join(sorted(known))}")
   return FAMILIES[model_type]

@@ -61,9 +61,8 @@ def _family(file: GGUFFile) -> Family:
   arch = file.metadata.get("general.architecture")
   known = {family.gguf.architecture: family for family in FAMILIES.values() if family.gguf}
   if arch not in known:
-    raise UserError(
-        f"{file.where}: general.architecture={arch!r} is not implemented; known: {', '.join(known)}"
-    )
+    raise UserError(f"{file.where}: general.architecture={arch!r} is not implemented; known: "
+                    f"{', '.join(known)}")
   return known[arch]
 
 
@@ -86,16 +85,14 @@ def _config(file: GGUFFile, family: Family) -> ModelConfig:
   f.setdefault("attention.head_count_kv", f["attention.head_count"])
   for name in ("attention.value_length", "rope.dimension_count"):
     if f.get(name, head_dim) != head_dim:
-      raise UserError(
-          f"{where}: {arch}.{name}={f[name]!r} is not implemented; it must be {head_dim}"
-      )
+      raise UserError(f"{where}: {arch}.{name}={f[name]!r} is not implemented; it must be "
+                      f"{head_dim}")
   if "token_embd.weight" not in file.shapes:
     raise UserError(f"{where}: tensor 'token_embd.weight' is missing")
   scaling = f.get("rope.scaling.type", "none")
   if scaling not in ("none", "linear"):
-    raise UserError(
-        f"{where}: {arch}.rope.scaling.type={scaling!r} is not implemented; known: none, linear"
-    )
+    raise UserError(f"{where}: {arch}.rope.scaling.type={scaling!r} is not implemented; known: "
+                    "none, linear")
   # Sizes never default to those of a Hugging Face class.
   fields = {
       "model_type": family.model_type,
@@ -107,10 +104,8 @@ def _config(file: GGUFFile, family: Family) -> ModelConfig:
   if scaling == "linear":
     fields["rope_scaling"] = {"rope_type": "linear", "factor": f.get("rope.scaling.factor")}
   if f.get("attention.sliding_window") and "sliding_window" not in fields:
-    raise UserError(
-        f"{where}: {arch}.attention.sliding_window={f['attention.sliding_window']!r} is not "
-        "implemented; it must be 0 or absent"
-    )
+    raise UserError(f"{where}: {arch}.attention.sliding_window={f['attention.sliding_window']!r} "
+                    "is not implemented; it must be 0 or absent")
   if ROPE_DIVISORS in file.shapes:
     fields["rope_scaling"] = _llama3_scaling(file, fields["rope_theta"], head_dim)
   return hf_config.from_hf(fields, where)
@@ -154,9 +149,7 @@ def load_gguf_config(path: pathlib.Path) -> ModelConfig:
 
 
 def load_gguf(
-    path: pathlib.Path,
-    dtype: Any = None,
-    mesh: jax.sharding.Mesh | None = None,
+    path: pathlib.Path, dtype: Any = None, mesh: jax.sharding.Mesh | None = None,
     adapted: Callable[[Source, Mapping[str, str]], Source] = lambda source, names: source,
 ) -> tuple[ModelConfig, dict[str, Any]]:
   """Implements `dpr_jax.weights.load_pretrained` for a .gguf file; `adapted` as in `hf`."""

@@ -98,9 +98,8 @@ class GGUFFile:
       raise UserError(f"{path}: not a GGUF file")
     version = stream.scalar("I")
     if version not in (2, 3):
-      raise UserError(
-          f"{path}: GGUF version {version} is not implemented; known: 2 and 3, little-endian"
-      )
+      raise UserError(f"{path}: GGUF version {version} is not implemented; known: 2 and 3, "
+                      "little-endian")
     tensors, pairs = stream.scalar("Q"), stream.scalar("Q")
     self.metadata: dict[str, Any] = {}
     for _ in range(pairs):
@@ -126,15 +125,12 @@ class GGUFFile:
       except ValueError:
         raise UserError(f"{path}: tensor {name!r} has the unknown type {kind_id}") from None
       if kind.name not in PLAIN and kind.name not in QUANTISED:
-        raise UserError(
-            f"{path}: tensor {name!r} has type {kind.name}, which is not implemented; known: "
-            f"{', '.join((*PLAIN, *QUANTISED))}"
-        )
+        raise UserError(f"{path}: tensor {name!r} has type {kind.name}, which is not implemented; "
+                        f"known: {', '.join((*PLAIN, *QUANTISED))}")
       block, block_bytes = ggml.GGML_QUANT_SIZES[kind]
       if not shape or shape[-1] % block:
-        raise UserError(
-            f"{path}: damaged GGUF file: tensor {name!r} of {kind.name} has shape {list(shape)}"
-        )
+        raise UserError(f"{path}: damaged GGUF file: tensor {name!r} of {kind.name} has shape "
+                        f"{list(shape)}")
       row_bytes = shape[-1] // block * block_bytes
       end = data + offset + math.prod(shape[:-1]) * row_bytes
       if end > stream.size:
@@ -173,7 +169,6 @@ def _package() -> Any:
     import gguf
     import gguf.quants
   except ImportError:
-    raise UserError(
-        "reading .gguf files needs the gguf package: pip install -e '.[gguf]'"
-    ) from None
+    raise UserError("reading .gguf files needs the gguf package: pip install -e "
+                    "'.[gguf]'") from None
   return gguf

@@ -65,9 +65,8 @@ def build(metadata: Mapping[str, Any], where: str) -> "PreTrainedTokenizerFast":
     raise UserError(f"{where}: tokenizer.ggml.tokens is missing; the file holds no tokenizer")
   if model == "gpt2":
     if pre not in _PRE:
-      raise UserError(
-          f"{where}: tokenizer.ggml.pre={pre!r} is not implemented; known: {', '.join(_PRE)}"
-      )
+      raise UserError(f"{where}: tokenizer.ggml.pre={pre!r} is not implemented; known: "
+                      f"{', '.join(_PRE)}")
     backend, add_bos = _byte_level(tokens, get("merges"), pre, where), _PRE[pre][3]
   elif model == "llama":
     prefixes = tuple(x.gguf.raw_spaces for x in FAMILIES.values() if x.gguf and x.gguf.raw_spaces)
@@ -76,9 +75,8 @@ def build(metadata: Mapping[str, Any], where: str) -> "PreTrainedTokenizerFast":
     backend = _sentencepiece(tokens, get("scores"), raw_spaces, prefix, unknown, where)
     add_bos = True
   else:
-    raise UserError(
-        f"{where}: tokenizer.ggml.model={model!r} is not implemented; known: gpt2, llama"
-    )
+    raise UserError(f"{where}: tokenizer.ggml.model={model!r} is not implemented; known: gpt2, "
+                    "llama")
 
   vocab = backend.get_vocab()
   # Added in one call, because each call rebuilds the matcher of added tokens.
@@ -93,9 +91,8 @@ def build(metadata: Mapping[str, Any], where: str) -> "PreTrainedTokenizerFast":
   ids = {role: get(f"{key}_token_id") for role, key in keys.items()}
   for role, i in ids.items():
     if i is not None and not 0 <= i < len(tokens):
-      raise UserError(
-          f"{where}: tokenizer.ggml.{keys[role]}_token_id={i} is outside the vocabulary"
-      )
+      raise UserError(f"{where}: tokenizer.ggml.{keys[role]}_token_id={i} is outside the "
+                      "vocabulary")
   named = {f"{role}_token": tokens[i] for role, i in ids.items() if i is not None}
   if get("add_bos_token", add_bos) and ids["bos"] is not None:
     bos = tokens[ids["bos"]]

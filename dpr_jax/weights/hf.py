@@ -92,9 +92,8 @@ def _files(folder: pathlib.Path) -> list[tuple[SafetensorsFile, list[str] | None
     by_file: dict[str, list[str]] = {}
     for name, file in weight_map.items():
       if not isinstance(file, str) or pathlib.PurePath(file).name != file or "\\" in file:
-        raise UserError(
-            f"{index}: weight_map of {name!r} is {file!r}; it must be a file of this folder"
-        )
+        raise UserError(f"{index}: weight_map of {name!r} is {file!r}; it must be a file of this "
+                        "folder")
       by_file.setdefault(file, []).append(name)
     for file in by_file:
       if not (folder / file).is_file():
@@ -111,17 +110,13 @@ def _files(folder: pathlib.Path) -> list[tuple[SafetensorsFile, list[str] | None
       p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
   )
   if pickled:
-    raise UserError(
-        f"{folder / pickled[0]}: pickled weights are not read, because they can run code; convert "
-        f"them to {SINGLE}"
-    )
+    raise UserError(f"{folder / pickled[0]}: pickled weights are not read, because they can run "
+                    f"code; convert them to {SINGLE}")
   raise UserError(f"{folder}: has neither {SINGLE} nor {INDEX}")
 
 
 def load_hf(
-    folder: pathlib.Path,
-    dtype: Any = None,
-    mesh: jax.sharding.Mesh | None = None,
+    folder: pathlib.Path, dtype: Any = None, mesh: jax.sharding.Mesh | None = None,
     adapted: Callable[[Source, Mapping[str, str]], Source] = lambda source, names: source,
 ) -> tuple[ModelConfig, dict[str, Any]]:
   """Implements `dpr_jax.weights.load_pretrained` for a folder.
@@ -153,10 +148,8 @@ def _check_tied(source: Folder) -> None:
     stop = min(start + 8192, rows)
     same = same and np.array_equal(source.read(head, start, stop), source.read(table, start, stop))
   if not same:
-    raise UserError(
-        f"{source.where}: tensor {head!r} differs from {table!r}, but config.json has "
-        "tie_word_embeddings=true; set it to false"
-    )
+    raise UserError(f"{source.where}: tensor {head!r} differs from {table!r}, but config.json has "
+                    "tie_word_embeddings=true; set it to false")
 
 
 def _shards(sizes: dict[str, int]) -> list[list[str]]:
@@ -206,10 +199,8 @@ def save_pretrained(
   record = families.family_named(family, "family") if family else hf_config.family_of(cfg)
   config = hf_config.to_hf(cfg, record)
   if tokenizer is not None and len(tokenizer) > cfg.vocab_size:
-    raise UserError(
-        f"the tokenizer has {len(tokenizer)} tokens, but the model's embedding has only "
-        f"{cfg.vocab_size} rows"
-    )
+    raise UserError(f"the tokenizer has {len(tokenizer)} tokens, but the model's embedding has "
+                    f"only {cfg.vocab_size} rows")
   leaves, specs = flatten(params), {spec.name: spec for spec in tensor_specs(cfg)}
   if odd := set(leaves) ^ {spec.path for spec in specs.values()}:
     name = min("/".join(path) for path in odd)
@@ -218,9 +209,8 @@ def save_pretrained(
   for spec in specs.values():
     leaf = leaves[spec.path]
     if tuple(leaf.shape if spec.repeat is None else leaf.shape[1:]) != spec.param_shape:
-      raise UserError(
-          f"params do not belong to this config: {'/'.join(spec.path)} has shape {list(leaf.shape)}"
-      )
+      raise UserError(f"params do not belong to this config: {'/'.join(spec.path)} has shape "
+                      f"{list(leaf.shape)}")
     entries[spec.name] = np.dtype(jnp.dtype(dtype or leaf.dtype)), spec.shape
 
   def fetch(name: str) -> np.ndarray:

@@ -65,26 +65,21 @@ def _rope(params: Fields, theta: float, max_length: int, where: str) -> Rope:
   params = {"rope_theta": theta, "original_max_position_embeddings": max_length, **params}
   kind = params.get("rope_type", params.get("type", "default"))
   if kind not in ROPE_FIELDS:
-    raise UserError(
-        f"{where}: rope scaling rope_type={kind!r} is not implemented; known: "
-        f"{', '.join(ROPE_FIELDS)}"
-    )
+    raise UserError(f"{where}: rope scaling rope_type={kind!r} is not implemented; known: "
+                    f"{', '.join(ROPE_FIELDS)}")
   common = {"rope_theta", "rope_type", "type", "original_max_position_embeddings"}
   for name, value in params.items():
     unused = name == "partial_rotary_factor" and value in (None, 1)
     if name not in common and name not in ROPE_FIELDS[kind] and not unused:
-      raise UserError(
-          f"{where}: rope scaling {name}={value!r} is not implemented for rope_type={kind!r}"
-      )
+      raise UserError(f"{where}: rope scaling {name}={value!r} is not implemented for "
+                      f"rope_type={kind!r}")
   rope = Rope(_number(params, "rope_theta", where, float), "none" if kind == "default" else kind)
   for name, ours in ROPE_FIELDS[kind].items():
     value = _number(params, name, where, type(getattr(rope, ours)))
     rope = dataclasses.replace(rope, **{ours: value})
   if rope.high_freq_factor <= rope.low_freq_factor:
-    raise UserError(
-        f"{where}: rope scaling high_freq_factor={rope.high_freq_factor} must exceed "
-        f"low_freq_factor={rope.low_freq_factor}"
-    )
+    raise UserError(f"{where}: rope scaling high_freq_factor={rope.high_freq_factor} must exceed "
+                    f"low_freq_factor={rope.low_freq_factor}")
   return rope
 
 
@@ -119,10 +114,9 @@ def _refuse_unknown(family: Family, fields: Fields, where: str) -> None:
     if name not in families.NEUTRAL:
       if value is None or (value is False and name not in families.PARTS):
         continue  # A feature that is off.
-      raise UserError(
-          f"{where}: {name}={value!r} is not a known field of model_type={family.model_type!r} and "
-          "could change what the model computes; remove it if it is irrelevant"
-      )
+      raise UserError(f"{where}: {name}={value!r} is not a known field of "
+                      f"model_type={family.model_type!r} and could change what the model computes; "
+                      "remove it if it is irrelevant")
     if value is not None and value not in families.NEUTRAL[name]:
       neutral = " or ".join([*(repr(v) for v in families.NEUTRAL[name]), "null"])
       raise UserError(f"{where}: {name}={value!r} is not implemented; it must be {neutral}")
@@ -158,18 +152,15 @@ def from_hf(fields: Fields, where: str = "config.json") -> ModelConfig:
   f.setdefault("num_key_value_heads", heads)
   if "head_dim" not in f:
     if hidden % heads:
-      raise UserError(
-          f"{where}: hidden_size={hidden} is not a multiple of num_attention_heads={heads}"
-      )
+      raise UserError(f"{where}: hidden_size={hidden} is not a multiple of "
+                      f"num_attention_heads={heads}")
     f["head_dim"] = hidden // heads
   if size("head_dim") % 2:
     raise UserError(f"{where}: head_dim={f['head_dim']} must be even")
   activation = f.get(family.activation, "silu")
   if activation not in ACTIVATIONS:
-    raise UserError(
-        f"{where}: {family.activation}={activation!r} is not implemented; known: "
-        f"{', '.join(ACTIVATIONS)}"
-    )
+    raise UserError(f"{where}: {family.activation}={activation!r} is not implemented; known: "
+                    f"{', '.join(ACTIVATIONS)}")
   for name in ("sliding_window", "sliding_window_pattern", "_sliding_window_pattern"):
     if f.get(name) is not None:
       f[name] = size(name)
@@ -201,9 +192,8 @@ def _text_config(fields: Fields, family: Family, where: str) -> Fields:
   """Returns the part of a multimodal config that describes its text model."""
   text = fields.get("text_config")
   if not isinstance(text, Mapping):
-    raise UserError(
-        f"{where}: text_config must be an object in a config of model_type={family.multimodal!r}"
-    )
+    raise UserError(f"{where}: text_config must be an object in a config of "
+                    f"model_type={family.multimodal!r}")
   for name in ("quantization_config", "auto_map"):
     if fields.get(name) is not None:
       raise UserError(f"{where}: {name}={fields[name]!r} is not implemented; it must be null")
@@ -220,25 +210,19 @@ def _layer_kinds(family: Family, f: Fields, window: int, where: str) -> list[str
     raise UserError(f"{where}: layer_types must be a list of num_hidden_layers={layers} entries")
   for kind in given:
     if kind not in KINDS:
-      raise UserError(
-          f"{where}: layer_types has {kind!r}, which is not implemented; known: {', '.join(KINDS)}"
-      )
+      raise UserError(f"{where}: layer_types has {kind!r}, which is not implemented; known: "
+                      f"{', '.join(KINDS)}")
   if not family.mixes_layers and [KINDS[t] for t in given] != kinds:
-    raise UserError(
-        f"{where}: layer_types={given!r} is not implemented for model_type={family.model_type!r}"
-    )
+    raise UserError(f"{where}: layer_types={given!r} is not implemented for "
+                    f"model_type={family.model_type!r}")
   if "sliding_attention" in given and not window:
     raise UserError(f"{where}: layer_types has 'sliding_attention' but no sliding_window is in use")
   return [KINDS[t] for t in given]
 
 
-def _kinds(cfg: ModelConfig) -> list[str]:
-  return [cfg.layer_pattern[i % len(cfg.layer_pattern)] for i in range(cfg.num_layers)]
-
-
 def canonical(cfg: ModelConfig) -> ModelConfig:
   """Returns the same function, with the fields that do not affect it at fixed values."""
-  pattern = pattern_of(_kinds(cfg))
+  pattern = pattern_of(cfg.layer_kinds)
   local = LOCAL in pattern
   same_rope = cfg.local_rope is None or cfg.local_rope == cfg.rope
   default_scale = math.isclose(cfg.query_scale or cfg.head_dim**-0.5, cfg.head_dim**-0.5)
@@ -273,7 +257,7 @@ def to_hf(cfg: ModelConfig, family: Family | None = None) -> dict[str, Any]:
     UserError: no family, or not the given one, matches `cfg`.
   """
   family, wanted = family or family_of(cfg), canonical(cfg)
-  types = [next(t for t, kind in KINDS.items() if kind == k) for k in _kinds(wanted)]
+  types = [next(t for t, kind in KINDS.items() if kind == k) for k in wanted.layer_kinds]
   activation = next(name for name, ours in ACTIVATIONS.items() if ours == cfg.activation)
   rope, parameters = rope_to_hf(cfg.rope), rope_to_hf(cfg.rope)
   theta = rope.pop("rope_theta")
@@ -303,7 +287,5 @@ def _check_same(wanted: ModelConfig, got: ModelConfig, family: Family) -> None:
   for field in dataclasses.fields(ModelConfig):
     a, b = getattr(wanted, field.name), getattr(got, field.name)
     if a != b and not (isinstance(a, float) and math.isclose(a, b, rel_tol=1e-9)):
-      raise UserError(
-          f"this model cannot be exported as family {family.model_type!r}: {field.name}={a!r}, but "
-          f"the family has {b!r}"
-      )
+      raise UserError(f"this model cannot be exported as family {family.model_type!r}: "
+                      f"{field.name}={a!r}, but the family has {b!r}")

@@ -87,30 +87,22 @@ def check_names(source: Source, specs: list[TensorSpec], ignored: Callable[[str]
   """Raises UserError if a tensor is missing, has a wrong shape or would not be used."""
   for spec in specs:
     if spec.name not in source.shapes:
-      raise UserError(
-          f"{source.where}: tensor {spec.name!r} is missing; the model has it with shape "
-          f"{list(spec.shape)}"
-      )
+      raise UserError(f"{source.where}: tensor {spec.name!r} is missing; the model has it with "
+                      f"shape {list(spec.shape)}")
     shape = tuple(source.shapes[spec.name])
     if shape != spec.shape:
-      raise UserError(
-          f"{source.where}: tensor {spec.name!r} has shape {list(shape)}, but in the model "
-          f"{list(spec.shape)}"
-      )
+      raise UserError(f"{source.where}: tensor {spec.name!r} has shape {list(shape)}, but in the "
+                      f"model {list(spec.shape)}")
   left = sorted(set(source.shapes) - {spec.name for spec in specs})
   left = [name for name in left if not ignored(name)]
   if left:
     more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-    raise UserError(
-        f"{source.where}: tensor {left[0]!r}{more} has no place in the model of this config"
-    )
+    raise UserError(f"{source.where}: tensor {left[0]!r}{more} has no place in the model of this "
+                    "config")
 
 
 def fill_params(
-    cfg: ModelConfig,
-    specs: list[TensorSpec],
-    source: Source,
-    dtype: Any = None,
+    cfg: ModelConfig, specs: list[TensorSpec], source: Source, dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Any]:
   """Reads all tensors and returns the plain parameter tree of `Transformer(cfg)`.

@@ -78,10 +78,8 @@ class SafetensorsFile:
   def dtype(self, name: str) -> np.dtype:
     kind = self._entries[name][0]
     if kind not in DTYPES:
-      raise UserError(
-          f"{self.path}: tensor {name!r} has dtype {kind}, which is not implemented; known: "
-          f"{', '.join(DTYPES)}"
-      )
+      raise UserError(f"{self.path}: tensor {name!r} has dtype {kind}, which is not implemented; "
+                      f"known: {', '.join(DTYPES)}")
     return DTYPES[kind]
 
   def read(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -97,10 +95,8 @@ class SafetensorsFile:
 
 
 def write_safetensors(
-    path: pathlib.Path,
-    entries: Mapping[str, tuple[np.dtype, Sequence[int]]],
-    fetch: Callable[[str], np.ndarray],
-    write: bool = True,
+    path: pathlib.Path, entries: Mapping[str, tuple[np.dtype, Sequence[int]]],
+    fetch: Callable[[str], np.ndarray], write: bool = True,
 ) -> None:
   """Writes tensors one at a time; the file has a temporary name until it is complete.
 

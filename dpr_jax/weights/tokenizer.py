@@ -65,10 +65,9 @@ def fit(
   roles = {getattr(tokenizer, f"{role}_token") for role in ROLES}
   for token, i in sorted(beyond.items(), key=lambda item: item[1]):
     if token not in special or token in roles or token in (tokenizer.chat_template or ""):
-      raise UserError(
-          f"{where}: token {token!r} has id {i}, but the model's embedding has only {vocab_size} "
-          "rows; this tokenizer belongs to another model, or the embedding was not resized"
-      )
+      raise UserError(f"{where}: token {token!r} has id {i}, but the model's embedding has only "
+                      f"{vocab_size} rows; this tokenizer belongs to another model, or the "
+                      "embedding was not resized")
   backend["added_tokens"] = [t for t in backend["added_tokens"] if t["content"] not in beyond]
   named = {
       name: token

@@ -9,6 +9,7 @@ import pytest
 
 from dpr_jax import config as config_lib
 from dpr_jax.config.fields import kind_of, kinds
+from dpr_jax.config.sections import EvalSection
 from dpr_jax.config.values import hints, optional
 from dpr_jax.errors import UserError
 from dpr_jax.main import parse
@@ -370,7 +371,7 @@ def test_a_difference_in_a_value_is_named(path, value, named):
 
 
 def test_without_a_frontier_there_need_be_no_temperatures():
-  assert config_lib.EvalSection(frontier_samples=0, temperatures=()).temperatures == ()
+  assert EvalSection(frontier_samples=0, temperatures=()).temperatures == ()
 
 
 @pytest.mark.parametrize("name,benchmark,named", [

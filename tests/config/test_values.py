@@ -12,6 +12,7 @@ from dpr_jax import config as config_lib
 from dpr_jax import methods, references, rewards
 from dpr_jax.config.fields import kind_of
 from dpr_jax.config.files import load_config
+from dpr_jax.config.sections import Budget
 from dpr_jax.errors import UserError
 from dpr_jax.evaluation.metrics import Length
 from dpr_jax.main import parse
@@ -31,7 +32,7 @@ SMOKE = [f"--config={ROOT}/configs/smoke.py", "--workdir=unused"]
 
 def test_a_dataclass_becomes_the_section_of_its_fields():
   config = config_lib.default_config()
-  config.budget = config_lib.Budget(steps=3)
+  config.budget = Budget(steps=3)
   config.sft.optimizer = config_lib.OptimizerConfig(learning_rate=0.5)
   config.reference = EMA(decay=0.5)
   config.methods.dpr = methods.DPR(reward=rewards.LogLikelihood(), beta=2.0)
@@ -41,7 +42,7 @@ def test_a_dataclass_becomes_the_section_of_its_fields():
   config.methods.mine.steps = 5
   config.compare = ("mine", "dpr")
   run = config_lib.resolve(config)
-  assert run.budget == config_lib.Budget(steps=3, batch_size=128)
+  assert run.budget == Budget(steps=3, batch_size=128)
   assert run.sft.optimizer.learning_rate == 0.5 and run.reference == EMA(decay=0.5)
   assert run.methods == {
       "mine": SPIN(beta=0.3, steps=5),

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpr_jax.losses import make_gsil_loss, make_pair_batch
-from dpr_jax.losses.gsil import KINDS, bounded_exp, gsil_terms
+from dpr_jax.config import default_config, resolve
+from dpr_jax.errors import UserError
+from dpr_jax.losses import make_pair_batch
 from dpr_jax.losses.pairs import summed_logp
+from dpr_jax.methods.gsil import DIVERGENCES, GSIL, bounded_exp, gsil_terms
 
 logistic = lambda x: 1 / (1 + np.exp(-x))
 FORMULAS = {
@@ -28,14 +30,14 @@ def pairs(bigram, make_rows, rng):
 
 
 def test_every_kind_is_known():
-  assert set(FORMULAS) == set(KINDS)
+  assert set(FORMULAS) == set(DIVERGENCES)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("alpha, offset", [(0.1, 0.0), (0.5, 0.3)])
 def test_loss_equals_the_formula(pairs, kind, alpha, offset):
   model, variables, batch = pairs
-  loss_sum, weight, metrics = make_gsil_loss(model, kind=kind, alpha=alpha, offset=offset)(
+  loss_sum, weight, metrics = GSIL(divergence=kind, alpha=alpha, offset=offset).loss(model)(
       variables, batch, jax.random.key(0)
   )
   score = lambda rows: np.asarray(summed_logp(model, variables, rows), np.float64)
@@ -47,10 +49,10 @@ def test_loss_equals_the_formula(pairs, kind, alpha, offset):
   assert float(loss_sum) == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_gradient_by_differences(pairs, check_gradient, kind):
   model, variables, batch = pairs
-  loss = lambda v: make_gsil_loss(model, kind=kind, alpha=0.3)(v, batch, None)[0]
+  loss = lambda v: GSIL(divergence=kind, alpha=0.3).loss(model)(v, batch, None)[0]
   check_gradient(loss, loss, variables)
 
 
@@ -65,21 +67,21 @@ def test_the_minimum_is_the_log_density_ratio(kind, ratio):
   assert best == pytest.approx(np.log(ratio), abs=2e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_losses_fall_with_the_demo_and_rise_with_the_sample(kind):
   x = jnp.linspace(-8.0, 8.0, 401)
   slope = lambda which: jax.vmap(jax.grad(lambda y: gsil_terms(kind, y, y, 5.0)[which]))(x)
   assert np.all(slope(0) <= 0) and np.all(slope(1) >= 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("shift", [-1e5, -1e3, 1e3, 1e5])
 def test_extreme_log_ratios_stay_finite(pairs, kind, shift):
   model, variables, batch = pairs
   batch = batch.replace(
       demo_logp=batch.demo_logp + shift, generated_logp=batch.generated_logp - shift
   )  # at shift > 0 the demo's ratio is far too small and the sample's far too large.
-  loss = lambda v: make_gsil_loss(model, kind=kind)(v, batch, None)[0]
+  loss = lambda v: GSIL(divergence=kind).loss(model)(v, batch, None)[0]
   value, grads = jax.jit(jax.value_and_grad(loss))(variables)
   size = max(float(np.abs(g).max()) for g in jax.tree.leaves(grads))
   assert np.isfinite(value) and np.isfinite(size)
@@ -98,7 +100,7 @@ def test_exp_goes_on_as_its_tangent():
 
 def test_tokens_outside_of_the_masks_do_not_matter(pairs, rng):
   model, variables, batch = pairs
-  loss = jax.jit(lambda b: make_gsil_loss(model)(variables, b, None)[0])
+  loss = jax.jit(lambda b: GSIL().loss(model)(variables, b, None)[0])
   noise = lambda rows: rows.replace(tokens=np.where(
       rows.segment_ids > 0, rows.tokens, rng.integers(0, 7, rows.tokens.shape)
   ).astype(np.int32))
@@ -106,10 +108,10 @@ def test_tokens_outside_of_the_masks_do_not_matter(pairs, rng):
   assert float(loss(other)) == float(loss(batch))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_fillers_have_no_weight(pairs, kind):
   model, variables, batch = pairs
-  loss = make_gsil_loss(model, kind=kind)
+  loss = GSIL(divergence=kind).loss(model)
   keep = np.array([True, False, True, True, False, True])
   mask = batch.generated.loss_mask * keep[:, None]
   filled = loss(variables, batch.replace(generated=batch.generated.replace(loss_mask=mask)), None)
@@ -121,13 +123,16 @@ def test_fillers_have_no_weight(pairs, kind):
 @pytest.mark.parametrize("kind", ["bernoulli", "lsif"])
 def test_micro_batches_add_up(pairs, check_accumulation, kind):
   model, variables, batch = pairs
-  check_accumulation(make_gsil_loss(model, kind=kind), variables, batch)
+  check_accumulation(GSIL(divergence=kind).loss(model), variables, batch)
 
 
 def test_what_is_not_a_setting_is_refused():
-  with pytest.raises(ValueError, match="kind='ulsif'.*kliep"):
-    make_gsil_loss(None, kind="ulsif")
-  with pytest.raises(ValueError, match="alpha=0.0"):
-    make_gsil_loss(None, alpha=0.0)
-  with pytest.raises(ValueError, match="kind='x'"):
+  for method, match in (
+      (GSIL(divergence="ulsif"), "divergence='ulsif'.*kliep"), (GSIL(alpha=0.0), "alpha=0.0"),
+  ):
+    config = default_config()
+    config.methods.gsil = method
+    with pytest.raises(UserError, match=f"config.methods.gsil.{match}"):
+      resolve(config)
+  with pytest.raises(ValueError, match="divergence='x'"):
     gsil_terms("x", jnp.zeros(1), jnp.zeros(1), 5.0)

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpr_jax.config import default_config, resolve
 from dpr_jax.data.batches import SFTBatch
-from dpr_jax.losses import make_iq_lm_loss, make_sft_loss
-from dpr_jax.losses.iq_lm import next_values
+from dpr_jax.errors import UserError
+from dpr_jax.losses import make_sft_loss
+from dpr_jax.methods.iq_lm import IQLM, next_values
 
 
 def _rewards(logits_of, variables, rows):
@@ -26,7 +28,7 @@ def _rewards(logits_of, variables, rows):
 def test_loss_equals_a_loop(bigram, make_rows, naive, rng, lam):
   model, variables = bigram
   rows, (logits_of, logp_of) = make_rows(left=bool(rng.integers(2))), naive
-  loss_sum, weight, metrics = make_iq_lm_loss(model, lam=lam)(variables, rows, None)
+  loss_sum, weight, metrics = IQLM(lam=lam).loss(model)(variables, rows, None)
   nll = -sum(logp_of(variables, rows.tokens[b], t) for b, t in zip(*np.nonzero(rows.loss_mask)))
   rewards = _rewards(logits_of, variables, rows)
   expected = nll + np.sum(np.square(rewards)) / (4 * lam)
@@ -40,7 +42,7 @@ def test_loss_equals_a_loop(bigram, make_rows, naive, rng, lam):
 def test_a_large_lambda_is_sft(bigram, make_rows):
   model, variables = bigram
   rows = make_rows()
-  got = make_iq_lm_loss(model, lam=1e9)(variables, rows, None)
+  got = IQLM(lam=1e9).loss(model)(variables, rows, None)
   expected = make_sft_loss(model)(variables, rows, None)
   assert float(got[0]) == pytest.approx(float(expected[0]), rel=1e-5)
   assert float(got[1]) == float(expected[1])
@@ -49,7 +51,7 @@ def test_a_large_lambda_is_sft(bigram, make_rows):
 def test_the_gradient_flows_through_both_values(bigram, make_rows, check_gradient):
   model, variables = bigram
   rows = make_rows()
-  loss = lambda v: make_iq_lm_loss(model, lam=0.5)(v, rows, None)[0]
+  loss = lambda v: IQLM(lam=0.5).loss(model)(v, rows, None)[0]
   check_gradient(loss, loss, variables)
 
 
@@ -70,7 +72,7 @@ def test_the_gauge_is_pinned(bigram, make_rows):
 
   sft, iq = (
       [float(make(Shifted(c))(variables, rows, None)[0]) for c in (0.0, 3.0)]
-      for make in (make_sft_loss, make_iq_lm_loss)
+      for make in (make_sft_loss, IQLM().loss)
   )
   assert sft[0] == pytest.approx(sft[1], rel=1e-5)
   assert abs(iq[0] - iq[1]) > 0.1
@@ -91,7 +93,7 @@ def test_the_value_after_a_response_is_zero():
 def test_packing_and_padding_do_not_matter(bigram, make_rows, pack_rows, rng):
   model, variables = bigram
   rows = make_rows()
-  loss = jax.jit(jax.value_and_grad(lambda v, b: make_iq_lm_loss(model)(v, b, None)[0]))
+  loss = jax.jit(jax.value_and_grad(lambda v, b: IQLM().loss(model)(v, b, None)[0]))
   noise = np.where(rows.segment_ids > 0, rows.tokens, rng.integers(0, 7, rows.tokens.shape))
   expected = loss(variables, rows)
   for other in (rows.replace(tokens=noise.astype(np.int32)), pack_rows(rows)):
@@ -109,7 +111,7 @@ def test_untrained_tokens_of_later_turns_do_not_leak(bigram, naive):
       segment_ids=np.array([[1, 1, 1, 1, 1, 1, 1, 0]], np.int32),
       loss_mask=np.array([[0, 1, 1, 0, 0, 1, 1, 0]], np.float32),
   )
-  _, weight, metrics = make_iq_lm_loss(model)(variables, rows, None)
+  _, weight, metrics = IQLM().loss(model)(variables, rows, None)
   rewards = _rewards(naive[0], variables, rows)
   assert float(weight) == 4
   assert float(metrics["endogenous_reward_sq"][0]) == pytest.approx(np.sum(rewards**2), rel=1e-4)
@@ -117,10 +119,12 @@ def test_untrained_tokens_of_later_turns_do_not_leak(bigram, naive):
 
 def test_micro_batches_add_up(bigram, make_rows, check_accumulation):
   model, variables = bigram
-  check_accumulation(make_iq_lm_loss(model, lam=2.0), variables, make_rows())
+  check_accumulation(IQLM(lam=2.0).loss(model), variables, make_rows())
 
 
 @pytest.mark.parametrize("lam", [0.0, -1.0, float("nan")])
 def test_an_impossible_lambda_is_refused(lam):
-  with pytest.raises(ValueError, match=f"lam={lam}"):
-    make_iq_lm_loss(None, lam=lam)
+  config = default_config()
+  config.methods.iq_lm = IQLM(lam=lam)
+  with pytest.raises(UserError, match=f"config.methods.iq_lm.lam={lam}"):
+    resolve(config)

@@ -4,8 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from dpr_jax.losses import generated_rows, make_pair_batch, make_spin_loss
+from dpr_jax.config import default_config, resolve
+from dpr_jax.errors import UserError
+from dpr_jax.losses import generated_rows, make_pair_batch
 from dpr_jax.losses.pairs import summed_logp
+from dpr_jax.methods.spin import SPIN
 from dpr_jax.theory.exact import TabularModel, enumerate_rollout
 from dpr_jax.theory.mdp import TokenMDP, sequence_logp
 
@@ -21,7 +24,7 @@ def pairs(bigram, make_rows, rng):
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_loss_equals_the_formula(pairs, beta):
   model, variables, batch = pairs
-  loss_sum, weight, metrics = make_spin_loss(model, beta=beta)(
+  loss_sum, weight, metrics = SPIN(beta=beta).loss(model)(
       variables, batch, jax.random.key(0)
   )
   score = lambda rows: np.asarray(summed_logp(model, variables, rows), np.float64)
@@ -35,14 +38,14 @@ def test_loss_equals_the_formula(pairs, beta):
 
 def test_gradient_by_differences(pairs, check_gradient):
   model, variables, batch = pairs
-  loss = lambda v: make_spin_loss(model, beta=0.7)(v, batch, None)[0]
+  loss = lambda v: SPIN(beta=0.7).loss(model)(v, batch, None)[0]
   check_gradient(loss, loss, variables)
 
 
 def test_the_loss_at_the_frozen_model_is_log_two(bigram, make_rows):
   model, variables = bigram
   batch = make_pair_batch(model, variables, make_rows(6, 9), make_rows(6, 8))
-  loss_sum, weight, _ = make_spin_loss(model)(variables, batch, None)
+  loss_sum, weight, _ = SPIN().loss(model)(variables, batch, None)
   assert float(loss_sum) / float(weight) == pytest.approx(np.log(2), abs=1e-6)
 
 
@@ -50,7 +53,7 @@ def test_the_loss_at_the_frozen_model_is_log_two(bigram, make_rows):
 def test_extreme_log_ratios_stay_finite(pairs, shift):
   model, variables, batch = pairs
   batch = batch.replace(demo_logp=batch.demo_logp - shift)  # the demo's log-ratio grows by shift.
-  loss = lambda v: make_spin_loss(model)(v, batch, None)[0]
+  loss = lambda v: SPIN().loss(model)(v, batch, None)[0]
   loss, grads = jax.jit(jax.value_and_grad(loss))(variables)
   assert float(loss) == pytest.approx(max(0.0, -0.1 * shift) * 6, rel=1e-2, abs=1e-3)
   size = max(float(np.abs(g).max()) for g in jax.tree.leaves(grads))
@@ -59,7 +62,7 @@ def test_extreme_log_ratios_stay_finite(pairs, shift):
 
 def test_tokens_outside_of_the_masks_do_not_matter(pairs, rng):
   model, variables, batch = pairs
-  loss = jax.jit(lambda b: make_spin_loss(model)(variables, b, None)[0])
+  loss = jax.jit(lambda b: SPIN().loss(model)(variables, b, None)[0])
   noise = lambda rows: rows.replace(tokens=np.where(
       rows.segment_ids > 0, rows.tokens, rng.integers(0, 7, rows.tokens.shape)
   ).astype(np.int32))
@@ -69,7 +72,7 @@ def test_tokens_outside_of_the_masks_do_not_matter(pairs, rng):
 
 def test_fillers_have_no_weight(pairs):
   model, variables, batch = pairs
-  loss = make_spin_loss(model)
+  loss = SPIN().loss(model)
   keep = np.array([True, False, True, True, False, True])
   mask = batch.demos.loss_mask * keep[:, None]
   filled = loss(variables, batch.replace(demos=batch.demos.replace(loss_mask=mask)), None)
@@ -80,7 +83,7 @@ def test_fillers_have_no_weight(pairs):
 
 def test_micro_batches_add_up(pairs, check_accumulation):
   model, variables, batch = pairs
-  check_accumulation(make_spin_loss(model), variables, batch)
+  check_accumulation(SPIN().loss(model), variables, batch)
 
 
 def test_the_gradient_vanishes_where_the_model_is_the_demonstrator(rng):
@@ -98,7 +101,7 @@ def test_the_gradient_vanishes_where_the_model_is_the_demonstrator(rng):
     p, q = (np.exp(sequence_logp(mdp, x)) for x in (expert, policy_SxA))
 
     def loss(v):  # one pair at a time, so that each has its own weight.
-      one = lambda b: make_spin_loss(model, beta=0.5)(
+      one = lambda b: SPIN(beta=0.5).loss(model)(
           v, jax.tree.map(lambda x: x[None], b), None
       )[0]
       return np.float32(p[left] * q[right]) @ jax.vmap(one)(batch)
@@ -111,5 +114,7 @@ def test_the_gradient_vanishes_where_the_model_is_the_demonstrator(rng):
 
 @pytest.mark.parametrize("beta", [0.0, -0.1])
 def test_an_impossible_beta_is_refused(beta):
-  with pytest.raises(ValueError, match=f"beta={beta}"):
-    make_spin_loss(None, beta=beta)
+  config = default_config()
+  config.methods.spin = SPIN(beta=beta)
+  with pytest.raises(UserError, match=f"config.methods.spin.beta={beta}"):
+    resolve(config)

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from dpr_jax.methods.programs import RolloutWork
 from dpr_jax.models import ModelConfig
 from dpr_jax.models.cache import init_cache
 from dpr_jax.models.variables import abstract_variables
-from dpr_jax.planning import bytes_moved, flops
+from dpr_jax.planning import bytes_moved
 from dpr_jax.sharding import make_mesh
 
 CFG = ModelConfig(vocab_size=96, hidden_size=32, mlp_size=48, num_layers=3, num_heads=4,
@@ -22,21 +23,22 @@ def _bytes(tree) -> int:
 
 
 def test_a_step_of_decoding_reads_the_whole_cache(rng):
-  rows, prompt, new, steps, scored = (int(n) for n in rng.integers(2, 9, 5))
+  rows, prompt, new, scored = (int(n) for n in rng.integers(2, 9, 4))
   kv = jax.eval_shape(lambda: init_cache(CFG, rows, new, prompt=prompt)).kv
   assert bytes_moved.cache_bytes(CFG, 1, rows, prompt + new) == _bytes(kv)
   variables = abstract_variables(CFG, make_mesh(devices=jax.devices()[:1]), "bfloat16")
-  want = steps * (_bytes(kv) + _bytes(variables)) + (1 + scored) * _bytes(variables)
-  assert bytes_moved.rollout(CFG, 1, rows, prompt, new, steps, scored) == want
+  want = (new - 1) * (_bytes(kv) + _bytes(variables)) + (1 + scored) * _bytes(variables)
+  assert bytes_moved.rollout(CFG, 1, rows, RolloutWork(rows, prompt, new, scored)) == want
 
 
 def test_slots_read_fewer_rows_in_more_steps(rng):
   rows, slots, prompt, new = 12, 4, 6, int(rng.integers(3, 9))
-  move = lambda n, steps: bytes_moved.rollout(CFG, 1, n, prompt, new, steps)
-  cached = lambda n, steps: move(n, steps) - move(0, steps)
-  steps = flops.decode_steps(rows, new, slots)
-  assert steps == 3 * (new - 1)
-  assert cached(slots, steps) == cached(rows, new - 1)
+  whole = RolloutWork(rows, prompt, new, scored=2)
+  queued = dataclasses.replace(whole, slots=slots)
+  move = lambda n, work: bytes_moved.rollout(CFG, 1, n, work)
+  cached = lambda n, work: move(n, work) - move(0, work)
+  assert queued.steps == 3 * whole.steps == 3 * (new - 1)
+  assert cached(slots, queued) == cached(rows, whole)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -10,6 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 from dpr_jax.data.batches import SFTBatch
 from dpr_jax.losses import make_sft_loss
+from dpr_jax.methods.programs import RolloutWork
 from dpr_jax.models import ModelConfig, Transformer
 from dpr_jax.models.lora import LoRA, split_trainable
 from dpr_jax.models.variables import abstract_variables
@@ -107,11 +108,13 @@ def test_a_rollout_is_the_sum_of_its_forward_passes(rng):
   steps = sum(flops.forward(cfg, rows, 1, past=prompt + t, logits=1) for t in range(new - 1))
   want = flops.forward(cfg, rows, prompt, logits=1) + steps
   want += 2 * flops.forward(cfg, rows, prompt + new, logits=new)
-  assert flops.rollout(cfg, rows, prompt, new) == want
+  work = RolloutWork(rows, prompt, new, scored=2)
+  assert flops.rollout(cfg, work) == want
   shared = 2 * rows * flops.forward(cfg, 1, prompt)  # of 3 samples a prompt, two prefills less.
-  assert flops.rollout(cfg, 3 * rows, prompt, new, samples=3) == 3 * want - shared
+  sampled = dataclasses.replace(work, rows=3 * rows, samples=3)
+  assert flops.rollout(cfg, sampled) == 3 * want - shared
   again = flops.forward(cfg, rows, prompt + new, logits=new)
-  assert flops.rollout(cfg, rows, prompt, new, scored=5) == want + 3 * again
+  assert flops.rollout(cfg, dataclasses.replace(work, scored=5)) == want + 3 * again
 
 
 def test_slots_decode_in_waves(rng):
@@ -124,10 +127,12 @@ def test_slots_decode_in_waves(rng):
       decode += slots * flops.forward(CFG, 1, 1, past=prompt + t, logits=1)
       steps += 1
     left -= slots
-  assert flops.decode_steps(rows, new, slots) == steps
+  work = RolloutWork(rows, prompt, new, scored=0, slots=slots)
+  assert work.steps == steps
   prefill = rows * flops.forward(CFG, 1, prompt)
-  assert flops.rollout(CFG, rows, prompt, new, slots=slots, scored=0) == prefill + decode
+  assert flops.rollout(CFG, work) == prefill + decode
+  whole = dataclasses.replace(work, slots=0)
   for all_at_once in (0, rows, rows + 3):
-    assert flops.decode_steps(rows, new, all_at_once) == new - 1
-    assert flops.rollout(CFG, rows, prompt, new, slots=all_at_once) == (
-        flops.rollout(CFG, rows, prompt, new))
+    work = dataclasses.replace(work, slots=all_at_once)
+    assert work.steps == new - 1
+    assert flops.rollout(CFG, work) == flops.rollout(CFG, whole)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax.core import freeze
 
-from dpr_jax.config import SFTSection
+from dpr_jax.config.sections import SFTSection
 from dpr_jax.references import Reference, combine_logps
 from dpr_jax.references.base import COMBINE
 

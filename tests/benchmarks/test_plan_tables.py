@@ -6,7 +6,15 @@ import pathlib
 import pytest
 
 from dpr_jax.errors import UserError
-from dpr_jax.planning import report, summary, tables
+from dpr_jax.planning import report
+from dpr_jax.planning.text import plan_text
+
+
+@pytest.fixture
+def tables():
+  from benchmarks import plan_tables
+
+  return plan_tables
 
 
 def _batch(rows, *accumulation):
@@ -43,7 +51,7 @@ def _made(**changes):
   }
 
 
-def _updated(tmp_path, *plans) -> str:
+def _updated(tables, tmp_path, *plans) -> str:
   files, short = [tmp_path / f"{i}.json" for i in range(len(plans))], tmp_path / "plans.jsonl"
   for path, made in zip(files, plans):
     path.write_text(json.dumps(made))
@@ -61,13 +69,13 @@ def _updated(tmp_path, *plans) -> str:
   return text
 
 
-def test_the_tables_of_plans_go_between_the_marks(tmp_path):
+def test_the_tables_of_plans_go_between_the_marks(tables, tmp_path):
   made = _made()
-  text = _updated(tmp_path, made)
+  text = _updated(tables, tmp_path, made)
   assert text.count("| x, LoRA 8 | v5e:2x2 | 1,2,2 |") == 2
   assert "| 1.5 | over, 32.0 |  |" in text and "1.50 compute" in text and "1,234" in text
   assert "warning" not in text
-  shown = tables.plan_text(made)
+  shown = plan_text(made)
   assert "does not fit, 3.0 GiB\n" in shown
   assert "out of memory: too much" in shown and "not compiled" in shown
   assert "warning" not in shown
@@ -77,20 +85,20 @@ def test_the_tables_of_plans_go_between_the_marks(tmp_path):
     tables.update(tmp_path / "plans.jsonl", tmp_path / "bare.md")
 
 
-def test_no_plans_give_no_tables(tmp_path):
-  assert _updated(tmp_path).count("No plans here yet") == 4
+def test_no_plans_give_no_tables(tables, tmp_path):
+  assert _updated(tables, tmp_path).count("No plans here yet") == 4
 
 
 @pytest.mark.parametrize("times, wanted", [(3, "3 times"), (None, "not known")])
-def test_rematerializations_are_warned_of(times, wanted, tmp_path):
+def test_rematerializations_are_warned_of(tables, times, wanted, tmp_path):
   made = _made()
   made["programs"]["sft/train_step"]["involuntary_rematerializations"] = times
-  (warning,) = [s for s in tables.plan_text(made).splitlines() if s.startswith("warning")]
+  (warning,) = [s for s in plan_text(made).splitlines() if s.startswith("warning")]
   assert "sft/train_step" in warning and wanted in warning
-  assert warning in _updated(tmp_path, made)
+  assert warning in _updated(tables, tmp_path, made)
 
 
-def test_all_meshes_of_a_search_are_listed(tmp_path):
+def test_all_meshes_of_a_search_are_listed(tables, tmp_path):
   def candidate(mesh, parts, fits=None, gib=None, seconds=None):
     return {"mesh": dict(zip(("data", "fsdp", "tensor"), mesh)), "accumulation": [parts, parts],
             "fits": fits, "peak_bytes": gib and gib * 2**30, "bound_seconds": seconds}
@@ -99,7 +107,7 @@ def test_all_meshes_of_a_search_are_listed(tmp_path):
       candidate((1, 4, 1), 1, False), candidate((1, 1, 4), 2, True, 7.25, 3.5),
       candidate((1, 2, 2), 2, True, 7.5, 3.0), candidate((2, 2, 1), 2), candidate((4, 1, 1), 2),
   ])
-  text = _updated(tmp_path, made, _made())
+  text = _updated(tables, tmp_path, made, _made())
   begin, end = tables.marks("meshes")
   rows = text.partition(begin)[2].partition(end)[0].strip().splitlines()[2:]
   assert rows == [
@@ -108,39 +116,39 @@ def test_all_meshes_of_a_search_are_listed(tmp_path):
   ]
 
 
-def test_lora_stands_beside_the_full_plan_of_the_same_batch(tmp_path):
+def test_lora_stands_beside_the_full_plan_of_the_same_batch(tables, tmp_path):
   full = _made(lora_rank=0, mesh={"data": 1, "fsdp": 4, "tensor": 1},
                batch=_batch(8, 4, 4))
   full["programs"]["sft/train_step"]["peak_bytes"] = 3 * 2**30
   forced = _made(lora_rank=0, searched=False)
   other = _made(lora_rank=0, batch=_batch(16, 1, 2))
-  text = _updated(tmp_path, full, forced, other, _made())
+  text = _updated(tables, tmp_path, full, forced, other, _made())
   begin, end = tables.marks("lora")
   rows = text.partition(begin)[2].partition(end)[0].strip().splitlines()[2:]
   assert rows == ["| x, LoRA 8 | v5e:2x2 | 4, 4 / 1, 2 | 1,4,1 / 1,2,2 | 3.5 / 1.5 | "
                   "over, 32.0 / over, 32.0 |  /  |"]
 
 
-def test_the_minimum_stands_beside_what_was_compiled(tmp_path):
+def test_the_minimum_stands_beside_what_was_compiled(tables, tmp_path):
   least = {"gathered_forward": 4 * 10**9, "gathered_backward": 3 * 10**9,
            "gradients_reduced": 2 * 10**9}
   made = _made(lora_rank=0, searched=False,
                mesh={"data": 1, "fsdp": 4, "tensor": 1})
   made["programs"]["sft/train_step"] |= {
       "minimum_bytes": least, "collective_bytes": {"all-gather": 10**10, "all-reduce": 10**9}}
-  text = _updated(tmp_path, made, _made())
+  text = _updated(tables, tmp_path, made, _made())
   begin, end = tables.marks("minimum")
   rows = text.partition(begin)[2].partition(end)[0].strip().splitlines()[2:]
   assert rows == ["| x | v5e:2x2 | 1,4,1 | sft/train_step | 8 / 1 | 4.00 | 3.00 | 2.00 | 9.00 | "
                   "11.00 | 10.00 | 1.00 |"]
 
 
-def test_columns_are_those_of_the_programs_of_the_plans(tmp_path):
+def test_columns_are_those_of_the_programs_of_the_plans(tables, tmp_path):
   made = _made()
   made["programs"] = {f"{stage}/train_step": program
                       for stage, program in zip(("sft", "dpr", "spin"), made["programs"].values())}
   other = _made(config="configs/y.py", programs={"sft/train_step": report.not_compiled()})
-  lines = _updated(tmp_path, made, other).splitlines()
+  lines = _updated(tables, tmp_path, made, other).splitlines()
   head, _, first, second = lines[2:6]
   assert head.endswith("| fits | sft/train_step GiB | dpr/train_step GiB | spin/train_step GiB | "
                        "sft/train_step s | dpr/train_step s | spin/train_step s | sft tokens/s | "
@@ -149,23 +157,23 @@ def test_columns_are_those_of_the_programs_of_the_plans(tmp_path):
   assert second.endswith("| no |  |  |  |  |  |  | 1,234 |  |")
 
 
-def test_a_plan_replaces_its_line(tmp_path):
+def test_a_plan_replaces_its_line(tables, tmp_path):
   short = tmp_path / "plans.jsonl"
   for name, rank in (("b", 8), ("a", 0), ("b", 4)):
     (tmp_path / f"{name}.json").write_text(json.dumps(_made(lora_rank=rank)))
-    summary.add([tmp_path / f"{name}.json"], short)
+    tables.add([tmp_path / f"{name}.json"], short)
   assert short.read_text().startswith('{"plan":"a",')  # As benchmarks/plan_all.sh looks for it.
-  assert [(line["plan"], line["lora_rank"]) for line in summary.read(short)] == [("a", 0), ("b", 4)]
+  assert [(line["plan"], line["lora_rank"]) for line in tables.read(short)] == [("a", 0), ("b", 4)]
   (tmp_path / "b.json").write_text(json.dumps({"config": "configs/x.py"}))
   with pytest.raises(UserError, match="b.json: not a plan"):
-    summary.add([tmp_path / "b.json"], short)
+    tables.add([tmp_path / "b.json"], short)
   short.write_text(short.read_text() + "[]\n")
   with pytest.raises(UserError, match="plans.jsonl:3: not the summary"):
-    summary.read(short)
+    tables.read(short)
 
 
-def test_the_page_says_what_the_plans_say(tmp_path):
-  docs = pathlib.Path(tables.__file__).parents[2] / "docs"
+def test_the_page_says_what_the_plans_say(tables, tmp_path):
+  docs = pathlib.Path(tables.__file__).parents[1] / "docs"
   page = tmp_path / "scaling.md"
   page.write_text((docs / "scaling.md").read_text())
   tables.update(docs / "plans.jsonl", page)

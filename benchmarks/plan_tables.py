@@ -1,7 +1,7 @@
-"""Plans as text: one in full for the terminal, many as the Markdown tables of docs/scaling.md.
+"""Summaries of plans, a JSON line each, and from them the Markdown tables of docs/scaling.md.
 
-    python -m dpr_jax.planning.tables summarize PLAN.json ... --output=docs/plans.jsonl
-    python -m dpr_jax.planning.tables docs/plans.jsonl docs/scaling.md
+    python -m benchmarks.plan_tables summarize PLAN.json ... --output=docs/plans.jsonl
+    python -m benchmarks.plan_tables docs/plans.jsonl docs/scaling.md
 
 `summarize` reads full plans, as `python -m dpr_jax.plan --output=PLAN.json` writes them, and adds a
 line for each to the summary: the figures that the tables print, under the file's name. A line of
@@ -9,21 +9,16 @@ the same name is replaced. The second command writes the tables between their ma
 """
 
 import argparse
+import json
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dpr_jax.errors import UserError
-from dpr_jax.planning.summary import (
-    Line,
-    Plan,
-    add,
-    mesh_text,
-    out_of_memory,
-    peak_bytes,
-    read,
-    warnings,
-)
+from dpr_jax.planning.report import out_of_memory, peak_bytes
+from dpr_jax.planning.text import Plan, mesh_text, warnings
+
+Line = dict[str, Any]  # The summary of a plan, see `summarize`.
 
 # The marks around each table of the document.
 SECTIONS = ("plans", "meshes", "lora", "minimum")
@@ -31,65 +26,111 @@ SECTIONS = ("plans", "meshes", "lora", "minimum")
 _GIB = 2**30
 
 
+def summarize(plan: Plan, name: str) -> Line:
+  """The figures of a plan that the tables print, at the printed precision.
+
+  `plan` is its name. `batch` holds rows, tokens per row and accumulation of the updates of each
+  stage. `programs` maps the name of each program to None if it was not compiled, else to `gib`
+  (peak and resident memory), `over` (whether it ran out of memory), `bound` (the longest roofline
+  bound: seconds, and which), `received_gb` (by kind of collective) and `minimum_gb` (what an update
+  must receive on a mesh of fsdp alone, in parts, and what it receives; None on others). `meshes`
+  are those of an exhaustive search, the fastest first, or None.
+  """
+  return {
+      "plan": name,
+      "config": pathlib.PurePath(plan["config"]).stem,
+      "lora_rank": plan["lora_rank"],
+      "topology": plan["topology"],
+      "mesh": mesh_text(plan["mesh"]),
+      "attention": plan["attention"],
+      "batch": {
+          program.partition("/")[0]: [work["rows"], work["tokens"], work["accumulation"]]
+          for program, work in plan["batch"].items() if "accumulation" in work
+      },
+      "fits": plan["fits"],
+      "searched": plan["searched"],
+      "programs": {n: _program(entry) for n, entry in plan["programs"].items()},
+      "tokens_per_second": {
+          stage: _rounded(bound, 0) for stage, bound in plan["tokens_per_second_bound"].items()
+      },
+      "meshes": _candidates(plan) if plan["exhaustive"] else None,
+      "warnings": warnings(plan),
+  }
+
+
+def _rounded(x: float | None, digits: int, unit: float = 1.0) -> float | int | None:
+  """x in the unit with as many decimals as are printed, an int if that is none."""
+  if x is None:
+    return None
+  return float(f"{x / unit:.{digits}f}") if digits else int(f"{x / unit:.0f}")
+
+
+def _gigabytes(parts: dict[str, float]) -> dict[str, float]:
+  return {name: _rounded(n, 2, 1e9) for name, n in parts.items()}
+
+
+def _program(entry: dict[str, Any]) -> dict[str, Any] | None:
+  if entry["fits"] is None:
+    return None
+  bounds, received, least = (
+      entry[key] for key in ("bound_seconds", "collective_bytes", "minimum_bytes")
+  )
+  longest = max(bounds, key=bounds.get) if bounds else None
+  return {
+      "gib": _rounded(peak_bytes(entry), 1, _GIB),
+      "over": out_of_memory(entry),
+      "bound": [_rounded(bounds[longest], 2), longest] if longest else None,
+      "received_gb": None if received is None else _gigabytes(received),
+      "minimum_gb": least and _gigabytes(
+          least | {"minimum": sum(least.values()), "compiled": sum(received.values())}
+      ),
+  }
+
+
+def _candidates(plan: Plan) -> list[dict[str, Any]]:
+  return [
+      {"accumulation": c["accumulation"], "mesh": mesh_text(c["mesh"]), "fits": c["fits"],
+       "gib": _rounded(c["peak_bytes"], 1, _GIB),
+       "seconds": _rounded(c["bound_seconds"], 2)}
+      for c in sorted(plan["candidates"], key=lambda c: c["bound_seconds"] or 0.0)
+  ]
+
+
+def read(path: pathlib.Path) -> list[Line]:
+  """The lines of a summary; none if the file does not exist.
+
+  Raises:
+    UserError: a line is not the summary of a plan.
+  """
+  lines = []
+  for number, text in enumerate(path.read_text("utf-8").splitlines() if path.exists() else (), 1):
+    try:
+      lines.append(json.loads(text))
+      lines[-1]["plan"]
+    except (ValueError, TypeError, KeyError):
+      raise UserError(f"{path}:{number}: not the summary of a plan") from None
+  return lines
+
+
+def add(plans: Sequence[pathlib.Path], summary: pathlib.Path) -> None:
+  """Adds full plans to a summary, sorted by name; a line of the same name is replaced.
+
+  Raises:
+    UserError: a file is not a full plan.
+  """
+  lines = {line["plan"]: line for line in read(summary)}
+  for path in plans:
+    try:
+      lines[path.stem] = summarize(json.loads(path.read_text("utf-8")), path.stem)
+    except (OSError, ValueError, TypeError, KeyError) as e:
+      raise UserError(f"{path}: not a plan that `python -m dpr_jax.plan --output` wrote: {e!r}"
+                      ) from None
+  text = [json.dumps(lines[name], separators=(",", ":")) + "\n" for name in sorted(lines)]
+  summary.write_text("".join(text), encoding="utf-8")
+
+
 def marks(section: str) -> tuple[str, str]:
   return f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
-
-
-def plan_text(plan: Plan) -> str:
-  """What the entry point prints."""
-  lora = f", LoRA rank {plan['lora_rank']}" if plan["lora_rank"] else ""
-  names = max(16, *(len(name) + 2 for name in plan["programs"]))  # Width of their column.
-  lines = [
-      f"{plan['config']}{lora} on {plan['topology']}: {plan['devices']} devices of "
-      f"{plan['hbm_bytes'] / _GIB:.2f} GiB, {plan['parameters'] / 1e9:.2f} B parameters",
-      *(f"{name:<{names}}" + ", ".join(f"{field} {n}" for field, n in work.items())
-        for name, work in plan["batch"].items()),
-      "",
-      f"{'mesh (data,fsdp,tensor)':<26}{'accumulation':>14}{'estimated GiB':>14}"
-      f"{'estimated s':>13}  compiled",
-  ]
-  for c in plan["candidates"]:
-    outcome = {None: "not compiled", True: "fits", False: "does not fit"}[c["fits"]]
-    if c["peak_bytes"] is not None:
-      outcome += f", {c['peak_bytes'] / _GIB:.1f} GiB"
-    if c["bound_seconds"] is not None:
-      outcome += f", at least {c['bound_seconds']:.2f} s"
-    parts = ",".join(map(str, c["accumulation"]))
-    lines.append(f"{mesh_text(c['mesh']):<26}{parts:>14}{c['estimated_peak_bytes'] / _GIB:>14.1f}"
-                 f"{c['estimated_seconds']:>13.2f}  {outcome}")
-  head = ("args", "temp", "peak", "+ resident", "PFLOP", "HBM GB", "ICI GB", "bound: compute",
-          "HBM", "ICI")
-  lines += ["", f"mesh {mesh_text(plan['mesh'])}; figures of one device, memory in GiB, roofline "
-                "bounds in seconds:",
-            f"{'program':<{names}}{'fits':>5}" + "".join(f"{h:>15}" for h in head)]
-  for name, p in plan["programs"].items():
-    if p["peak_bytes"] is None:
-      over = out_of_memory(p)
-      outcome = f"no  out of memory: {p['compiler_message']}" if over else "  not compiled"
-      lines.append(f"{name:<{names}}{'':>3}{outcome}")
-      continue
-    memory = [p["argument_bytes"], p["temp_bytes"], p["peak_bytes"], peak_bytes(p)]
-    cells = [f"{x / _GIB:.2f}" for x in memory] + [
-        f"{p['flops'] / 1e15:.3f}", f"{p['hbm_bytes_moved'] / 1e9:.1f}",
-        f"{sum(p['collective_bytes'].values()) / 1e9:.1f}",
-        *(f"{s:.3f}" for s in p["bound_seconds"].values()),
-    ]
-    fits = "yes" if p["fits"] else "no"
-    lines.append(f"{name:<{names}}{fits:>5}" + "".join(f"{c:>15}" for c in cells))
-    lines.append(" " * names + "collectives: " + (", ".join(
-        f"{k} {p['collective_count'][k]} times {v / 1e9:.2f} GB"
-        for k, v in p["collective_bytes"].items()) or "none"))
-  lines += ["", *warnings(plan)]
-  if plan["fits"]:
-    fields = {f"config.mesh.{axis}": n for axis, n in plan["mesh"].items()} | plan["accumulation"]
-    speeds = [f"{x:,.0f} {stage}" for stage, x in plan["tokens_per_second_bound"].items()]
-    flags = " ".join(f"--{field}={n}" for field, n in fields.items())
-    lines.append(f"suggested: {flags}; tokens/s of each stage, at most: {', '.join(speeds)} "
-                 "(bounds, not measurements)")
-  else:
-    lines.append(f"nothing compiled fits; raise {' and '.join(plan['accumulation'])}, use LoRA "
-                 "(--config.model.lora.rank=16), or take more devices")
-  return "\n".join(lines)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -246,14 +287,14 @@ def update(summary: pathlib.Path, document: pathlib.Path) -> None:
 
 def main(argv: Sequence[str]) -> None:
   if argv and argv[0] == "summarize":
-    parser = argparse.ArgumentParser(prog="python -m dpr_jax.planning.tables summarize")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_tables summarize")
     parser.add_argument("plans", nargs="+", type=pathlib.Path, metavar="PLAN.json")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="the summary to update")
     args = parser.parse_args(argv[1:])
     return add(args.plans, args.output)
   if len(argv) != 2:
-    raise UserError("usage: python -m dpr_jax.planning.tables docs/plans.jsonl docs/scaling.md, or "
-                    "python -m dpr_jax.planning.tables summarize PLAN.json ... --output=SUMMARY")
+    raise UserError("usage: python -m benchmarks.plan_tables docs/plans.jsonl docs/scaling.md, or "
+                    "python -m benchmarks.plan_tables summarize PLAN.json ... --output=SUMMARY")
   summary, document = map(pathlib.Path, argv)
   for path in (summary, document):
     if not path.is_file():

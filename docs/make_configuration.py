@@ -1,6 +1,6 @@
-"""docs/configuration.md, made from the dataclasses that declare the fields.
+"""Makes configuration.md, beside this file, from the dataclasses that declare the fields.
 
-    python -m dpr_jax.config.reference_page docs/configuration.md
+    python docs/make_configuration.py
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from dpr_jax.config.values import hints, optional
 _INTRO = """\
 # Configuration
 
-<!-- Made by `python -m dpr_jax.config.reference_page docs/configuration.md`; do not edit. -->
+<!-- Made by `python docs/make_configuration.py`; do not edit. -->
 
 A config file returns `default_config()` with some of its fields changed; the command line changes
 them further, as in `--config.sft.steps=200`. A field marked † may be changed when a run is resumed:
@@ -205,4 +205,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-  pathlib.Path(sys.argv[1]).write_text(page(), encoding="utf-8")
+  pathlib.Path(__file__).with_name("configuration.md").write_text(page(), encoding="utf-8")
