@@ -6,9 +6,9 @@ by way of the coordination service, which needs no device and no shared disk: ei
 go on, or all of them end with an error that names what differs and in which process.
 """
 
+import contextlib
 import itertools
 import json
-import pathlib
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -111,8 +111,9 @@ def check_shared(folder: Any, name: str) -> None:
   finally:
     if lead:
       probe.unlink(missing_ok=True)
-      if made:
-        pathlib.Path(folder).rmdir()
+      if made:  # In a bucket it went with the probe.
+        with contextlib.suppress(NotADirectoryError):
+          folder.rmdir()
 
 
 def _processes() -> tuple[int, int]:

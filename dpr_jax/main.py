@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from dpr_jax import cli, compilation_cache
+from dpr_jax import cli, compilation_cache, paths
 
 
 def parse(argv: Sequence[str]):
@@ -50,6 +50,8 @@ def parse(argv: Sequence[str]):
       define=define,
       required={"config": "configs/smoke.py", "workdir": "runs/smoke"},
   )
+  with naming("--workdir"):
+    paths.as_path(values.workdir)
   run_config = config_lib.resolve(values.config)
   cli.check_methods(argv, run_config.methods)
   if values.profile_steps is not None:

@@ -30,6 +30,7 @@ from etils import epath
 
 from dpr_jax import fingerprints, sharding
 from dpr_jax.errors import UserError
+from dpr_jax.paths import absolute, in_bucket
 from dpr_jax.training.integrity import changed_file, fingerprint, record_files, stored_dtypes
 from dpr_jax.training.steps import TrainState
 from dpr_jax.workdir import check_path
@@ -75,9 +76,7 @@ class Checkpoints:
     """Args: keep, latest checkpoints kept; keep_steps, steps never deleted (milestones)."""
     # Orbax logs every file it opens, and warns about what read_only means.
     logging.getLogger("absl").setLevel(logging.ERROR if read_only else logging.WARNING)
-    self.directory = epath.Path(directory)
-    if "://" not in str(directory):
-      self.directory = self.directory.absolute()
+    self.directory = epath.Path(absolute(directory))
     if not read_only:
       check_path(self.directory)
     self._read_only, self._saving = read_only, 0
@@ -127,9 +126,13 @@ class Checkpoints:
       raise RuntimeError(f"{self.directory}: step {step} was not saved; it holds {self.steps()}")
 
   def _record_files(self) -> None:
-    """Called when all files of a save are written, just before their folder gets its name."""
+    """Called when all files of a save are written, just before their folder gets its name.
+
+    In a bucket it has its name, but not yet the mark that it is finished.
+    """
     if jax.process_index() == 0:
-      for folder in self.directory.glob(f"{self._saving}.*tmp*"):
+      name = str(self._saving) if in_bucket(self.directory) else f"{self._saving}.*tmp*"
+      for folder in self.directory.glob(name):
         record_files(folder)
 
   def wait(self) -> None:

@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ import numpy as np
 
 from dpr_jax import fingerprints
 from dpr_jax.errors import Diverged, UserError
+from dpr_jax.paths import Appender, as_path, write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -28,11 +28,10 @@ def _parse(
     path: str | os.PathLike, keys: Sequence[str] = ()
 ) -> tuple[list[dict[str, Any]], list[int]]:
   """The lines of a metrics.jsonl, and the numbers of those that are damaged or lack `keys`."""
-  lines, damaged = [], []
-  if not os.path.exists(path):
+  lines, damaged, path = [], [], as_path(path)
+  if not path.exists():
     return lines, damaged
-  with open(path, "rb") as f:
-    *whole, _ = f.read().split(b"\n")  # A last line without its end was never finished.
+  *whole, _ = path.read_bytes().split(b"\n")  # A last line without its end was never finished.
   for number, raw in enumerate(whole, 1):
     try:
       line = json.loads(raw)
@@ -84,7 +83,7 @@ class MetricsWriter:
     self._tokens, self._seconds = 0.0, 0.0
     self._file = self._board = self._bar = None
     self._warned = False
-    path = Path(directory) / "metrics.jsonl"
+    path = as_path(directory) / "metrics.jsonl"
     lines, damaged = _parse(path, ("step", "loss", "tokens", "seconds"))
     kept = [line for line in lines if line["step"] <= start_step]
     if start_step and (not kept or kept[-1]["step"] != start_step):
@@ -103,11 +102,8 @@ class MetricsWriter:
             "%s: %s damaged, and left out; the file is kept as %s", path, _numbers(damaged),
             copy.name,
         )
-      path.parent.mkdir(parents=True, exist_ok=True)
-      temporary = path.with_suffix(".tmp")
-      temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-      os.replace(temporary, path)
-      self._file = open(path, "a", encoding="utf-8", buffering=1)  # A line at a time.
+      write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+      self._file = Appender(path)
       if tensorboard_dir is not None:
         from tensorboardX import SummaryWriter  # Slow to import, and only needed here.
 
@@ -145,14 +141,13 @@ class MetricsWriter:
     self._pending = (step, metrics)
 
   def flush(self) -> None:
-    """Writes what is pending, down to the disk, whatever `every` says.
+    """Writes what is pending, down to the disk or the bucket, whatever `every` says.
 
     Called before a checkpoint, so that a resumed run finds the totals of its first step.
     """
     self._emit(due=True)
     if self._file is not None:
-      self._file.flush()
-      os.fsync(self._file.fileno())
+      self._file.sync()
 
   def _emit(self, due: bool = False) -> None:
     if self._pending is None:
