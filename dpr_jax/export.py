@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
   from dpr_jax import sharding, weights
   from dpr_jax.loading import load_checkpoint
   from dpr_jax.models.lora import LoRA, merge
-  from dpr_jax.paths import written_to
+  from dpr_jax.paths import Mirror
   from dpr_jax.weights.peft import save_adapter
 
   mesh = sharding.make_mesh()
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     if args.adapter and loaded.keep_layers:
       raise UserError(f"--adapter: {args.model} adapts {loaded.keep_layers} of the layers of "
                       f"{loaded.base}, which PEFT would load whole; export without --adapter")
-    with written_to(output) as folder:
+    with Mirror(output) as folder:
       if args.adapter:
         save_adapter(folder, cfg, loaded.variables.get("lora"), base=loaded.base)
         return

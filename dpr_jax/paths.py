@@ -6,7 +6,6 @@ atomic, but nothing can be appended to it, linked or renamed; a folder is there 
 in it.
 """
 
-import contextlib
 import functools
 import importlib.util
 import io
@@ -14,7 +13,6 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -55,6 +53,10 @@ def as_path(path: str | os.PathLike) -> Path:
     raise UserError(f"{path}: expected a path on a disk, or gs://BUCKET/FOLDER")
   _store()
   return epath.Path(path)
+
+
+def is_link(path: Path) -> bool:
+  return not in_bucket(path) and path.is_symlink()
 
 
 def absolute(path: str | os.PathLike) -> Path:
@@ -112,7 +114,7 @@ def share(folder: Path, to: Path) -> None:
   A second call changes nothing, but adds what the first one did not come to.
   """
   if not in_bucket(folder):
-    if not to.is_symlink() and not to.exists() and folder.is_dir():
+    if not is_link(to) and not to.exists() and folder.is_dir():
       to.symlink_to(os.path.relpath(folder, to.parent), target_is_directory=True)
     return
   store, base = _store(), len(folder.as_uri())
@@ -131,18 +133,6 @@ def upload(folder: pathlib.Path, to: Path) -> list[Path]:
     else:
       copy(file, target)
   return targets
-
-
-@contextlib.contextmanager
-def written_to(folder: Path) -> Iterator[pathlib.Path]:
-  """Where to write what is to be in a folder: there, or of a bucket in one that is uploaded then.
-  """
-  if not in_bucket(folder):
-    yield folder
-    return
-  with tempfile.TemporaryDirectory(prefix="dpr_jax-") as temporary:
-    yield pathlib.Path(temporary)
-    upload(pathlib.Path(temporary), folder)
 
 
 def on_disk(path: str | os.PathLike) -> pathlib.Path:
@@ -185,6 +175,33 @@ def append(path: Path, data: bytes) -> None:
   with open(path, "ab", buffering=0) as file:
     file.write(data)
     os.fsync(file.fileno())
+
+
+class Mirror:
+  """A folder for what knows no buckets, to write to: `folder` is the one that is given, or of a
+  bucket one on this disk, whose files are copied at every `sync`. As a context it yields that path.
+  """
+
+  def __init__(self, folder: Path):
+    self._given, self.folder, self._temporary = folder, folder, None
+    if in_bucket(folder):
+      self._temporary = tempfile.TemporaryDirectory(prefix="dpr_jax-")
+      self.folder = pathlib.Path(self._temporary.name)
+
+  def sync(self) -> None:
+    if self._temporary:
+      upload(self.folder, self._given)
+
+  def close(self) -> None:
+    self.sync()
+    if self._temporary:
+      self._temporary.cleanup()
+
+  def __enter__(self) -> pathlib.Path:
+    return self.folder
+
+  def __exit__(self, *_) -> None:
+    self.close()
 
 
 class Appender:

@@ -16,6 +16,7 @@ from dpr_jax.config.sections import Budget, OptimizerChanges
 from dpr_jax.errors import UserError
 from dpr_jax.evaluation.systems import System
 from dpr_jax.methods.programs import Program, Shapes
+from dpr_jax.paths import is_link
 from dpr_jax.training.loop import Stage, Training, run_stage
 from dpr_jax.training.stopping import FILE as STOPPED_FILE
 
@@ -130,7 +131,7 @@ def train_stage(
 ) -> None:
   """Runs a stage in the workdir of a run."""
   directory = run.workdir.stage(name)
-  files = () if directory.is_symlink() else (directory / "metrics.jsonl", directory / STOPPED_FILE)
+  files = () if is_link(directory) else (directory / "metrics.jsonl", directory / STOPPED_FILE)
 
   def begin():
     run.workdir.record(*files, finished=False)

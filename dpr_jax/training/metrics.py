@@ -19,7 +19,7 @@ import numpy as np
 
 from dpr_jax import fingerprints
 from dpr_jax.errors import Diverged, UserError
-from dpr_jax.paths import Appender, as_path, write_atomically
+from dpr_jax.paths import Appender, Mirror, as_path, write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class MetricsWriter:
     self._pending: tuple[int, Any] | None = None
     self._lead = jax.process_index() == 0
     self._tokens, self._seconds = 0.0, 0.0
-    self._file = self._board = self._bar = None
+    self._file = self._board = self._events = self._bar = None
     self._warned = False
     path = as_path(directory) / "metrics.jsonl"
     lines, damaged = _parse(path, ("step", "loss", "tokens", "seconds"))
@@ -107,7 +107,8 @@ class MetricsWriter:
       if tensorboard_dir is not None:
         from tensorboardX import SummaryWriter  # Slow to import, and only needed here.
 
-        self._board = SummaryWriter(str(tensorboard_dir), purge_step=start_step + 1)
+        self._events = Mirror(tensorboard_dir)
+        self._board = SummaryWriter(str(self._events.folder), purge_step=start_step + 1)
       if progress:
         import tqdm
 
@@ -131,7 +132,7 @@ class MetricsWriter:
       if exc_type is None:
         self.flush()
     finally:
-      for resource in (self._file, self._board, self._bar):
+      for resource in (self._file, self._board, self._events, self._bar):
         if resource is not None:
           resource.close()
 
@@ -148,6 +149,9 @@ class MetricsWriter:
     self._emit(due=True)
     if self._file is not None:
       self._file.sync()
+    if self._board is not None:
+      self._board.flush()
+      self._events.sync()
 
   def _emit(self, due: bool = False) -> None:
     if self._pending is None:

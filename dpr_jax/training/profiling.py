@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from dpr_jax.paths import Path, written_to
+from dpr_jax.paths import Mirror, Path
 
 
 class StepTrace:
@@ -25,7 +25,7 @@ class StepTrace:
       yield results
       return
     if not self.active:  # At `first`, or where a resumed stage begins.
-      place = self.stack.enter_context(written_to(self.directory))  # It knows disks alone.
+      place = self.stack.enter_context(Mirror(self.directory))  # It knows disks alone.
       place.mkdir(parents=True, exist_ok=True)
       jax.profiler.start_trace(place)
       self.active = True
