@@ -33,7 +33,7 @@ class BucketLock:
       store = tensorstore.KvStore.open({"driver": "gcs", "bucket": self._bucket}).result()
       return getattr(store, method)(self._key, *args, **kwargs).result()
     except Exception as e:  # TensorStore has no error of its own.
-      raise OSError(f"{e}"[:200]) from None
+      raise (FileNotFoundError if "NOT_FOUND" in str(e) else OSError)(str(e)) from None
 
   def take(self, check: Callable[[bytes], None]) -> None:
     """Raises what `check` raises, which is called with the content of a lock that is there."""

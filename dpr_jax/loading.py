@@ -20,7 +20,7 @@ from dpr_jax.models import ModelConfig, Transformer
 from dpr_jax.models.layer_pruning import pruned_params
 from dpr_jax.models.lora import LoRA, split_trainable
 from dpr_jax.models.variables import abstract_variables, cast, random_adapter, random_variables
-from dpr_jax.paths import Path, absolute, as_path
+from dpr_jax.paths import Path, absolute, as_path, refusal
 from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.workdir import Workdir
 
@@ -98,7 +98,7 @@ def split_checkpoint(spec: str) -> tuple[Path, str]:
   try:  # An @ may be the path's own.
     whole = not at or not path or "/" in fraction or as_path(spec).exists()
   except OSError as e:
-    raise UserError(f"{spec[:200]}: no such checkpoint: {e.strerror}") from None
+    raise UserError(f"{spec[:200]}: no such checkpoint: {refusal(e)}") from None
   return absolute(spec if whole else path), "" if whole else fraction
 
 

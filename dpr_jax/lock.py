@@ -22,7 +22,7 @@ from typing import Any
 
 from dpr_jax.bucket_lock import BucketLock
 from dpr_jax.errors import UserError
-from dpr_jax.paths import Path, in_bucket, modified
+from dpr_jax.paths import Path, in_bucket, modified, refusal
 
 _log = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def locked(folder: Path, name: str) -> Iterator[None]:
     raise UserError(f"{name}={folder} is in use by {e}; wait for it or end it, or name another "
                     f"folder (if that process is gone, delete {path})") from None
   except OSError as e:
-    raise UserError(f"{name}={folder} cannot be written: {e.strerror or e}") from None
+    raise UserError(f"{name}={folder} cannot be written: {refusal(e)}") from None
   ended = threading.Event()
   touch = bucket.refresh if bucket else functools.partial(os.utime, path)
   threading.Thread(target=_refresh, args=(touch, ended), daemon=True).start()

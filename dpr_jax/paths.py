@@ -9,6 +9,7 @@ in it.
 import functools
 import importlib.util
 import io
+import logging
 import os
 import pathlib
 import shutil
@@ -39,9 +40,17 @@ def _store() -> Any:
   os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
   import fsspec
 
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # It logs what it also raises.
   # Other hosts write here too, and what was listed before says nothing of now.
   fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
   return fsspec.filesystem("gcs")
+
+
+def refusal(error: OSError) -> str:
+  """What the disk, or the bucket, says."""
+  if error.strerror is None and isinstance(error, FileNotFoundError):
+    return "there is no such bucket"
+  return error.strerror or str(error)[:200]
 
 
 def as_path(path: str | os.PathLike) -> Path:

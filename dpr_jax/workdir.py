@@ -38,7 +38,7 @@ from dpr_jax import config as config_lib
 from dpr_jax import fingerprints, lock, weights
 from dpr_jax.agreement import PROBE, agree
 from dpr_jax.errors import UserError
-from dpr_jax.paths import Path, absolute, on_disk, write_atomically
+from dpr_jax.paths import Path, absolute, on_disk, refusal, write_atomically
 from dpr_jax.sharding import barrier
 
 # Names in a workdir that no stage may have.
@@ -232,7 +232,7 @@ class Workdir:
     try:
       found = list(self._changed())
     except OSError as e:
-      raise UserError(f"{e.filename or self.path}: cannot be read ({e.strerror or e}); nothing was "
+      raise UserError(f"{e.filename or self.path}: cannot be read ({refusal(e)}); nothing was "
                       "changed") from None
     for path, why in found:
       stage = path.parent / "checkpoints"
@@ -277,8 +277,11 @@ class Workdir:
       UserError: naming the first field that differs.
     """
     check_path(self.path)
-    if not self.path.exists():
-      return
+    try:
+      if not self.path.exists():
+        return
+    except OSError as e:
+      raise UserError(f"--workdir={self.path} cannot be read: {refusal(e)}") from None
     if not self.path.is_dir():
       raise UserError(f"--workdir={self.path} is a file; it must be a folder, or not exist yet")
     if not self.config_file.exists():
@@ -328,7 +331,7 @@ class Workdir:
     try:
       write_json(self.config_file, {**record, **facts})
     except OSError as e:
-      raise UserError(f"--workdir={self.path} cannot be written: {e.strerror or e}") from None
+      raise UserError(f"--workdir={self.path} cannot be written: {refusal(e)}") from None
 
 
 def check_inputs(record: Mapping[str, Any], facts: Mapping[str, Any], where: str) -> None:

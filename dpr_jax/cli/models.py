@@ -9,7 +9,7 @@ from absl import flags
 
 from dpr_jax import compilation_cache, signals
 from dpr_jax.errors import Stopped, UserError, naming
-from dpr_jax.paths import Path, as_path, in_bucket
+from dpr_jax.paths import Path, as_path, in_bucket, refusal
 
 
 def define_model_flags(values: flags.FlagValues, batch: str) -> None:
@@ -41,7 +41,7 @@ def _check_writable(flag: str, target: Path, temporary: str) -> None:
     with probe.open("wb" if in_bucket(probe) else "ab") as file:
       file.write(bytes(1 << 16))
   except OSError as e:
-    raise UserError(f"{flag}={str(target)[:200]} cannot be written: {e.strerror or e}") from None
+    raise UserError(f"{flag}={str(target)[:200]} cannot be written: {refusal(e)}") from None
   finally:
     with contextlib.suppress(OSError):
       probe.unlink()
@@ -56,7 +56,7 @@ def _path(flag: str, path: str) -> tuple[Path, bool]:
   except UserError as e:
     raise e.at(flag) from None
   except (OSError, ValueError) as e:  # ValueError: a NUL, or half of a character.
-    reason = e.strerror if isinstance(e, OSError) else e
+    reason = refusal(e) if isinstance(e, OSError) else e
     raise UserError(f"{flag}={path[:200]!r} is no path: {reason}") from None
 
 
@@ -89,7 +89,7 @@ def new_folder(flag: str, path: str) -> Path:
       target.mkdir(parents=True, exist_ok=True)
     _check_writable(flag, target / "probe", "probe.tmp")
   except OSError as e:
-    raise UserError(f"{flag}={path[:200]} cannot be written: {e.strerror}") from None
+    raise UserError(f"{flag}={path[:200]} cannot be written: {refusal(e)}") from None
   finally:
     for place in made:
       with contextlib.suppress(OSError):

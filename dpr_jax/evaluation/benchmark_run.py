@@ -35,7 +35,7 @@ from dpr_jax.evaluation.scoring import Scorer
 from dpr_jax.evaluation.statistics import interval
 from dpr_jax.keys import root_key
 from dpr_jax.loading import LoadedModel
-from dpr_jax.paths import absolute, append, in_bucket, write_atomically
+from dpr_jax.paths import absolute, append, in_bucket, refusal, write_atomically
 from dpr_jax.rollout import Sampling
 from dpr_jax.sharding import barrier
 from dpr_jax.workdir import read_lines, versions, write_json
@@ -90,7 +90,7 @@ class EvaluationFolder:
         write_json(self.config_file,
                    {"settings": settings, "contents": contents, "versions": versions()})
       except OSError as e:
-        raise UserError(f"--output={self.path} cannot be written: {e.strerror or e}") from None
+        raise UserError(f"--output={self.path} cannot be written: {refusal(e)}") from None
       return
     new = json.loads(json.dumps({"settings": settings, "contents": contents}))
     for part, words in (("settings", "another"), ("contents", "other contents of")):
@@ -139,7 +139,7 @@ class EvaluationFolder:
     try:
       append(self.responses_file, lines.encode())
     except OSError as e:
-      raise UserError(f"{self.responses_file}: cannot be written: {e.strerror or e}") from None
+      raise UserError(f"{self.responses_file}: cannot be written: {refusal(e)}") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,9 @@ _READ, _DAMAGED, _UNREADABLE = range(3)
 # How TensorStore says that it read the bytes and could not decode them.
 _DECODING = re.compile("DATA_LOSS|OUT_OF_RANGE: |Zstd-compressed stream|Data corruption detected")
 # How it says that the disk, the network or the limits of the process are in the way.
-_MACHINE = re.compile("OS error|os_error_code|(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED): ")
+_MACHINE = re.compile(
+    "OS error|os_error_code|(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED): "
+)
 
 
 class Damaged(RuntimeError):
