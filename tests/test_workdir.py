@@ -99,3 +99,16 @@ def test_damaged_checksums_are_set_aside(finished, caplog):
   finished.set_aside_damaged()
   assert "checksums.json.damaged" in caplog.text and len(_outputs(finished)) == 7
   assert json.loads(finished.system_file("sft").read_text().splitlines()[0]) == {"response": "a"}
+
+
+def test_a_damaged_object_of_a_bucket_makes_way(bucket, caplog):
+  workdir = Workdir(bucket / "damaged")
+  path = workdir.system_file("sft")
+  workdir.write(path, [{"response": "b"}])
+  workdir.set_aside_damaged()
+  assert path.exists()
+  _edit(path)
+  damaged = path.read_bytes()
+  workdir.set_aside_damaged()
+  assert not path.exists() and path.with_name("sft.jsonl.damaged").read_bytes() == damaged
+  assert caplog.text.count("renamed to sft.jsonl.damaged") == 1
