@@ -2,11 +2,11 @@
 
     python -m dpr_jax.main --config=configs/smoke.py --workdir=DIR [--config.sft.steps=200 ...]
 
-Rerun the same command after an interruption to resume. After a divergence --resume_with_changes
-goes on from the last checkpoint with another optimizer. --config.reference.kind=ema takes another
-kind of reference. --profile_steps=3:5 writes a profiler trace of these steps of every trained stage
-to DIR/profile. --compilation_cache=FOLDER keeps compiled programs where other runs find them;
-otherwise they are in the workdir.
+DIR may be in a bucket, gs://BUCKET/RUN. Rerun the same command after an interruption to resume.
+After a divergence --resume_with_changes goes on from the last checkpoint with another optimizer.
+--config.reference.kind=ema takes another kind of reference. --profile_steps=3:5 writes a profiler
+trace of these steps of every trained stage to DIR/profile. --compilation_cache=FOLDER keeps
+compiled programs where other runs find them; otherwise they are in the workdir.
 """
 
 import dataclasses
