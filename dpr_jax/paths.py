@@ -106,6 +106,11 @@ def rename(path: Path, to: Path) -> None:
     store.rm_file(file)
 
 
+def aside(path: Path) -> str:
+  """The command with which a user sets a folder aside."""
+  return f"{'gcloud storage mv' if in_bucket(path) else 'mv'} {path} {path}.damaged"
+
+
 def copy(path: Path, to: Path) -> None:
   """Of a file, which appears as a whole."""
   if in_bucket(path):
@@ -188,7 +193,8 @@ def append(path: Path, data: bytes) -> None:
 
 class Mirror:
   """A folder for what knows no buckets, to write to: `folder` is the one that is given, or of a
-  bucket one on this disk, whose files are copied at every `sync`. As a context it yields that path.
+  bucket one on this disk, whose files are copied at every `sync`. As a context it yields that path,
+  and copies nothing where the block raises.
   """
 
   def __init__(self, folder: Path):
@@ -202,15 +208,16 @@ class Mirror:
       upload(self.folder, self._given)
 
   def close(self) -> None:
-    self.sync()
-    if self._temporary:
-      self._temporary.cleanup()
+    self.__exit__(None)
 
   def __enter__(self) -> pathlib.Path:
     return self.folder
 
-  def __exit__(self, *_) -> None:
-    self.close()
+  def __exit__(self, kind: Any, *_: Any) -> None:
+    if kind is None:
+      self.sync()
+    if self._temporary:
+      self._temporary.cleanup()
 
 
 class Appender:

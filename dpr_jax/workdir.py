@@ -38,7 +38,7 @@ from dpr_jax import config as config_lib
 from dpr_jax import fingerprints, lock, weights
 from dpr_jax.agreement import PROBE, agree
 from dpr_jax.errors import UserError
-from dpr_jax.paths import Path, absolute, on_disk, refusal, write_atomically
+from dpr_jax.paths import Path, absolute, aside, on_disk, refusal, write_atomically
 from dpr_jax.sharding import barrier
 
 # Names in a workdir that no stage may have.
@@ -238,8 +238,8 @@ class Workdir:
       stage = path.parent / "checkpoints"
       if path.name == "metrics.jsonl" and stage.exists():  # Else it is trained again.
         raise UserError(
-            f"{path}: {why}; restore it from a copy, or train the stage again: mv {stage} "
-            f"{stage}.damaged and run the same command"
+            f"{path}: {why}; restore it from a copy, or train the stage again: {aside(stage)} "
+            "and run the same command"
         )
     return found
 

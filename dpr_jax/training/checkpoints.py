@@ -30,7 +30,7 @@ from etils import epath
 
 from dpr_jax import fingerprints, sharding
 from dpr_jax.errors import UserError
-from dpr_jax.paths import absolute, in_bucket
+from dpr_jax.paths import absolute, aside, in_bucket
 from dpr_jax.training.integrity import changed_file, fingerprint, record_files, stored_dtypes
 from dpr_jax.training.steps import TrainState
 from dpr_jax.workdir import check_path
@@ -59,8 +59,8 @@ class DamagedCheckpoint(UserError):
     again = (
         "run the command of the run (python -m dpr_jax.main) again, which trains that step again "
         "from the checkpoint before it" if earlier else
-        f"mv {directory} {directory}.damaged and run the command of the run (python -m "
-        "dpr_jax.main) again, which trains the stage again"
+        f"{aside(directory)} and run the command of the run (python -m dpr_jax.main) again, which "
+        "trains the stage again"
     )
     super().__init__(
         f"{directory}: the checkpoint of step {step} cannot be read, for it is damaged ({proof}); "
@@ -282,7 +282,7 @@ class Checkpoints:
       raise UserError(
           f"{self.directory}: no checkpoint of steps {sorted(failed)} can be read, for they are "
           f"damaged (step {newest}: {failed[newest]}); restore the folder from a copy, or start "
-          f"the stage again: mv {self.directory} {self.directory}.damaged and run the same command"
+          f"the stage again: {aside(self.directory)} and run the same command"
       )
     return None
 

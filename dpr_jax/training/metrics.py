@@ -19,7 +19,7 @@ import numpy as np
 
 from dpr_jax import fingerprints
 from dpr_jax.errors import Diverged, UserError
-from dpr_jax.paths import Appender, Mirror, as_path, write_atomically
+from dpr_jax.paths import Appender, Mirror, as_path, aside, write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -87,11 +87,10 @@ class MetricsWriter:
     lines, damaged = _parse(path, ("step", "loss", "tokens", "seconds"))
     kept = [line for line in lines if line["step"] <= start_step]
     if start_step and (not kept or kept[-1]["step"] != start_step):
-      checkpoints = path.parent / "checkpoints"
       raise UserError(
           f"{path} was cut or edited: it has no whole line of step {start_step}, from which the "
-          f"stage goes on; restore it from a copy, or train the stage again: mv {checkpoints} "
-          f"{checkpoints}.damaged and run the same command"
+          "stage goes on; restore it from a copy, or train the stage again: "
+          f"{aside(path.parent / 'checkpoints')} and run the same command"
       )
     if kept:
       self._tokens, self._seconds = kept[-1]["tokens"], kept[-1]["seconds"]
