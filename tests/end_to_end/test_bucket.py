@@ -121,7 +121,7 @@ def two_processes(root, place, workdir, *flags):
 def test_hosts_that_share_nothing_but_a_bucket(entry_point, bucket, tmp_path):
   flags = ("--config.compare=continued_sft,dpr", "--config.log.progress=False")
   for workdir in (tmp_path / "disk", bucket / "two"):
-    two_processes(entry_point.root, tmp_path / workdir.name, workdir, *flags)
+    two_processes(entry_point.root, tmp_path / f"of_{workdir.name}", workdir, *flags)
   systems = ("continued_sft", "dpr")
   assert_same(tmp_path / "disk", bucket / "two", ("sft", *systems), systems)
   assert list((bucket / "two" / "compilation_cache").iterdir())
@@ -129,12 +129,12 @@ def test_hosts_that_share_nothing_but_a_bucket(entry_point, bucket, tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_in_a_bucket_shares_its_stages(entry_point, bucket, tmp_path):
-  flags = (*FEW[1:], "--config.compare=dpr", "--config.sweep.field=methods.dpr.gamma",
+  flags = (*FEW[1:], "--config.compare=dpr", "--config.sweep.field=methods.dpr.beta",
            "--config.sweep.values=1.0,0.5")
   results = []
   for workdir in (tmp_path / "sweep", bucket / "sweep"):
     entry_point.finish(entry_point.start(workdir, *flags))
-    point = workdir / "gamma=0.5"
+    point = workdir / "beta=0.5"
     assert (point / "sft" / "metrics.jsonl").read_bytes() == (
         workdir / "sft" / "metrics.jsonl").read_bytes()
     results.append(json.loads((workdir / "report" / "results.json").read_text()))
