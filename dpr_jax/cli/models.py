@@ -52,7 +52,7 @@ def _path(flag: str, path: str) -> tuple[Path, bool]:
   try:
     target = as_path(path)
     target.resolve()
-    return target, os.path.lexists(target) or target.exists()
+    return target, target.exists() if in_bucket(target) else os.path.lexists(target)
   except UserError as e:
     raise e.at(flag) from None
   except (OSError, ValueError) as e:  # ValueError: a NUL, or half of a character.
