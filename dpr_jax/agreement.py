@@ -16,6 +16,7 @@ import jax
 from jax._src import distributed  # The coordination service has no public interface.
 
 from dpr_jax.errors import UserError
+from dpr_jax.paths import refusal
 
 T = TypeVar("T")
 
@@ -91,7 +92,7 @@ def check_shared(folder: Any, name: str) -> None:
       try:
         probe.write_text(secrets.token_hex(8))
       except OSError as e:
-        raise UserError(f"{name} cannot be written: {e.strerror or e}") from None
+        raise UserError(f"{name} cannot be written: {refusal(e)}") from None
 
   def read() -> str:
     try:

@@ -1,8 +1,7 @@
 """Where compiled programs are kept, so that the next process finds them."""
 
-import pathlib
-
 from dpr_jax.errors import UserError
+from dpr_jax.paths import Path, absolute, in_bucket
 
 FLAG = "--compilation_cache"
 HELP = "folder of compiled programs, which runs may share; default: JAX_COMPILATION_CACHE_DIR, else"
@@ -10,14 +9,14 @@ HELP = "folder of compiled programs, which runs may share; default: JAX_COMPILAT
 
 def check_folder(path: str) -> None:
   """Raises UserError where a folder cannot be at `path`."""
-  place = pathlib.Path(path).absolute()
-  while not place.exists():
+  place = absolute(path)
+  while not in_bucket(place) and not place.exists():
     place = place.parent
-  if not place.is_dir():
+  if not in_bucket(place) and not place.is_dir():
     raise UserError(f"{FLAG}={path}: {place} is a file; name a folder, which is made if need be")
 
 
-def keep_compilations(path: str | None, default: pathlib.Path | None = None) -> None:
+def keep_compilations(path: str | None, default: Path | None = None) -> None:
   """Compiled programs go to `path`, else to the folder JAX is configured with, else to `default`.
 
   Raises:

@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
   from dpr_jax import sharding, weights
   from dpr_jax.loading import load_checkpoint
   from dpr_jax.models.lora import LoRA, merge
+  from dpr_jax.paths import Mirror
   from dpr_jax.weights.peft import save_adapter
 
   mesh = sharding.make_mesh()
@@ -48,17 +49,18 @@ def main(argv: Sequence[str]) -> None:
     if args.adapter and loaded.keep_layers:
       raise UserError(f"--adapter: {args.model} adapts {loaded.keep_layers} of the layers of "
                       f"{loaded.base}, which PEFT would load whole; export without --adapter")
-    if args.adapter:
-      save_adapter(output, cfg, loaded.variables.get("lora"), base=loaded.base)
-      return
-    weights.save_pretrained(
-        output,
-        dataclasses.replace(cfg, lora=LoRA()),
-        merge(loaded.variables, cfg.lora)["params"],
-        tokenizer=loaded.tokenizer,
-        generation_config={**loaded.generation_config, "eos_token_id": list(loaded.stop_ids)},
-        dtype=args.dtype,
-    )
+    with Mirror(output) as folder:
+      if args.adapter:
+        save_adapter(folder, cfg, loaded.variables.get("lora"), base=loaded.base)
+        return
+      weights.save_pretrained(
+          folder,
+          dataclasses.replace(cfg, lora=LoRA()),
+          merge(loaded.variables, cfg.lora)["params"],
+          tokenizer=loaded.tokenizer,
+          generation_config={**loaded.generation_config, "eos_token_id": list(loaded.stop_ids)},
+          dtype=args.dtype,
+      )
 
 
 if __name__ == "__main__":

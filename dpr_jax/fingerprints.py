@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from dpr_jax import paths
 
 CHECKSUM = "checksum"  # the key of a sealed record.
 
@@ -22,7 +23,9 @@ def of_bytes(data: bytes) -> str:
 
 
 def of_file(path: str | os.PathLike) -> str:
-  """blake2b of a file's content, 16 hex digits; read once per version of the file."""
+  """blake2b of a file's content, 16 hex digits; read once per version of the file on this disk."""
+  if paths.in_bucket(path):
+    return of_bytes(paths.as_path(path).read_bytes())
   stat = os.stat(path)
   return _of_version(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
@@ -56,14 +59,11 @@ def is_whole(record: Any) -> bool:
   return record[CHECKSUM] == _of_record({k: v for k, v in record.items() if k != CHECKSUM})
 
 
-def set_aside(path: pathlib.Path, suffix: str = "damaged", copy: bool = False) -> pathlib.Path:
+def set_aside(path: paths.Path, suffix: str = "damaged", copy: bool = False) -> paths.Path:
   """Renames (or copies) a file or folder to the first free one of PATH.damaged, PATH.damaged2...
   """
   number = 1
   while (to := path.with_name(f"{path.name}.{suffix}{number if number > 1 else ''}")).exists():
     number += 1
-  if copy:
-    shutil.copyfile(path, to)
-  else:
-    path.rename(to)
+  (paths.copy if copy else paths.rename)(path, to)
   return to

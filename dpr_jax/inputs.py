@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 import re
-import shutil
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from dpr_jax import fingerprints, weights
 from dpr_jax.errors import UserError, naming
+from dpr_jax.paths import Path, as_path, on_disk, upload
 from dpr_jax.weights import peft
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
 
@@ -45,7 +46,7 @@ def make_tokenizer(pretrained: str, template: str, day: datetime.date) -> Any:
   """
   tokenizer = weights.load_tokenizer(pretrained) if pretrained else byte_tokenizer()
   if template:
-    path = pathlib.Path(template)
+    path = as_path(template)
     if not path.is_file():
       raise UserError(f"{TEMPLATE}={template}: no such file; expected a .jinja file, or '' for the "
                       "tokenizer's own")
@@ -59,24 +60,18 @@ def make_tokenizer(pretrained: str, template: str, day: datetime.date) -> Any:
   return tokenizer
 
 
-def save_tokenizer(tokenizer: Any, folder: pathlib.Path) -> list[pathlib.Path]:
+def save_tokenizer(tokenizer: Any, folder: Path) -> list[Path]:
   """Writes a tokenizer, each file atomically; returns the files."""
-  temporary = folder.with_name(folder.name + ".tmp")
-  shutil.rmtree(temporary, ignore_errors=True)
-  tokenizer.save_pretrained(temporary)
-  folder.mkdir(exist_ok=True)
-  names = sorted(path.name for path in temporary.iterdir())
-  for name in names:
-    os.replace(temporary / name, folder / name)
-  temporary.rmdir()
-  return [folder / name for name in names]
+  with tempfile.TemporaryDirectory(prefix="dpr_jax-") as temporary:
+    tokenizer.save_pretrained(temporary)
+    return upload(pathlib.Path(temporary), folder)
 
 
 def pretrained_files(
     path: str | os.PathLike, suffixes: tuple[str, ...] = _WEIGHTS + _TEXTS
 ) -> dict[str, str]:
   """Name -> fingerprint of what is read of pretrained weights; of an adapter, its base too."""
-  place = pathlib.Path(path).expanduser()
+  place = on_disk(path).expanduser()
   files = [place] if place.is_file() else place.iterdir()
   out = fingerprints.of_files(p for p in files if p.suffix in suffixes and p.is_file())
   if (place / peft.CONFIG).is_file():
@@ -98,7 +93,7 @@ def collect(
   if pretrained:
     out[PRETRAINED] = pretrained_files(pretrained)
   if template:
-    there = pathlib.Path(template).is_file()
+    there = as_path(template).is_file()
     out[TEMPLATE] = fingerprints.of_file(template) if there else (then or {}).get(TEMPLATE)
   parts = [np.ascontiguousarray(x).tobytes() for v in rows.values()
            for x in (v if isinstance(v, list) else [v])]
@@ -115,7 +110,7 @@ def check_base(record: Mapping[str, Any]) -> None:
   path, then = record["model"]["pretrained"], record.get("inputs", {}).get(PRETRAINED)
   if not path or then is None:
     return
-  now = pretrained_files(path, _WEIGHTS) if os.path.exists(path) else {}
+  now = pretrained_files(path, _WEIGHTS) if as_path(path).exists() else {}
   for name in sorted(n for n in {*then, *now} if n.endswith(_WEIGHTS)):
     if then.get(name) != now.get(name):
       raise UserError(

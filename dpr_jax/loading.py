@@ -6,7 +6,6 @@ DIR/sft, DIR/sft@0.5 (a milestone), DIR/dpr, DIR/seed_0/sft.
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from dpr_jax.models import ModelConfig, Transformer
 from dpr_jax.models.layer_pruning import pruned_params
 from dpr_jax.models.lora import LoRA, split_trainable
 from dpr_jax.models.variables import abstract_variables, cast, random_adapter, random_variables
+from dpr_jax.paths import Path, absolute, as_path, refusal
 from dpr_jax.training.checkpoints import Checkpoints
 from dpr_jax.workdir import Workdir
 
@@ -55,7 +55,7 @@ def fresh_adapter(
 
 
 def stage_variables(
-    directory: pathlib.Path, step: int, cfg: ModelConfig, mesh: jax.sharding.Mesh, dtype: str,
+    directory: Path, step: int, cfg: ModelConfig, mesh: jax.sharding.Mesh, dtype: str,
     frozen: Mapping[str, Any], part: str = "variables",
 ) -> dict[str, Any]:
   """The variables of one checkpoint of a stage: what was trained in `dtype`, beside `frozen`.
@@ -80,24 +80,24 @@ class LoadedModel:
   generation_config: Mapping[str, Any]  # that of the pretrained weights, {} without.
   base: str = ""  # path of the pretrained weights it started from, "" for none.
   keep_layers: int = 0  # how many layers of the base it has; 0 for all.
-  workdir: pathlib.Path | None = None  # of the run it is a stage of.
+  workdir: Path | None = None  # of the run it is a stage of.
 
 
-def split_checkpoint(spec: str) -> tuple[pathlib.Path, str]:
+def split_checkpoint(spec: str) -> tuple[Path, str]:
   """'DIR/sft@0.5' -> (DIR/sft, '0.5'), or '@ema'; no fraction gives ''."""
   path, at, fraction = spec.rpartition("@")
   try:  # An @ may be the path's own.
-    whole = not at or not path or "/" in fraction or pathlib.Path(spec).exists()
+    whole = not at or not path or "/" in fraction or as_path(spec).exists()
   except OSError as e:
-    raise UserError(f"{spec[:200]}: no such checkpoint: {e.strerror}") from None
-  return pathlib.Path(spec if whole else path).absolute(), "" if whole else fraction
+    raise UserError(f"{spec[:200]}: no such checkpoint: {refusal(e)}") from None
+  return absolute(spec if whole else path), "" if whole else fraction
 
 
-def is_stage(path: pathlib.Path) -> bool:
+def is_stage(path: Path) -> bool:
   return (path / "checkpoints").is_dir() and (path.parent / "config.json").is_file()
 
 
-def stage_step(path: pathlib.Path, fraction: str, record: Mapping[str, Any]) -> int:
+def stage_step(path: Path, fraction: str, record: Mapping[str, Any]) -> int:
   """Which checkpoint of a stage is meant: the one at a fraction of its steps, or the newest."""
   with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
     steps = checkpoints.steps()
@@ -121,7 +121,7 @@ def stage_step(path: pathlib.Path, fraction: str, record: Mapping[str, Any]) -> 
   return step
 
 
-def _check_pretrained(spec: str, path: pathlib.Path, fraction: str) -> None:
+def _check_pretrained(spec: str, path: Path, fraction: str) -> None:
   if fraction or not path.exists():
     raise UserError(f"{spec}: no such checkpoint; expected a Hugging Face folder, a .gguf file, or "
                     "a stage of a workdir (DIR/sft, DIR/sft@0.5, DIR/dpr)")

@@ -2,10 +2,11 @@
 
 The file is refreshed while its run goes on. It is taken over if its process is dead, which shows at
 once on the same machine, and on another by a file that is not refreshed for `STALE` seconds. That
-long waits a run that was moved to another machine.
+long waits a run that was moved to another machine. In a bucket it is an object (bucket_lock.py).
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -14,12 +15,15 @@ import pathlib
 import platform
 import secrets
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from dpr_jax.bucket_lock import BucketLock
 from dpr_jax.errors import UserError
+from dpr_jax.paths import Path, in_bucket, modified, refusal
 
 _log = logging.getLogger(__name__)
 
@@ -68,37 +72,43 @@ def _own() -> dict[str, Any]:
           "machine": _machine(), "token": secrets.token_hex(8)}
 
 
-def _read(path: pathlib.Path) -> dict[str, Any] | None:
-  """Who holds the lock; None if there is no file, {} if it says nothing."""
+def _parse(content: bytes) -> dict[str, Any]:
+  """Who holds the lock, {} if it says nothing."""
   try:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads(content)
     return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else {}
-  except FileNotFoundError:
-    return None
   except (ValueError, RecursionError):
     return {}
 
 
-def _age(path: pathlib.Path) -> float:
+def _read(path: pathlib.Path) -> dict[str, Any] | None:
+  """Who holds the lock; None if there is no file, {} if it says nothing."""
+  try:
+    return _parse(path.read_bytes())
+  except FileNotFoundError:
+    return None
+
+
+def _age(path: Path) -> float:
   """Seconds since the file was refreshed, by the clock of its file system."""
   probe = path.with_name(f"{FILE}.{secrets.token_hex(4)}")
   try:
-    probe.touch()
-    return probe.stat().st_mtime - path.stat().st_mtime
+    probe.write_bytes(b"")
+    return modified(probe) - modified(path)
   except FileNotFoundError:
     return STALE + 1
   finally:
     probe.unlink(missing_ok=True)
 
 
-def _refreshed(path: pathlib.Path) -> int | None:
+def _refreshed(path: Path) -> float | None:
   """When the file was refreshed; None if it is gone."""
   with contextlib.suppress(FileNotFoundError):
-    return path.stat().st_mtime_ns
+    return modified(path)
   return None
 
 
-def _alive(path: pathlib.Path, holder: dict[str, Any]) -> bool:
+def _alive(path: Path, holder: dict[str, Any]) -> bool:
   """Whether the holder still runs; of one on another machine, which may be gone, it is awaited."""
   if holder and holder.get("machine") == _machine():
     return _started(holder["pid"]) == holder.get("started")
@@ -112,6 +122,12 @@ def _alive(path: pathlib.Path, holder: dict[str, Any]) -> bool:
     if (now := _refreshed(path)) != seen:
       return now is not None
   return False
+
+
+def _check(path: Path, holder: dict[str, Any]) -> None:
+  """Raises _InUse unless the lock is stale."""
+  if _alive(path, holder):
+    raise _InUse(holder)
 
 
 def _create(path: pathlib.Path, own: dict[str, Any]) -> bool:
@@ -147,8 +163,7 @@ def _take(path: pathlib.Path, own: dict[str, Any]) -> None:
       continue
     if holder.get("token") == own["token"]:  # A network file system answered twice.
       return
-    if _alive(path, holder):
-      raise _InUse(holder)
+    _check(path, holder)
     content = json.dumps(holder, sort_keys=True).encode()
     claim = path.with_name(f"{path.name}.{hashlib.sha256(content).hexdigest()[:16]}")
     _take(claim, own)
@@ -159,14 +174,31 @@ def _take(path: pathlib.Path, own: dict[str, Any]) -> None:
       claim.unlink(missing_ok=True)
 
 
-def _refresh(path: pathlib.Path, ended: threading.Event) -> None:
+def _release(path: pathlib.Path, own: dict[str, Any]) -> None:
+  if (_read(path) or {}).get("token") == own["token"]:
+    path.unlink(missing_ok=True)
+
+
+def _touch(path: pathlib.Path, own: dict[str, Any]) -> bool:
+  """Refreshes the file, unless another run has it."""
+  mine = (_read(path) or own).get("token") == own["token"]
+  if mine:
+    os.utime(path)
+  return mine
+
+
+def _refresh(touch: Callable[[], bool], path: Path, ended: threading.Event) -> None:
+  """Until the end; a process that was suspended so long that another run began must not go on."""
   while not ended.wait(REFRESH):
     with contextlib.suppress(OSError):
-      os.utime(path)
+      if not touch() and not ended.is_set():
+        print(f"error: {path}: another run has taken the folder over, for this process was "
+              f"suspended for more than {STALE:g} s; it ends", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path, name: str) -> Iterator[None]:
+def locked(folder: Path, name: str) -> Iterator[None]:
   """Process 0 holds the lock of a folder, which is made if need be, in the block.
 
   Args:
@@ -180,25 +212,29 @@ def locked(folder: pathlib.Path, name: str) -> Iterator[None]:
   if jax.process_index():
     yield
     return
-  path, own = folder / FILE, _own()
-  made = [p for p in (folder, *folder.parents) if not p.exists()]
+  path, own, made = folder / FILE, _own(), []
+  bucket = BucketLock(path, own) if in_bucket(path) else None
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-    _take(path, own)
+    if bucket:
+      bucket.take(lambda content: _check(path, _parse(content)))
+    else:
+      made = [p for p in (folder, *folder.parents) if not p.exists()]
+      folder.mkdir(parents=True, exist_ok=True)
+      _take(path, own)
   except _InUse as e:
     raise UserError(f"{name}={folder} is in use by {e}; wait for it or end it, or name another "
                     f"folder (if that process is gone, delete {path})") from None
   except OSError as e:
-    raise UserError(f"{name}={folder} cannot be written: {e.strerror}") from None
+    raise UserError(f"{name}={folder} cannot be written: {refusal(e)}") from None
   ended = threading.Event()
-  threading.Thread(target=_refresh, args=(path, ended), daemon=True).start()
+  touch = bucket.refresh if bucket else functools.partial(_touch, path, own)
+  threading.Thread(target=_refresh, args=(touch, path, ended), daemon=True).start()
   try:
     yield
   finally:
     ended.set()
     with contextlib.suppress(OSError):
-      if (_read(path) or {}).get("token") == own["token"]:
-        path.unlink(missing_ok=True)
+      bucket.release() if bucket else _release(path, own)
     for place in made:  # Where nothing was written, nothing is left.
       with contextlib.suppress(OSError):
         place.rmdir()

@@ -2,11 +2,11 @@
 
     python -m dpr_jax.main --config=configs/smoke.py --workdir=DIR [--config.sft.steps=200 ...]
 
-Rerun the same command after an interruption to resume. After a divergence --resume_with_changes
-goes on from the last checkpoint with another optimizer. --config.reference.kind=ema takes another
-kind of reference. --profile_steps=3:5 writes a profiler trace of these steps of every trained stage
-to DIR/profile. --compilation_cache=FOLDER keeps compiled programs where other runs find them;
-otherwise they are in the workdir.
+DIR may be in a bucket, gs://BUCKET/RUN. Rerun the same command after an interruption to resume.
+After a divergence --resume_with_changes goes on from the last checkpoint with another optimizer.
+--config.reference.kind=ema takes another kind of reference. --profile_steps=3:5 writes a profiler
+trace of these steps of every trained stage to DIR/profile. --compilation_cache=FOLDER keeps
+compiled programs where other runs find them; otherwise they are in the workdir.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from dpr_jax import cli, compilation_cache
+from dpr_jax import cli, compilation_cache, paths
 
 
 def parse(argv: Sequence[str]):
@@ -50,6 +50,8 @@ def parse(argv: Sequence[str]):
       define=define,
       required={"config": "configs/smoke.py", "workdir": "runs/smoke"},
   )
+  with naming("--workdir"):
+    paths.as_path(values.workdir)
   run_config = config_lib.resolve(values.config)
   cli.check_methods(argv, run_config.methods)
   if values.profile_steps is not None:

@@ -38,6 +38,7 @@ from dpr_jax.models import Transformer
 from dpr_jax.models.attention import resolve_backend
 from dpr_jax.models.config import COMPUTATION, ModelConfig
 from dpr_jax.models.layer_pruning import pruned_config
+from dpr_jax.paths import in_bucket
 from dpr_jax.references.base import Reference
 from dpr_jax.training.metrics import read_metrics
 from dpr_jax.training.stopping import last_step
@@ -292,7 +293,7 @@ def check_mesh(config: config_lib.RunConfig, mesh: Any) -> None:
 
 def absolute(path: str) -> str:
   """The path from the root, so that it is found from any directory; "" stays ""."""
-  return os.path.abspath(path) if path else ""
+  return os.path.abspath(path) if path and not in_bucket(path) else path
 
 
 def labels_of(methods: Mapping[str, Method]) -> dict[str, str]:

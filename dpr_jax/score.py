@@ -10,7 +10,6 @@ lines that dpr_jax.generate wrote, "response" is the answer, and may be empty. A
 those.
 """
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
   if html is not None and jax.process_index() == 0:
     from dpr_jax.report.heatmap import write_heatmap
 
-    write_heatmap(records, pathlib.Path(html), f"Token rewards: {values.sft} against {values.ref}")
+    write_heatmap(records, html, f"Token rewards: {values.sft} against {values.ref}")
 
 
 if __name__ == "__main__":

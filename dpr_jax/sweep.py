@@ -12,14 +12,13 @@ share nothing.
 
 import dataclasses
 import difflib
-import os
 import re
-import shutil
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from dpr_jax import config as config_lib
+from dpr_jax import paths
 from dpr_jax.config import RunConfig
 from dpr_jax.config.sections import SweepSection
 from dpr_jax.config.values import hints, optional
@@ -170,9 +169,7 @@ def adopt(what: Shared, source: Workdir, point: Workdir) -> None:
   """
   stages = [*(["sft"] if what.sft else []), *(["ref"] if what.reference else []), *what.methods]
   for name in stages:
-    link = point.stage(name)
-    if not link.is_symlink() and not link.exists() and source.stage(name).is_dir():
-      link.symlink_to(os.path.relpath(source.stage(name), point.path), target_is_directory=True)
+    paths.share(source.stage(name), point.stage(name))
   files = [source.system_file(name) for name in what.systems]
   files += [source.frontier / f"{name}.jsonl" for name in what.systems]
   files += [source.reference_file] if what.reference else []
@@ -183,8 +180,5 @@ def adopt(what: Shared, source: Workdir, point: Workdir) -> None:
   for file in files:
     target = point.path / file.relative_to(source.path)
     if file.exists() and not target.exists():
-      target.parent.mkdir(parents=True, exist_ok=True)
-      temporary = target.with_name(target.name + ".tmp")
-      shutil.copyfile(file, temporary)
-      os.replace(temporary, target)
+      paths.copy(file, target)
       point.record(target)

@@ -39,6 +39,7 @@ from dpr_jax import config as config_lib
 from dpr_jax import fingerprints, lock, weights
 from dpr_jax.agreement import PROBE, agree
 from dpr_jax.errors import UserError
+from dpr_jax.paths import Path, absolute, aside, on_disk, refusal, write_atomically
 from dpr_jax.sharding import barrier
 
 # Names in a workdir that no stage may have.
@@ -89,31 +90,22 @@ def _plain(value: Any) -> Any:
   return value if value is None or isinstance(value, str | int) else str(value)
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
   """Writes atomically, from process 0 only: a reader sees the old file or the new one."""
-  if jax.process_index():
-    return
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + ".tmp")
-  text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
-  temporary.write_text(text + "\n", encoding="utf-8")
-  os.replace(temporary, path)
+  if jax.process_index() == 0:
+    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, (text + "\n").encode())
 
 
-def write_lines(path: pathlib.Path, records: list[Mapping[str, Any]]) -> None:
+def write_lines(path: Path, records: list[Mapping[str, Any]]) -> None:
   """Writes JSON lines, atomically, from process 0 only."""
-  if jax.process_index():
-    return
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + ".tmp")
-  with open(temporary, "w", encoding="utf-8") as file:
-    for record in records:
-      file.write(json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n")
-  os.replace(temporary, path)
+  if jax.process_index() == 0:
+    lines = (json.dumps(_plain(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+    write_atomically(path, "".join(lines).encode())
 
 
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  with open(path, encoding="utf-8") as file:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+  with path.open(encoding="utf-8") as file:
     return [json.loads(line) for line in file]
 
 
@@ -125,7 +117,7 @@ def check_path(path: Any) -> None:
                     f"({found[0]!r} here); use another folder")
 
 
-def _is_json(path: pathlib.Path) -> bool:
+def _is_json(path: Path) -> bool:
   """Whether a file is JSON, or JSON lines, and not empty."""
   try:
     text = path.read_text(encoding="utf-8")
@@ -136,7 +128,7 @@ def _is_json(path: pathlib.Path) -> bool:
   return text.endswith("\n")
 
 
-def _is_sealed(path: pathlib.Path) -> bool:
+def _is_sealed(path: Path) -> bool:
   try:
     return fingerprints.is_whole(json.loads(path.read_text(encoding="utf-8")))
   except (ValueError, RecursionError):
@@ -160,10 +152,7 @@ class Workdir:
   """Paths of a run, and its config.json."""
 
   def __init__(self, path: str | os.PathLike):
-    if "://" in str(path):
-      raise UserError(f"--workdir={path}: a bucket must be mounted as a folder that all hosts see, "
-                      "for example with gcsfuse; give its path")
-    self.path = pathlib.Path(path).absolute()
+    self.path = absolute(path)
     self.config_file = self.path / "config.json"
     self._config_copy = self.path / ".config.json"
     self.checksums_file = self.path / "checksums.json"
@@ -178,10 +167,10 @@ class Workdir:
     self.profile = self.path / "profile"
     self.compilations = self.path / "compilation_cache"
 
-  def stage(self, name: str) -> pathlib.Path:
+  def stage(self, name: str) -> Path:
     return self.path / name
 
-  def system_file(self, name: str) -> pathlib.Path:
+  def system_file(self, name: str) -> Path:
     return self.samples / f"{name}.jsonl"
 
   # --- Finished files ----------------------------------------------------------------------------
@@ -194,7 +183,7 @@ class Workdir:
       return {}
     return record["files"] if fingerprints.is_whole(record) else {}
 
-  def record(self, *paths: pathlib.Path, finished: bool = True) -> None:
+  def record(self, *paths: Path, finished: bool = True) -> None:
     """Records, from process 0, that files are finished, or else that they are written again."""
     if jax.process_index():
       return
@@ -206,13 +195,13 @@ class Workdir:
     if new != old:
       write_json(self.checksums_file, fingerprints.seal({"files": new}))
 
-  def write(self, path: pathlib.Path, records: list[Mapping[str, Any]] | Mapping[str, Any]) -> None:
+  def write(self, path: Path, records: list[Mapping[str, Any]] | Mapping[str, Any]) -> None:
     """Writes JSON, or JSON lines of a list, and records that the file is finished."""
     self.record(path, finished=False)
     (write_lines if isinstance(records, list) else write_json)(path, records)
     self.record(path)
 
-  def _changed(self, folder: str = "") -> Iterator[tuple[pathlib.Path, str]]:
+  def _changed(self, folder: str = "") -> Iterator[tuple[Path, str]]:
     """Finished files that are not what was written, of one folder or of all."""
     known = self._checksums()
     for name, value in known.items():
@@ -226,8 +215,8 @@ class Workdir:
     if folder:
       return
     # Written, but not recorded: by a run that was killed in between, or by an older version.
-    outputs = [self.reference_file, *self.path.glob("samples/**/*.json*"),
-               *self.path.glob("*/stopped.json")]
+    outputs = [self.reference_file, *self.samples.glob("*.json*"),
+               *self.frontier.glob("*.json*"), *self.path.glob("*/stopped.json")]
     for path in outputs:
       if path.is_file() and path.suffix in (".json", ".jsonl"):
         if str(path.relative_to(self.path)) not in known and not _is_json(path):
@@ -244,7 +233,7 @@ class Workdir:
     for path, why in self._changed(f"{self.tokenizer.name}/"):
       raise UserError(f"{path}: {why}; restore it from a copy, or run the command of the run "
                       "(python -m dpr_jax.main) again, which makes it again")
-    return weights.load_tokenizer(self.tokenizer)
+    return weights.load_tokenizer(on_disk(self.tokenizer))
 
   def has_tokenizer(self) -> bool:
     """Whether the run has copied its tokenizer."""
@@ -253,18 +242,19 @@ class Workdir:
       return False
     return bool(self.read_config().get("inputs"))
 
-  def _damaged(self) -> list[tuple[pathlib.Path, str]]:
+  def _damaged(self) -> list[tuple[Path, str]]:
     """Files to set aside, and why; raises as `set_aside_damaged`."""
     try:
       found = list(self._changed())
     except OSError as e:
-      raise UserError(f"{e.filename}: cannot be read ({e.strerror}); nothing was changed") from None
+      raise UserError(f"{e.filename or self.path}: cannot be read ({refusal(e)}); nothing was "
+                      "changed") from None
     for path, why in found:
       stage = path.parent / "checkpoints"
       if path.name == "metrics.jsonl" and stage.exists():  # Else it is trained again.
         raise UserError(
-            f"{path}: {why}; restore it from a copy, or train the stage again: mv {stage} "
-            f"{stage}.damaged and run the same command"
+            f"{path}: {why}; restore it from a copy, or train the stage again: {aside(stage)} "
+            "and run the same command"
         )
     return found
 
@@ -313,8 +303,11 @@ class Workdir:
       UserError: naming the first field that differs.
     """
     check_path(self.path)
-    if not self.path.exists():
-      return
+    try:
+      if not self.path.exists():
+        return
+    except OSError as e:
+      raise UserError(f"--workdir={self.path} cannot be read: {refusal(e)}") from None
     if not self.path.is_dir():
       raise UserError(f"--workdir={self.path} is a file; it must be a folder, or not exist yet")
     if not self.config_file.exists():
@@ -364,7 +357,7 @@ class Workdir:
     try:
       self.write_config({**record, **facts})
     except OSError as e:
-      raise UserError(f"--workdir={self.path} cannot be written: {e.strerror}") from None
+      raise UserError(f"--workdir={self.path} cannot be written: {refusal(e)}") from None
 
 
 def check_inputs(record: Mapping[str, Any], facts: Mapping[str, Any], where: str) -> None:

@@ -18,19 +18,19 @@ Nothing is deleted for you: end with --delete.
   --version VERSION    runtime version; default: the one for TYPE
   --project PROJECT    default: gcloud's own
   --spot               a spot VM, cheaper and preemptible
-  --extras EXTRAS      of the package; default: tpu
+  --extras EXTRAS      of the package; default: tpu,gcp
   --dry-run            print every command, ready to be pasted, and run nothing
   --logs               follow the log of worker 0 again
   --stop               end the run on every host: SIGTERM, upon which a stage that trains saves and
                        ends, then SIGKILL a minute later; rerun the same command to resume
   --delete             delete the VM
 
-ARGS are those of dpr_jax.main. The workdir of several hosts must be a folder that all of them see,
-such as a Filestore share, or a bucket mounted with gcsfuse.
+ARGS are those of dpr_jax.main. The workdir of several hosts must be one that all of them reach: a
+bucket, gs://BUCKET/RUN, or a folder such as a Filestore share.
 
 example:
   launch/tpu_vm.sh --name dpr --zone europe-west4-b --type v5litepod-16 -- \
-    --config=configs/smoke.py --workdir=/mnt/share/run
+    --config=configs/smoke.py --workdir=gs://BUCKET/run
 EOF
 }
 
@@ -39,7 +39,7 @@ die() {
   exit 2
 }
 
-name='' zone='' type='' version='' project='' extras=tpu spot=0 dry_run=0 mode=run args=()
+name='' zone='' type='' version='' project='' extras=tpu,gcp spot=0 dry_run=0 mode=run args=()
 while (($#)); do
   case $1 in
     --name | --zone | --type | --version | --project | --extras)

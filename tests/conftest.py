@@ -1,5 +1,6 @@
 """Settings and small fixtures of every test. The environment is set before jax is imported."""
 
+import http
 import os
 import signal
 
@@ -40,6 +41,55 @@ def release_programs():
   """Compiled programs map memory; beyond the 65,530 maps of a Linux process XLA crashes."""
   yield
   jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def bucket():
+  """gs://bucket of a Google Cloud Storage on loopback, in memory; also for processes that start.
+
+  The emulator passes over conditions on the generation of an object, and does not tell it with the
+  content, as Google does; both are added. Its server answers one request at a time.
+  """
+  import logging
+  import socket
+
+  from gcp_storage_emulator import exceptions, server
+
+  from dpr_jax.paths import as_path
+
+  def conditional(handle):
+    def handled(request, response, storage):
+      name = request.params.get("object_id") or request.query.get("name", [""])[0]
+      try:
+        generation = storage.get_file_obj(request.params["bucket_name"], name)["generation"]
+      except exceptions.NotFound:
+        generation = "0"
+      if request.query.get("ifGenerationMatch", [generation]) != [generation]:
+        response.status = http.HTTPStatus.PRECONDITION_FAILED
+        return
+      if request.query.get("alt") == ["media"]:
+        response["x-goog-generation"] = generation
+      handle(request, response, storage)
+
+    return handled
+
+  for name in ("gcp_storage_emulator", "api.object"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  with socket.create_server(("127.0.0.1", 0)) as free:
+    port = free.getsockname()[1]
+  patch = pytest.MonkeyPatch()
+  patch.setattr(server, "HANDLERS", [
+      (path, {m: conditional(handle) if "bucket_name" in path else handle
+              for m, handle in handlers.items()})
+      for path, handlers in server.HANDLERS
+  ])
+  for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+    patch.setenv(name, f"http://127.0.0.1:{port}")
+  patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "any")
+  patch.setenv("NO_GCE_CHECK", "true")
+  with server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket"):
+    yield as_path("gs://bucket")
+  patch.undo()
 
 
 @pytest.fixture

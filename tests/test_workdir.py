@@ -116,3 +116,14 @@ def test_an_edited_config_json_is_read_from_its_copy(tmp_path, caplog):
     path.write_text(text.replace('"seed": 1', '"seed": 2'))
   with pytest.raises(UserError, match="config.json: not what the run wrote; restore it"):
     workdir.read_config()
+def test_a_damaged_object_of_a_bucket_makes_way(bucket, caplog):
+  workdir = Workdir(bucket / "damaged")
+  path = workdir.system_file("sft")
+  workdir.write(path, [{"response": "b"}])
+  workdir.set_aside_damaged()
+  assert path.exists()
+  _edit(path)
+  damaged = path.read_bytes()
+  workdir.set_aside_damaged()
+  assert not path.exists() and path.with_name("sft.jsonl.damaged").read_bytes() == damaged
+  assert caplog.text.count("renamed to sft.jsonl.damaged") == 1

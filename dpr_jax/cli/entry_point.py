@@ -42,6 +42,10 @@ def readable(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]],
         raise
       place = "" if e.filename is None else f"{str(e.filename)[:200]}: "
       raise UserError(f"{place}{e.strerror}") from e
+    except Exception as e:
+      if type(e).__module__.partition(".")[0] != "gcsfs":
+        raise
+      raise UserError(f"Google Cloud Storage: {e}") from e
 
   return wrapped
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ from absl import flags
 
 from dpr_jax import compilation_cache
 from dpr_jax.errors import UserError, naming
+from dpr_jax.paths import Path, as_path, in_bucket, refusal
 
 
 def define_model_flags(values: flags.FlagValues, batch: str) -> None:
@@ -30,7 +30,7 @@ def define_model_flags(values: flags.FlagValues, batch: str) -> None:
                       flag_values=values)
 
 
-def _check_writable(flag: str, target: pathlib.Path, temporary: str) -> None:
+def _check_writable(flag: str, target: Path, temporary: str) -> None:
   """Writes a little where a file will be written, and removes it again.
 
   Raises:
@@ -38,27 +38,29 @@ def _check_writable(flag: str, target: pathlib.Path, temporary: str) -> None:
   """
   probe = target.with_name(temporary)
   try:
-    with open(probe, "ab") as file:
+    with probe.open("wb" if in_bucket(probe) else "ab") as file:
       file.write(bytes(1 << 16))
   except OSError as e:
-    raise UserError(f"{flag}={str(target)[:200]} cannot be written: {e.strerror}") from None
+    raise UserError(f"{flag}={str(target)[:200]} cannot be written: {refusal(e)}") from None
   finally:
     with contextlib.suppress(OSError):
       probe.unlink()
 
 
-def _path(flag: str, path: str) -> tuple[pathlib.Path, bool]:
+def _path(flag: str, path: str) -> tuple[Path, bool]:
   """(the path, whether it exists); UserError where no file can have it."""
   try:
-    target = pathlib.Path(path)
+    target = as_path(path)
     target.resolve()
-    return target, os.path.lexists(target)
+    return target, target.exists() if in_bucket(target) else os.path.lexists(target)
+  except UserError as e:
+    raise e.at(flag) from None
   except (OSError, ValueError) as e:  # ValueError: a NUL, or half of a character.
-    reason = e.strerror if isinstance(e, OSError) else e
+    reason = refusal(e) if isinstance(e, OSError) else e
     raise UserError(f"{flag}={path[:200]!r} is no path: {reason}") from None
 
 
-def new_file(flag: str, path: str, *others: pathlib.Path) -> pathlib.Path:
+def new_file(flag: str, path: str, *others: Path) -> Path:
   """A file to be written, at once with `others`; refuses to overwrite one.
 
   Raises:
@@ -69,23 +71,25 @@ def new_file(flag: str, path: str, *others: pathlib.Path) -> pathlib.Path:
     raise UserError(f"{flag}={path} exists already; name a new file")
   if target.resolve() in [other.resolve() for other in others]:
     raise UserError(f"{flag}={path} is the file of another flag; name another one")
-  if not target.absolute().parent.is_dir():
+  if not in_bucket(target) and not target.absolute().parent.is_dir():
     raise UserError(f"{flag}={path[:200]}: its folder does not exist")
   _check_writable(flag, target, target.name + ".tmp")
   return target
 
 
-def new_folder(flag: str, path: str) -> pathlib.Path:
+def new_folder(flag: str, path: str) -> Path:
   """A folder to be written; refuses one that holds files, or cannot be made."""
   target, exists = _path(flag, path)
   if exists and (not target.is_dir() or any(target.iterdir())):
     raise UserError(f"{flag}={path} exists already; name a new or empty folder")
-  made = [p for p in (target, *target.absolute().parents) if not p.exists()]
+  made = []
   try:
-    target.mkdir(parents=True, exist_ok=True)
+    if not in_bucket(target):
+      made = [p for p in (target, *target.absolute().parents) if not p.exists()]
+      target.mkdir(parents=True, exist_ok=True)
     _check_writable(flag, target / "probe", "probe.tmp")
   except OSError as e:
-    raise UserError(f"{flag}={path[:200]} cannot be written: {e.strerror}") from None
+    raise UserError(f"{flag}={path[:200]} cannot be written: {refusal(e)}") from None
   finally:
     for place in made:
       with contextlib.suppress(OSError):
@@ -105,7 +109,7 @@ def _given(values: flags.FlagValues) -> dict[str, Any]:
   facts = {f"--{name}": value for name, value in values.flag_values_dict().items()}
   for name in ("input", "data", "template"):
     path = facts.get(f"--{name}")
-    if path and pathlib.Path(path).exists():
+    if path and as_path(path).exists():
       facts[f"contents of --{name}={path}"] = fingerprint(path)
   for name in ("model", "sft", "ref"):
     if spec := facts.get(f"--{name}"):

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from dpr_jax.data.demos import Message
 from dpr_jax.data.fields import TEMPLATE_FIELDS
 from dpr_jax.data.text_ids import added_tokens, encode, protect
 from dpr_jax.errors import UserError
+from dpr_jax.paths import as_path, modified
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
@@ -27,10 +27,10 @@ _GENERATION = re.compile(r"{%-?\s*generation\b")
 
 
 @functools.lru_cache(maxsize=8)
-def _read(path: str, mtime_ns: int) -> str:
-  del mtime_ns  # Part of the cache key: an edited file is read again.
+def _read(path: str, written: float) -> str:
+  del written  # Part of the cache key: an edited file is read again.
   try:
-    return pathlib.Path(path).read_text(encoding="utf-8")
+    return as_path(path).read_text(encoding="utf-8")
   except UnicodeDecodeError as e:
     raise UserError(f"chat template {path}: not UTF-8 text (byte {e.start})") from None
 
@@ -40,11 +40,11 @@ def _source(tokenizer, template: str) -> str | None:
   if not template:
     own = tokenizer.chat_template
     return own.get("default") if isinstance(own, dict) else own
-  path = pathlib.Path(template)
+  path = as_path(template)
   if not path.is_file():
     raise UserError(f"chat template {template}: no such file; expected a .jinja file, or '' for "
                     "the tokenizer's own")
-  return _read(str(path), path.stat().st_mtime_ns)
+  return _read(str(path), modified(path))
 
 
 @functools.lru_cache(maxsize=8)

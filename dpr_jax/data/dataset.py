@@ -13,6 +13,7 @@ from dpr_jax.data.packing import PackedRows, pack
 from dpr_jax.data.records import data_files
 from dpr_jax.data.tasks import TASKS, make_demos
 from dpr_jax.data.templates import encode_demo
+from dpr_jax.paths import as_path
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
@@ -43,7 +44,7 @@ class Dataset:
 
 def fingerprint(path: str | pathlib.Path) -> str:
   """blake2b of a file's content, 16 hex digits; of a folder, that of its data files in order."""
-  if not pathlib.Path(path).is_dir():
+  if not as_path(path).is_dir():
     return fingerprints.of_file(path)
   return fingerprints.of_bytes("".join(map(fingerprint, data_files(path))).encode())
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from dpr_jax.data.limits import parse_json
 from dpr_jax.errors import UserError
+from dpr_jax.paths import as_path, on_disk
 
 JSON, TABLES = (".jsonl", ".json", ".ndjson"), (".parquet", ".arrow")
 EXPECTED = "expected .jsonl, .json, .ndjson (or one of them with .gz), .parquet or .arrow"
@@ -41,7 +42,7 @@ def data_files(path: str | pathlib.Path) -> list[pathlib.Path]:
   Raises:
     UserError: there is none, or the folder holds several splits.
   """
-  path = pathlib.Path(path)
+  path = as_path(path)
   try:
     is_file, is_folder = path.is_file(), path.is_dir()
   except (OSError, ValueError):  # A name that is too long, or has a NUL.
@@ -134,10 +135,11 @@ def _iter_table(path: pathlib.Path) -> Iterator[tuple[Any, str]]:
                     ) from None
 
   def batches() -> Iterator[Any]:
+    local = on_disk(path)
     if _suffix(path) == ".parquet":
-      yield from pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=4096)
+      yield from pyarrow.parquet.ParquetFile(local).iter_batches(batch_size=4096)
       return
-    with pyarrow.OSFile(str(path)) as file:  # A stream is what `datasets` writes.
+    with pyarrow.OSFile(str(local)) as file:  # A stream is what `datasets` writes.
       if file.read(6) == b"ARROW1":
         file.seek(0)
         reader = pyarrow.ipc.open_file(file)

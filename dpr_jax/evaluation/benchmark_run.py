@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +35,7 @@ from dpr_jax.evaluation.scoring import Scorer
 from dpr_jax.evaluation.statistics import interval
 from dpr_jax.keys import root_key
 from dpr_jax.loading import LoadedModel
+from dpr_jax.paths import absolute, append, in_bucket, refusal, write_atomically
 from dpr_jax.rollout import Sampling
 from dpr_jax.sharding import barrier
 from dpr_jax.workdir import read_lines, versions, write_json
@@ -47,7 +47,7 @@ class EvaluationFolder:
   """The files of one evaluation. Process 0 writes them."""
 
   def __init__(self, path: str | os.PathLike):
-    self.path = pathlib.Path(path).absolute()
+    self.path = absolute(path)
     self.config_file = self.path / "config.json"
     self.responses_file = self.path / "responses.jsonl"
     self.results_file = self.path / "results.json"
@@ -61,11 +61,11 @@ class EvaluationFolder:
 
   def check(self) -> None:
     """Raises UserError where the folder holds something else, or cannot be made."""
-    place = next(p for p in (self.path, *self.path.parents) if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    place = next(p for p in (self.path, *self.path.parents) if in_bucket(p) or p.exists())
+    if not in_bucket(place) and not (place.is_dir() and os.access(place, os.W_OK)):
       raise UserError(f"--output={self.path} cannot be written: {place} is "
                       f"{'read-only' if place.is_dir() else 'a file'}")
-    if place == self.path and self._record() is None:
+    if self.path.exists() and self._record() is None:
       ours = self.config_file.name + ".tmp"
       names = [p.name for p in self.path.iterdir() if not p.name.startswith(lock.FILE)]
       foreign = sorted(name for name in names if name != ours)
@@ -90,7 +90,7 @@ class EvaluationFolder:
         write_json(self.config_file,
                    {"settings": settings, "contents": contents, "versions": versions()})
       except OSError as e:
-        raise UserError(f"--output={self.path} cannot be written: {e.strerror}") from None
+        raise UserError(f"--output={self.path} cannot be written: {refusal(e)}") from None
       return
     new = json.loads(json.dumps({"settings": settings, "contents": contents}))
     for part, words in (("settings", "another"), ("contents", "other contents of")):
@@ -128,7 +128,7 @@ class EvaluationFolder:
     barrier("resume")  # All have read it.
     size = sum(len(line) + 1 for line in kept)
     if jax.process_index() == 0 and size < len(data):
-      os.truncate(self.responses_file, size)
+      write_atomically(self.responses_file, data[:size])
     return done
 
   def append(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -137,11 +137,9 @@ class EvaluationFolder:
       return
     lines = "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
     try:
-      with open(self.responses_file, "ab", buffering=0) as file:
-        file.write(lines.encode())
-        os.fsync(file.fileno())
+      append(self.responses_file, lines.encode())
     except OSError as e:
-      raise UserError(f"{self.responses_file}: cannot be written: {e.strerror}") from None
+      raise UserError(f"{self.responses_file}: cannot be written: {refusal(e)}") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from dpr_jax.evaluation.systems import System
 from dpr_jax.methods.programs import Program, Shapes
 from dpr_jax.models.lora import split_trainable
 from dpr_jax.models.variables import abstract_variables
+from dpr_jax.paths import is_link
 from dpr_jax.training import make_train_step
 from dpr_jax.training.loop import Stage, Training, run_stage
 from dpr_jax.training.optimizer import make_optimizer
@@ -135,7 +136,7 @@ def train_stage(
 ) -> None:
   """Runs a stage in the workdir of a run."""
   directory = run.workdir.stage(name)
-  files = () if directory.is_symlink() else (directory / "metrics.jsonl", directory / STOPPED_FILE)
+  files = () if is_link(directory) else (directory / "metrics.jsonl", directory / STOPPED_FILE)
 
   def begin():
     run.workdir.record(*files, finished=False)

@@ -4,8 +4,9 @@ import base64
 import math
 import pathlib
 
+from dpr_jax.paths import write_atomically
 from dpr_jax.report import frontier, plots, sweeps, tables
-from dpr_jax.report.render import finite, visible, write_atomically
+from dpr_jax.report.render import finite, visible
 from dpr_jax.report.tables import Results
 
 # Metric, title, axis: curves of every stage, and of those whose metrics have a reward.

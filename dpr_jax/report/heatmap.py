@@ -5,13 +5,13 @@ symmetric, so that no colour means no reward.
 """
 
 import os
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dpr_jax.report.render import finite, number, render, visible, write_atomically
+from dpr_jax.paths import as_path, write_atomically
+from dpr_jax.report.render import finite, number, render, visible
 
 MAX_TOKENS = 1_000  # shown of one response; a page must stay readable.
 _SATURATION = 98  # percentile of |reward| from which on the colour no longer deepens.
@@ -81,7 +81,7 @@ def heatmap_page(rows: Iterable[Mapping[str, Any]], title: str) -> str:
 
 def write_heatmap(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike, title: str) -> None:
   """Writes `heatmap_page` to `path`; its folder is made."""
-  write_atomically(pathlib.Path(path), heatmap_page(rows, title))
+  write_atomically(as_path(path), heatmap_page(rows, title))
 
 
 def _prompt(row: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpr_jax.errors import UserError
+from dpr_jax.paths import as_path, write_atomically
 from dpr_jax.report import figures, frontier, heatmap, sweeps, tables
 from dpr_jax.report.corruption import corruption_tables
 from dpr_jax.report.monitors import monitors
@@ -23,7 +24,6 @@ from dpr_jax.report.render import (
   plain,
   render,
   visible,
-  write_atomically,
 )
 from dpr_jax.report.samples import samples_view
 from dpr_jax.report.tables import Results
@@ -41,7 +41,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
   Raises:
     UserError: no such folder, or a JSON file in it that cannot be read.
   """
-  root = pathlib.Path(workdir)
+  root = as_path(workdir)
   if not root.is_dir():
     raise UserError(f"{root}: no such workdir; expected the folder of a run")
   seeds = _seed_folders(root)

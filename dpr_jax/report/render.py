@@ -1,8 +1,6 @@
 """Template -> page. The one place where HTML is made; everything in it is escaped."""
 
 import math
-import os
-import pathlib
 import unicodedata
 from typing import Any
 
@@ -25,15 +23,6 @@ def render(**context: Any) -> str:
     lstrip_blocks=True,
   )
   return environment.get_template("page.html.j2").render(**context)
-
-
-def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
-  """A reader sees the old file or the new one."""
-  data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_bytes(data)
-  os.replace(temporary, path)
 
 
 def visible(text: Any, spaces: bool = False) -> str:

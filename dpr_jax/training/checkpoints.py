@@ -30,6 +30,7 @@ from etils import epath
 
 from dpr_jax import fingerprints, peers, sharding
 from dpr_jax.errors import UserError
+from dpr_jax.paths import absolute, aside, in_bucket
 from dpr_jax.training.integrity import changed_file, fingerprint, record_files, stored_dtypes
 from dpr_jax.training.steps import TrainState
 from dpr_jax.workdir import check_path
@@ -42,7 +43,9 @@ _READ, _DAMAGED, _UNREADABLE = range(3)
 # How TensorStore says that it read the bytes and could not decode them.
 _DECODING = re.compile("DATA_LOSS|OUT_OF_RANGE: |Zstd-compressed stream|Data corruption detected")
 # How it says that the disk, the network or the limits of the process are in the way.
-_MACHINE = re.compile("OS error|os_error_code|(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED): ")
+_MACHINE = re.compile(
+    "OS error|os_error_code|(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED): "
+)
 
 
 class Damaged(RuntimeError):
@@ -56,8 +59,8 @@ class DamagedCheckpoint(UserError):
     again = (
         "run the command of the run (python -m dpr_jax.main) again, which trains that step again "
         "from the checkpoint before it" if earlier else
-        f"mv {directory} {directory}.damaged and run the command of the run (python -m "
-        "dpr_jax.main) again, which trains the stage again"
+        f"{aside(directory)} and run the command of the run (python -m dpr_jax.main) again, which "
+        "trains the stage again"
     )
     super().__init__(
         f"{directory}: the checkpoint of step {step} cannot be read, for it is damaged ({proof}); "
@@ -75,9 +78,7 @@ class Checkpoints:
     """Args: keep, latest checkpoints kept; keep_steps, steps never deleted (milestones)."""
     # Orbax logs every file it opens, and warns about what read_only means.
     logging.getLogger("absl").setLevel(logging.ERROR if read_only else logging.WARNING)
-    self.directory = epath.Path(directory)
-    if "://" not in str(directory):
-      self.directory = self.directory.absolute()
+    self.directory = epath.Path(absolute(directory))
     if not read_only:
       check_path(self.directory)
     self._read_only, self._saving = read_only, 0
@@ -127,9 +128,13 @@ class Checkpoints:
       raise RuntimeError(f"{self.directory}: step {step} was not saved; it holds {self.steps()}")
 
   def _record_files(self) -> None:
-    """Called when all files of a save are written, just before their folder gets its name."""
+    """Called when all files of a save are written, just before their folder gets its name.
+
+    In a bucket it has its name, but not yet the mark that it is finished.
+    """
     if jax.process_index() == 0:
-      for folder in self.directory.glob(f"{self._saving}.*tmp*"):
+      name = str(self._saving) if in_bucket(self.directory) else f"{self._saving}.*tmp*"
+      for folder in self.directory.glob(name):
         record_files(folder)
 
   def wait(self) -> None:
@@ -282,7 +287,7 @@ class Checkpoints:
       raise UserError(
           f"{self.directory}: no checkpoint of steps {sorted(failed)} can be read, for they are "
           f"damaged (step {newest}: {failed[newest]}); restore the folder from a copy, or start "
-          f"the stage again: mv {self.directory} {self.directory}.damaged and run the same command"
+          f"the stage again: {aside(self.directory)} and run the same command"
       )
     return None
 

@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ import numpy as np
 
 from dpr_jax import fingerprints
 from dpr_jax.errors import Diverged, UserError
+from dpr_jax.paths import Appender, Mirror, Path, as_path, aside, write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -29,11 +29,10 @@ def _parse(
     path: str | os.PathLike, keys: Sequence[str] = ()
 ) -> tuple[list[dict[str, Any]], list[int]]:
   """The lines of a metrics.jsonl, and the numbers of those that are damaged or lack `keys`."""
-  lines, damaged = [], []
-  if not os.path.exists(path):
+  lines, damaged, path = [], [], as_path(path)
+  if not path.exists():
     return lines, damaged
-  with open(path, "rb") as f:
-    *whole, _ = f.read().split(b"\n")  # A last line without its end was never finished.
+  *whole, _ = path.read_bytes().split(b"\n")  # A last line without its end was never finished.
   for number, raw in enumerate(whole, 1):
     try:
       line = json.loads(raw)
@@ -80,11 +79,10 @@ def read_until(
   kept = [line for line in lines if line["step"] <= step]
   now = _digest(json.dumps(line) + "\n" for line in kept).hexdigest()
   if step and (not kept or kept[-1]["step"] != step) or fingerprint not in (None, now):
-    checkpoints = path.parent / "checkpoints"
     raise UserError(
         f"{path} was cut or edited: its lines up to step {step}, from which the stage goes on, are "
-        f"not those it wrote; restore it from a copy, or train the stage again: mv {checkpoints} "
-        f"{checkpoints}.damaged and run the same command"
+        "not those it wrote; restore it from a copy, or train the stage again: "
+        f"{aside(path.parent / 'checkpoints')} and run the same command"
     )
   return kept, damaged
 
@@ -115,9 +113,9 @@ class MetricsWriter:
     self._pending: tuple[int, Any] | None = None
     self._lead = jax.process_index() == 0
     self._tokens, self._seconds = 0.0, 0.0
-    self._file = self._board = self._bar = None
+    self._file = self._board = self._events = self._bar = None
     self._warned = False
-    path = Path(directory) / "metrics.jsonl"
+    path = as_path(directory) / "metrics.jsonl"
     kept, damaged = read_until(path, start_step, fingerprint)
     texts = [json.dumps(line) + "\n" for line in kept]
     self._digest = _digest(texts)
@@ -130,15 +128,13 @@ class MetricsWriter:
             "%s: %s damaged, and left out; the file is kept as %s", path, _numbers(damaged),
             copy.name,
         )
-      path.parent.mkdir(parents=True, exist_ok=True)
-      temporary = path.with_suffix(".tmp")
-      temporary.write_text("".join(texts), encoding="utf-8")
-      os.replace(temporary, path)
-      self._file = open(path, "a", encoding="utf-8", buffering=1)  # A line at a time.
+      write_atomically(path, "".join(texts))
+      self._file = Appender(path)
       if tensorboard_dir is not None:
         from tensorboardX import SummaryWriter  # Slow to import, and only needed here.
 
-        self._board = SummaryWriter(str(tensorboard_dir), purge_step=start_step + 1)
+        self._events = Mirror(tensorboard_dir)
+        self._board = SummaryWriter(str(self._events.folder), purge_step=start_step + 1)
       if progress:
         import tqdm
 
@@ -162,7 +158,7 @@ class MetricsWriter:
       if exc_type is None:
         self.flush()
     finally:
-      for resource in (self._file, self._board, self._bar):
+      for resource in (self._file, self._board, self._events, self._bar):
         if resource is not None:
           resource.close()
 
@@ -176,14 +172,16 @@ class MetricsWriter:
     self._pending = (step, metrics)
 
   def flush(self) -> None:
-    """Writes what is pending, down to the disk, whatever `every` says.
+    """Writes what is pending, down to the disk or the bucket, whatever `every` says.
 
     Called before a checkpoint, so that a resumed run finds the totals of its first step.
     """
     self._emit(due=True)
     if self._file is not None:
-      self._file.flush()
-      os.fsync(self._file.fileno())
+      self._file.sync()
+    if self._board is not None:
+      self._board.flush()
+      self._events.sync()
 
   def _emit(self, due: bool = False) -> None:
     if self._pending is None:

@@ -1,19 +1,20 @@
 """A jax.profiler trace of a few steps of a stage, for TensorBoard or xprof."""
 
 import contextlib
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
+from dpr_jax.paths import Mirror, Path
+
 
 class StepTrace:
   """Starts and stops the trace of steps first..last of one stage; see `trace_steps`."""
 
-  def __init__(self, steps: tuple[int, int] | None, directory: pathlib.Path | None):
+  def __init__(self, steps: tuple[int, int] | None, directory: Path | None):
     self.first, self.last = steps or (1, 0)
-    self.directory, self.active = directory, False
+    self.directory, self.active, self.stack = directory, False, contextlib.ExitStack()
 
   @contextlib.contextmanager
   def step(self, number: int) -> Iterator[list[Any]]:
@@ -24,8 +25,9 @@ class StepTrace:
       yield results
       return
     if not self.active:  # At `first`, or where a resumed stage begins.
-      self.directory.mkdir(parents=True, exist_ok=True)
-      jax.profiler.start_trace(self.directory)
+      place = self.stack.enter_context(Mirror(self.directory))  # It knows disks alone.
+      place.mkdir(parents=True, exist_ok=True)
+      jax.profiler.start_trace(place)
       self.active = True
     with jax.profiler.StepTraceAnnotation("train", step_num=number):
       yield results
@@ -37,11 +39,12 @@ class StepTrace:
     if self.active:
       self.active = False
       jax.profiler.stop_trace()
+      self.stack.close()
 
 
 @contextlib.contextmanager
 def trace_steps(
-    steps: tuple[int, int] | None, directory: pathlib.Path | None
+    steps: tuple[int, int] | None, directory: Path | None
 ) -> Iterator[StepTrace]:
   """Yields a `StepTrace` that ends with the block: a stage may end, or fail, before `last`.
 

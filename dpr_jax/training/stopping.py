@@ -7,17 +7,18 @@ The stage's result is its checkpoint of `step`. It is finished: a resumed run do
 
 import json
 import os
-import pathlib
 from typing import Any
 
 import jax
+
+from dpr_jax.paths import as_path, write_atomically
 
 FILE = "stopped.json"
 
 
 def read_stopped(directory: str | os.PathLike) -> dict[str, Any] | None:
   """The content of a stage's stopped.json, None if it did not end early."""
-  path = pathlib.Path(directory) / FILE
+  path = as_path(directory) / FILE
   return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
@@ -29,10 +30,6 @@ def last_step(directory: str | os.PathLike, steps: int) -> int:
 
 def write_stopped(directory: str | os.PathLike, step: int, steps: int, reason: str) -> None:
   """Records, atomically and from process 0, that a stage of `steps` ended after `step`."""
-  if jax.process_index():
-    return
-  path = pathlib.Path(directory) / FILE
-  temporary = path.with_suffix(".tmp")
-  record = {"step": step, "steps": steps, "reason": reason}
-  temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-  os.replace(temporary, path)
+  if jax.process_index() == 0:
+    record = {"step": step, "steps": steps, "reason": reason}
+    write_atomically(as_path(directory) / FILE, json.dumps(record, indent=2) + "\n")

@@ -8,6 +8,7 @@ import jax
 
 from dpr_jax.errors import UserError
 from dpr_jax.models import ModelConfig
+from dpr_jax.paths import on_disk
 from dpr_jax.weights import gguf, hf
 from dpr_jax.weights import tokenizer as tokenizer_lib
 from dpr_jax.weights.hf import save_pretrained
@@ -22,8 +23,12 @@ __all__ = [
 
 
 def _path(path: str | os.PathLike) -> pathlib.Path:
-  path = pathlib.Path(path).expanduser()
-  if not path.exists():
+  try:
+    path = on_disk(path).expanduser()
+    there = path.exists()
+  except FileNotFoundError:
+    there = False
+  if not there:
     raise UserError(f"{path} does not exist; give a Hugging Face model folder or a .gguf file")
   if path.is_file() and path.suffix != ".gguf":
     raise UserError(f"{path} is not a .gguf file; give it or the folder that holds config.json")

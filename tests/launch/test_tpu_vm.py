@@ -132,7 +132,7 @@ def test_a_run_from_nothing(cloud):
     assert cloud.installed(host) == [
       "python3 -m pip install --quiet --user uv",
       f"uv venv --quiet --python 3.12 {home}/dpr_jax_env",
-      f"uv pip install --quiet --python {home}/dpr_jax_env/bin/python -e .[tpu]"]
+      f"uv pip install --quiet --python {home}/dpr_jax_env/bin/python -e .[tpu,gcp]"]
     assert (home / "dpr_jax/setup.py").read_bytes() == (ROOT / "setup.py").read_bytes()
     assert not (home / "dpr_jax/.git").exists()
   calls = cloud.calls()

@@ -114,6 +114,29 @@ def test_a_disk_that_takes_no_more_is_one_line_and_loses_nothing(tmp_path, train
   _assert_same(restored.trainable, state.trainable)
 
 
+def test_in_a_bucket_a_save_that_was_cut_off_is_ignored_and_a_damaged_one_renamed(bucket, trained):
+  state, train = trained
+  folder = bucket / "checkpoints"
+  with Checkpoints(folder, keep=3) as checkpoints:
+    checkpoints.save(state, 2, {"next_step": 2})
+    for step in (3, 4):
+      checkpoints.save(train(state), step, {"next_step": step})
+    checkpoints.wait()
+    assert checkpoints.steps() == [2, 3, 4]
+  (folder / "4" / "commit_success.txt").unlink()
+  assert (folder / "3" / "files.json").exists()
+  file = next(p for p in (folder / "3" / "variables" / "ocdbt.process_0" / "d").iterdir())
+  damaged = bytes(x ^ 1 for x in file.read_bytes())
+  file.write_bytes(damaged)
+  with Checkpoints(folder, keep=3) as checkpoints:
+    assert checkpoints.steps() == [2, 3]
+    restored, data = checkpoints.restore(_abstract(state))
+    assert data == {"next_step": 2} and checkpoints.steps() == [2]
+    _assert_same(restored.trainable, state.trainable)
+  assert {p.name for p in folder.iterdir()} == {"2", "3.damaged"}
+  assert (folder / "3.damaged" / file.relative_to(folder / "3")).read_bytes() == damaged
+
+
 def test_an_empty_folder_restores_nothing(tmp_path, trained):
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.steps() == [] and checkpoints.restore(_abstract(trained[0])) is None
