@@ -101,7 +101,8 @@ def _given(values: flags.FlagValues) -> dict[str, Any]:
   for name in ("input", "data", "template"):
     path = facts.get(f"--{name}")
     if path and pathlib.Path(path).exists():
-      facts[f"contents of --{name}={path}"] = fingerprint(path)
+      with contextlib.suppress(UserError):  # A folder of something else, such as tasks of lm_eval.
+        facts[f"contents of --{name}={path}"] = fingerprint(path)
   return facts
 
 
