@@ -8,7 +8,7 @@ from typing import Any
 from dpr_jax.config.sections import DataSection
 from dpr_jax.config.values import build
 from dpr_jax.data.dataset import fingerprint, split_demos
-from dpr_jax.data.demos import Demo, prompt_key
+from dpr_jax.data.demos import Demo, prompt_key, text_key
 from dpr_jax.errors import UserError
 from dpr_jax.loading import LoadedModel
 from dpr_jax.workdir import Workdir
@@ -53,10 +53,13 @@ def find_overlap(loaded: LoadedModel, demos: Sequence[Demo], strict: bool) -> di
       raise UserError(f"--strict_overlap: the training demonstrations are unknown: {e}") from None
     return {"unknown": str(e)}
   seen = {prompt_key(demo): demo.source for demo in trained}
-  found = [
-      {"prompt": demo.source or f"prompt {i + 1}", "demo": seen[prompt_key(demo)]}
-      for i, demo in enumerate(demos) if prompt_key(demo) in seen
-  ]
+  found = []
+  for i, demo in enumerate(demos):
+    # A document of another library has its question in one of its fields.
+    texts = [x for x in demo.meta.get("doc", {}).values() if isinstance(x, str)]
+    keys = [key for key in (prompt_key(demo), *map(text_key, texts)) if key in seen]
+    if keys:
+      found.append({"prompt": demo.source or f"prompt {i + 1}", "demo": seen[keys[0]]})
   if found:
     line = (f"{len(found)} of {len(demos)} prompts are among the demonstrations of the model; the "
             f"first, {found[0]['prompt']}, is {found[0]['demo']}")
