@@ -75,10 +75,6 @@ class LMEval(Benchmark):
   num_fewshot: int | None = setting(None, "worked examples; by default those of the task", low=0)
   chat: bool = setting(False, "whether prompts are rendered by the chat template")
 
-  def __post_init__(self):
-    if not self.tasks:
-      raise ValueError("tasks is empty; for example --benchmark=lm_eval:arc_easy,gsm8k")
-
   @contextlib.contextmanager
   def _errors(self, hint: str) -> Iterator[None]:
     try:
@@ -93,9 +89,10 @@ class LMEval(Benchmark):
     Raises:
       UserError: an unknown task, one that cannot be loaded, or data that are not local.
     """
-    for place in pathlib.Path(path), pathlib.Path(path).parent:
-      if path and not place.exists():
-        raise UserError(f"--data={path}: no such file or folder")
+    if not self.tasks:
+      raise UserError("--benchmark=lm_eval names no task; for example lm_eval:arc_easy,gsm8k")
+    if path and not pathlib.Path(path).exists():
+      raise UserError(f"--data={path}: no such file or folder")
     with _no_downloads():
       manager = _manager(path)
       for name in self.tasks:
