@@ -158,6 +158,7 @@ def main(argv: Sequence[str]) -> None:
   from dpr_jax.data.dataset import fingerprint
   from dpr_jax.loading import load_checkpoint
   from dpr_jax.rollout import Sampling
+  from dpr_jax.sharding import barrier
   from dpr_jax.training.integrity import fingerprint as fingerprint_arrays
   from dpr_jax.workdir import versions, write_json
 
@@ -219,6 +220,7 @@ def main(argv: Sequence[str]) -> None:
         "versions": versions(*benchmark.packages),
     } if lead else {}
     write_json(folder.results_file, results)  # Of process 0.
+    barrier("results")  # The scores of some benchmarks take it a while.
   if not lead:
     return
   if not asked:

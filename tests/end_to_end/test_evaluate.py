@@ -344,6 +344,23 @@ def test_prompts_that_a_stage_was_trained_on_are_reported_or_refused(
   assert caplog.text.count("3 of 4 prompts are among") == 1
 
 
+def test_a_library_that_is_not_installed_is_named(model, data, tmp_path, capsys):
+  (tmp_path / "needs.py").write_text(textwrap.dedent("""
+      import dataclasses
+      from dpr_jax.evaluation.benchmarks.exact import Exact
+
+      @dataclasses.dataclass(frozen=True, kw_only=True)
+      class Needs(Exact):
+        packages = ("numpy", "no-such-package")
+  """))
+  with pytest.raises(SystemExit) as exit_info:
+    call(f"--model={model}", f"--benchmark={tmp_path}/needs.py:Needs", f"--data={data}",
+         f"--output={tmp_path}/out")
+  assert exit_info.value.code == 2 and not (tmp_path / "out").exists()
+  assert ("needs no-such-package, which is not installed: pip install 'dpr_jax[eval]'"
+          in capsys.readouterr().err)
+
+
 BAD = {
     "unknown benchmark": ({"benchmark": "bleu"}, "'bleu' is not one of exact, gsm8k, ifeval, lm_e"),
     "no such file": ({"benchmark": "nowhere.py:Mine"}, "nowhere.py:Mine: no such file"),

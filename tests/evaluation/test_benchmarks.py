@@ -15,6 +15,7 @@ from dpr_jax.errors import UserError
 from dpr_jax.evaluation.benchmarks import Benchmark
 from dpr_jax.evaluation.benchmarks.exact import Exact
 from dpr_jax.evaluation.benchmarks.gsm8k import GSM8K
+from dpr_jax.evaluation.benchmarks.ifeval import IFEval
 from dpr_jax.evaluation.benchmarks.perplexity import Perplexity
 from dpr_jax.evaluation.benchmarks.tasks import Tasks
 
@@ -198,6 +199,7 @@ def test_perplexity_of_all_responses_weighs_tokens(rng):
 def test_a_run_refuses_a_benchmark_that_cannot_judge_it():
   for benchmark, message in (
       (Perplexity(), "needs a benchmark with accuracy"),
+      (IFEval(), "needs a benchmark with accuracy"),
       (GSM8K(shots=1, shots_file="train.jsonl"), "shots=1"),
       (Tasks(tasks=("add",)), "config.data.tasks"),
   ):

@@ -161,8 +161,9 @@ def test_the_chat_template_and_worked_examples_are_those_of_transformers(
     model, folder, tmp_path, offline
 ):
   names = ("local_mc", "local_gen")
-  call(f"--model={model}", f"--benchmark=lm_eval:{','.join(names)}", f"--data={folder}",
-       "--benchmark.chat", "--benchmark.num_fewshot=1", f"--output={tmp_path}/out",
+  # One of the files stands for its folder.
+  call(f"--model={model}", f"--benchmark=lm_eval:{','.join(names)}",
+       f"--data={folder}/local_mc.yaml", "--benchmark.chat", "--benchmark.num_fewshot=1", f"--output={tmp_path}/out",
        "--max_prompts=4")
   _, samples = of_transformers(
       model, folder, names, apply_chat_template=True, fewshot_as_multiturn=True, num_fewshot=1,
