@@ -163,8 +163,8 @@ def test_the_chat_template_and_worked_examples_are_those_of_transformers(
   names = ("local_mc", "local_gen")
   # One of the files stands for its folder.
   call(f"--model={model}", f"--benchmark=lm_eval:{','.join(names)}",
-       f"--data={folder}/local_mc.yaml", "--benchmark.chat", "--benchmark.num_fewshot=1", f"--output={tmp_path}/out",
-       "--max_prompts=4")
+       f"--data={folder}/local_mc.yaml", "--benchmark.chat", "--benchmark.num_fewshot=1",
+       f"--output={tmp_path}/out", "--max_prompts=4")
   _, samples = of_transformers(
       model, folder, names, apply_chat_template=True, fewshot_as_multiturn=True, num_fewshot=1,
       limit=4,
