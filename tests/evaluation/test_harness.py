@@ -79,7 +79,7 @@ def folder(tmp_path):
 def model(tmp_path, make_model):
   """A Hugging Face folder with random weights that mostly say letters of the tasks."""
   tokenizer = byte_tokenizer()
-  model, variables = make_model(1, vocab_size=len(tokenizer), max_length=64)
+  model, variables = make_model(1, vocab_size=len(tokenizer), max_length=63)
   for token in tokenizer("abcdefgh")["input_ids"]:
     variables["params"]["embed"]["table"][token] *= 4
   save_pretrained(tmp_path / "model", model.cfg, variables["params"], tokenizer=tokenizer)
@@ -101,7 +101,7 @@ def of_transformers(model, folder, names, **how):
 
   theirs = transformers.AutoModelForCausalLM.from_pretrained(model)
   tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-  lm = HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=1, max_length=64, device="cpu")
+  lm = HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=1, max_length=63, device="cpu")
   shots = how.pop("num_fewshot", None)
   tasks = LMEval(tasks=names, num_fewshot=shots).load(str(folder))
   found = run(lm=lm, task_dict=tasks, bootstrap_iters=0, **how)
@@ -182,7 +182,7 @@ BAD = {
     "bad text": ({"benchmark": "lm_eval:bad_text"}, "No filter named 'nofilter'"),
     "beams": ({"benchmark": "lm_eval:beams"}, "beams asks for num_beams=4"),
     "penalty": ({"benchmark": "lm_eval:penalty"}, "generation_kwargs of penalty have repet"),
-    "too long": ({"benchmark": "lm_eval:too_long"}, "too_long wants max_gen_toks=64"),
+    "too long": ({"benchmark": "lm_eval:too_long"}, "too_long wants max_gen_toks=63"),
     "sampling": ({"temperature": "1"}, "--temperature: lm_eval:local_gen says itself"),
     "metrics": ({"metrics": "length"}, "--metrics: lm_eval:local_gen says itself"),
     "overlap": ({"strict_overlap": "true"}, "--strict_overlap: the training"),
@@ -195,7 +195,7 @@ def test_bad_input(case, model, folder, tmp_path, offline, capsys):
   for name, old, new in (
       ("beams", "do_sample: false", "num_beams: 4"),
       ("penalty", "do_sample: false", "repetition_penalty: 1.2"),
-      ("too_long", "max_gen_toks: 12", "max_gen_toks: 64"),
+      ("too_long", "max_gen_toks: 12", "max_gen_toks: 63"),
       ("bad_text", "{{question}}", "{{question | nofilter}}"),
   ):
     assert old in base
