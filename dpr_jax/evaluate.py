@@ -2,10 +2,16 @@ r"""Evaluates a model on a benchmark: its responses with their scores, means and
 
     python -m dpr_jax.evaluate --model=CKPT --benchmark=NAME --data=FILE --output=DIR
 
-NAME is a kind of dpr_jax/evaluation/benchmarks (tasks, gsm8k, exact, perplexity, ...) or a class of
-your own: module:Class or path/to/file.py:Class. Its fields are flags too, as in --benchmark.shots=5
---benchmark.shots_file=train.jsonl. `tasks` makes its prompts itself and takes no --data.
+NAME is a kind of dpr_jax/evaluation/benchmarks (tasks, gsm8k, exact, ifeval, perplexity, ...) or a
+class of your own: module:Class or path/to/file.py:Class. Its fields are flags too, as in
+--benchmark.shots=5 --benchmark.shots_file=train.jsonl. `tasks` makes its prompts itself and takes
+no --data. lm_eval:TASK,... runs tasks of lm-evaluation-harness; --data is then a folder of task
+YAMLs, or left out for the tasks of the harness, whose data must be local.
+
 --metrics=file.py:Class,... measures something else of each response.
+
+Prompts that are among the demonstrations that a stage of a workdir was trained on are counted in
+results.json; with --strict_overlap they are an error.
 
 DIR/responses.jsonl has one line per prompt and sample, DIR/results.json the means over prompts with
 95% intervals; with --samples=N also pass@k. Rerun the same command to resume an interrupted
@@ -16,6 +22,7 @@ evaluation; the files are the same as those of an uninterrupted one.
 """
 
 import contextlib
+import importlib.metadata
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -53,6 +60,8 @@ def define(values: flags.FlagValues) -> None:
                        lower_bound=0, flag_values=values)
   flags.DEFINE_integer("seed", 0, "Of the sampling.", lower_bound=0, upper_bound=MAX_SEED,
                        flag_values=values)
+  flags.DEFINE_bool("strict_overlap", False, "Refuse prompts that the model was trained on.",
+                    flag_values=values)
   flags.DEFINE_list("metrics", ["length", "eos_rate"], "Of each response: kinds, module:Class or "
                     "file.py:Class, separated by commas.", flag_values=values)
   models_cli.define_model_flags(values, "Responses decoded, or scored,")
@@ -64,10 +73,14 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any]]:
   Raises:
     UserError: naming the flag, and what would be right.
   """
+  from dpr_jax.config.fields import kinds
   from dpr_jax.evaluation.benchmarks.base import Benchmark
   from dpr_jax.evaluation.metrics import ResponseMetric
 
-  name = flag_value(argv, "benchmark")
+  name = flag_value(argv, "benchmark") or ""
+  kind, _, argument = name.partition(":")
+  if argument and (field := getattr(kinds(BENCHMARKS).get(kind), "argument", "")):
+    name, argv = kind, [*argv, f"--benchmark.{field}={argument}"]
   cls = value_class("benchmark", BENCHMARKS, name, Benchmark) if name else None
 
   def define_all(values):
@@ -80,29 +93,38 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any]]:
       required={"model": "runs/smoke/dpr", "benchmark": "gsm8k", "output": "runs/gsm8k"},
   )
   benchmark, metrics = make_value(values, "benchmark", cls), {}
-  for spec in values.metrics:
+  _check(values, benchmark)
+  for spec in () if benchmark.own_requests else values.metrics:
     metric = value_class("metrics", METRICS, spec, ResponseMetric)
     # Named as the package's own are: EosRate is eos_rate.
     key = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", metric.__name__).lower()
     if key in metrics or key in benchmark.scores:
       raise UserError(f"--metrics={spec}: there is another score called {key}")
     metrics[key] = make_value(values, "metrics", metric)
-  _check(values, benchmark)
   return values, benchmark, metrics
 
 
 def _check(values: flags.FlagValues, benchmark: Any) -> None:
   """Raises UserError for flags that contradict each other or the benchmark."""
   from dpr_jax.rollout.stop_strings import check_stop_strings
+  from dpr_jax.workdir import versions
 
-  if bool(values.data) != benchmark.needs_data:
+  try:
+    versions(*benchmark.packages)
+  except importlib.metadata.PackageNotFoundError as e:
+    raise UserError(f"--benchmark={values.benchmark} needs {e.name}, which is not installed: "
+                    "pip install 'dpr_jax[eval]'") from None
+  if benchmark.needs_data is not None and bool(values.data) != benchmark.needs_data:
     raise UserError(
         "--data is missing; for example --data=test.jsonl" if benchmark.needs_data else
         f"--data={values.data}: {values.benchmark} makes its own prompts; leave it out"
     )
-  for name in _GENERATION if benchmark.likelihood else ():
+  reason, unused = "scores given responses and generates nothing", _GENERATION
+  if benchmark.own_requests:
+    reason, unused = "says itself what is asked and measured", (*_GENERATION, "metrics")
+  for name in unused if benchmark.likelihood or benchmark.own_requests else ():
     if values[name].present:
-      raise UserError(f"--{name}: {values.benchmark} scores given responses and generates nothing")
+      raise UserError(f"--{name}: {values.benchmark} {reason}")
   if values.samples > 1 and values.temperature == 0:
     raise UserError(f"--samples={values.samples}: greedy responses are all the same; set "
                     "--temperature, for example to 1")
@@ -123,7 +145,8 @@ def _sources(*of: Any) -> dict[str, str]:
 def main(argv: Sequence[str]) -> None:
   distributed.initialize()
   values, benchmark, metrics = parse(argv)
-  from dpr_jax.evaluation.benchmark_run import BenchmarkRun, EvaluationFolder, digest, fill
+  from dpr_jax.evaluation.benchmark_run import EvaluationFolder, digest, fill
+  from dpr_jax.evaluation.overlap import find_overlap
 
   folder = EvaluationFolder(values.output)
   folder.check()
@@ -136,11 +159,12 @@ def main(argv: Sequence[str]) -> None:
   from dpr_jax.data.dataset import fingerprint
   from dpr_jax.loading import load_checkpoint
   from dpr_jax.rollout import Sampling
+  from dpr_jax.sharding import barrier
   from dpr_jax.training.integrity import fingerprint as fingerprint_arrays
   from dpr_jax.workdir import versions, write_json
 
   asking = {}
-  if not benchmark.likelihood:
+  if not (benchmark.likelihood or benchmark.own_requests):
     with naming("--temperature, --top_k, --top_p"):
       sampling = Sampling(values.temperature, values.top_k, values.top_p)
     asking = {
@@ -154,12 +178,17 @@ def main(argv: Sequence[str]) -> None:
         lambda: held.enter_context(lock.locked(folder.path, "--output")), seconds=2 * lock.STALE
     )
     check_shared(folder.path, f"--output={values.output}")
+    lead = jax.process_index() == 0
     loaded = load_checkpoint(values.model, mesh, dtype)
-    run = BenchmarkRun(
-        benchmark, metrics, loaded, mesh, values.template or loaded.template, demos,
-        values.batch_size, values.seed, **asking,
+    run = benchmark.run(
+        values.data, values.max_prompts, metrics=metrics, loaded=loaded, mesh=mesh,
+        template=values.template or loaded.template, demos=demos, batch_size=values.batch_size,
+        seed=values.seed, **asking,
     )
     run.check()
+    overlap = agree(
+        lambda: find_overlap(loaded, demos, values.strict_overlap) if lead else {}, seconds=600
+    )
     described = to_json(benchmark)
     settings = {
         "benchmark": described.pop("kind"),
@@ -172,7 +201,7 @@ def main(argv: Sequence[str]) -> None:
       generation = {name: getattr(values, name) for name in _GENERATION}
       settings |= {**generation, "max_new_tokens": run.max_new_tokens}
     contents = {
-        "data": fingerprint(values.data) if values.data else "",
+        "data": "" if benchmark.own_requests or not values.data else fingerprint(values.data),
         "benchmark": _sources(benchmark),
         "metrics": _sources(*metrics.values()),
         "model": digest(fingerprint_arrays(loaded.variables)),
@@ -187,11 +216,13 @@ def main(argv: Sequence[str]) -> None:
         "benchmark": settings["benchmark"],
         "model": values.model,
         **run.results(records),
+        "overlap": overlap,
         "settings": {"data": values.data, **settings},
-        "versions": versions(),
-    } if jax.process_index() == 0 else {}
+        "versions": versions(*benchmark.packages),
+    } if lead else {}
     write_json(folder.results_file, results)  # Of process 0.
-  if jax.process_index():
+    barrier("results")  # The scores of some benchmarks take it a while.
+  if not lead:
     return
   if not asked:
     print(f"{values.output} was finished already")

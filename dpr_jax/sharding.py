@@ -13,6 +13,7 @@ vocabulary of 261) is replicated rather than refused, so that one config runs on
 any mesh; `check_rows` refuses what cannot be replicated: the rows of a batch.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -232,6 +233,20 @@ def to_host(tree: Any) -> Any:
     return np.asarray(x)
 
   return jax.tree.map(leaf, tree)
+
+
+def broadcast(value: Any) -> Any:
+  """A JSON value of process 0, in every process; all of them must call it."""
+  if jax.process_count() == 1:
+    return value
+  from jax.experimental import multihost_utils
+
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  with peers.waiting():
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    lead = jax.process_index() == 0
+    data = multihost_utils.broadcast_one_to_all(data if lead else np.zeros(size, np.uint8))
+  return json.loads(np.asarray(data).tobytes())
 
 
 def barrier(name: str) -> None:

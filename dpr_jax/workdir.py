@@ -52,10 +52,10 @@ _log = logging.getLogger(__name__)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
-def versions() -> dict[str, str]:
-  """Python and package versions, for config.json."""
+def versions(*more: str) -> dict[str, str]:
+  """Python and package versions, for config.json; also those of `more` distributions."""
   out = {"python": platform.python_version()}
-  for name in _PACKAGES:
+  for name in (*_PACKAGES, *more):
     out[name] = importlib.metadata.version(name)
   return out
 

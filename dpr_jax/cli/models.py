@@ -110,7 +110,8 @@ def _given(values: flags.FlagValues) -> dict[str, Any]:
   for name in ("input", "data", "template"):
     path = facts.get(f"--{name}")
     if path and as_path(path).exists():
-      facts[f"contents of --{name}={path}"] = fingerprint(path)
+      with contextlib.suppress(UserError):  # A folder of something else, such as tasks of lm_eval.
+        facts[f"contents of --{name}={path}"] = fingerprint(path)
   for name in ("model", "sft", "ref"):
     if spec := facts.get(f"--{name}"):
       path = split_checkpoint(os.path.expanduser(spec))[0]

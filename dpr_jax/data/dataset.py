@@ -49,7 +49,10 @@ def fingerprint(path: str | pathlib.Path) -> str:
   return fingerprints.of_bytes("".join(map(fingerprint, data_files(path))).encode())
 
 
-def _demos(section: DataSection, seed: int) -> tuple[list[Demo], list[Demo], str, dict[str, Any]]:
+def split_demos(
+    section: DataSection, seed: int
+) -> tuple[list[Demo], list[Demo], str, dict[str, Any]]:
+  """(demonstrations to train on, those held out, their benchmark, their origin) of a run."""
   if not section.demos:
     names = section.tasks or tuple(TASKS)
     train = make_demos(names, section.num_demos, seed, corrupt=section.corrupt)
@@ -81,7 +84,7 @@ def build_dataset(section: DataSection, tokenizer: "PreTrainedTokenizerFast", se
   Raises:
     UserError: as the readers; naming file and line, or the field.
   """
-  train, heldout, benchmark, summary = _demos(section, seed)
+  train, heldout, benchmark, summary = split_demos(section, seed)
   check_disjoint(train, heldout)
   examples = [encode_demo(demo, tokenizer, section.train_on, section.template) for demo in train]
   rows = pack(examples, section.row_length, section.overlong, seed)

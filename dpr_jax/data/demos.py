@@ -58,8 +58,12 @@ def prompt_key(demo: Demo) -> str:
   The first turn and not the whole prompt, because training on a dialogue trains the answer to its
   first turn too, and without the system message, which asks nothing.
   """
-  first = next(m["content"] for m in demo.messages if m["role"] == "user")
-  return " ".join(unicodedata.normalize("NFKC", first).casefold().split())
+  return text_key(next(m["content"] for m in demo.messages if m["role"] == "user"))
+
+
+def text_key(text: str) -> str:
+  """The text but for case and spacing."""
+  return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def split_holdout(

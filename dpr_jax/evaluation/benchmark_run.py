@@ -40,7 +40,7 @@ from dpr_jax.rollout import Sampling
 from dpr_jax.sharding import barrier
 from dpr_jax.workdir import read_lines, versions, write_json
 
-_BATCHES = 4  # of a block: what `Responder` answers with one program, refilling its slots.
+BATCHES = 4  # of a block: what `Responder` answers with one program, refilling its slots.
 
 
 class EvaluationFolder:
@@ -205,7 +205,7 @@ class BenchmarkRun:
   @property
   def blocks(self) -> list[range]:
     """Indices of the prompts of each block; on every mesh the same."""
-    size = _BATCHES * -(-self.batch_size // self.samples)
+    size = BATCHES * -(-self.batch_size // self.samples)
     n = len(self.demos)
     return [range(i, min(i + size, n)) for i in range(0, n, size)]
 

@@ -12,7 +12,7 @@ from dpr_jax.data.text_ids import token_texts
 from dpr_jax.models.logprobs import token_logprobs
 from dpr_jax.references.base import Reference, combine_logps
 
-_token_logprobs = jax.jit(token_logprobs, static_argnums=0)
+_token_logprobs = jax.jit(token_logprobs, static_argnums=0, static_argnames="with_greedy")
 
 _LENGTH_STEP = 64  # Rows are padded to a multiple of it, so that few programs are compiled.
 
@@ -64,6 +64,11 @@ class Scorer:
     """
     score = lambda tokens, segments: _token_logprobs(self.model, variables, tokens, segments)
     return [(s.logp, s.logsumexp) for s in self.per_response(score, prompts, responses)]
+
+  def greedy_logps(self, variables: Any, prompts, responses) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(log p, whether it is the argmax) of each token, float32 [T_i] each."""
+    score = lambda *rows: _token_logprobs(self.model, variables, *rows, with_greedy=True)
+    return [(s.logp, s.greedy) for s in self.per_response(score, prompts, responses)]
 
   def reference_logps(self, ref: Reference, prompts, responses) -> list[np.ndarray]:
     """`logps` under a reference."""

@@ -65,6 +65,16 @@ def interval(per_seed: Sequence[np.ndarray]) -> dict[str, Any]:
   return out
 
 
+def ratio_interval(numerator: np.ndarray, denominator: np.ndarray) -> dict[str, Any]:
+  """sum(numerator) / sum(denominator) over prompts, [P] each, with its 95% interval.
+
+  That of the linear part of the ratio in each prompt: Student's t.
+  """
+  ratio = numerator.sum() / denominator.sum()
+  found = interval([ratio + (numerator - ratio * denominator) / denominator.mean()])
+  return {**found, "mean": float(ratio)}
+
+
 def compare(
   a_per_seed: Sequence[np.ndarray], b_per_seed: Sequence[np.ndarray], *, seed: int = 0
 ) -> dict[str, Any]:

@@ -28,10 +28,12 @@ class TokenLogProbs:
   logp: jax.Array  # log p(token_t | tokens before it in its segment), nats.
   logsumexp: jax.Array  # V(s_t): logsumexp of the logits from which token t is chosen.
   entropy: jax.Array | None  # of that distribution, nats, without gradient; None unless asked for.
+  greedy: jax.Array | None = None  # 1 where the token is the argmax (the first of equals), else 0.
 
 
-def chunk_logprobs(logits_BxCxV: jax.Array, targets_BxC: jax.Array, with_entropy: bool):
-  """(logp, logsumexp, entropy or None) of one chunk, float32 [B, C] each."""
+def chunk_logprobs(logits_BxCxV: jax.Array, targets_BxC: jax.Array, with_entropy: bool,
+                   with_greedy: bool = False):
+  """(logp, logsumexp, entropy or None) of one chunk, float32 [B, C] each; greedy if asked for."""
   axes = logits_axes(*logits_BxCxV.shape)
   logits_BxCxV, targets_BxC = constrain(logits_BxCxV, *axes), constrain(targets_BxC, *axes[:2])
   vocab_1x1xV = jnp.arange(logits_BxCxV.shape[-1], dtype=targets_BxC.dtype)[None, None, :]
@@ -44,7 +46,13 @@ def chunk_logprobs(logits_BxCxV: jax.Array, targets_BxC: jax.Array, with_entropy
     # From log p, not as lse - sum(p * logits): that cancels where logits are large.
     log_p_BxCxV = jax.lax.stop_gradient(logits_BxCxV - lse_BxC[:, :, None])
     entropy_BxC = -jnp.sum(jnp.exp(log_p_BxCxV) * log_p_BxCxV, axis=-1)
-  return target_BxC - lse_BxC, lse_BxC, entropy_BxC
+  if not with_greedy:
+    return target_BxC - lse_BxC, lse_BxC, entropy_BxC
+  # Any token that an argmax prefers: local, too, unlike the argmax itself.
+  target_BxCx1 = target_BxC[:, :, None]
+  equal_BxCxV = (logits_BxCxV == target_BxCx1) & (vocab_1x1xV < targets_BxC[:, :, None])
+  greedy_BxC = ~jnp.any((logits_BxCxV > target_BxCx1) | equal_BxCxV, axis=-1)
+  return target_BxC - lse_BxC, lse_BxC, entropy_BxC, greedy_BxC.astype(jnp.float32)
 
 
 def hidden_logprobs(
@@ -54,14 +62,15 @@ def hidden_logprobs(
     *,
     chunk_size: int,
     with_entropy: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    with_greedy: bool = False,
+) -> tuple[jax.Array | None, ...]:
   """(logp, logsumexp, entropy) of targets, float32 [B, T]; hidden[:, t] predicts targets[:, t].
 
   Args:
     unembed: hidden [B, C, D] -> logits float32 [B, C, V].
     chunk_size: columns whose logits live at a time; memory is about 3 * B * chunk * V * 4 bytes.
   """
-  body = jax.checkpoint(lambda h, y: chunk_logprobs(unembed(h), y, with_entropy))
+  body = jax.checkpoint(lambda h, y: chunk_logprobs(unembed(h), y, with_entropy, with_greedy))
   return in_chunks(body, chunk_size, hidden_BxTxD, targets_BxT)
 
 
@@ -143,6 +152,7 @@ def token_logprobs(
     *,
     start: int = 0,
     with_entropy: bool = False,
+    with_greedy: bool = False,
     rngs: Any = None,
 ) -> TokenLogProbs:
   """Teacher-forced log-probabilities of the tokens in columns [start, T) of each row.
@@ -154,6 +164,7 @@ def token_logprobs(
     start: first column wanted. A rollout passes its prompt length, so that the head never
       sees prompt columns.
     with_entropy: also the entropy of each distribution (one more pass over the logits).
+    with_greedy: also whether each token is the argmax.
 
   Returns:
     `TokenLogProbs` of shape [B, T - start]. A token that opens its segment (column 0, or
@@ -171,6 +182,7 @@ def token_logprobs(
         tokens_BxT[:, chosen],
         chunk_size=chunk_columns(model.cfg, tokens_BxT.shape[0]),
         with_entropy=with_entropy,
+        with_greedy=with_greedy,
     )
 
   return TokenLogProbs(*per_token(score, segment_ids_BxT, start))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dpr_jax import cli, evaluate, generate
-from dpr_jax.data.tasks import verify
+from dpr_jax.data.tasks import make_demos, verify
 from dpr_jax.evaluation.benchmark_run import EvaluationFolder
 from dpr_jax.evaluation.responses import Responder
 from dpr_jax.weights import load_tokenizer, save_pretrained
@@ -323,8 +323,46 @@ def test_a_stage_answers_as_in_the_evaluation_of_its_run(finished_run, tmp_path)
   assert found["accuracy/unique"] == table["accuracy_greedy/unique"]
 
 
+def test_prompts_that_a_stage_was_trained_on_are_reported_or_refused(
+    finished_run, tmp_path, caplog, capsys
+):
+  workdir, out = finished_run[0], tmp_path / "out"
+  record = json.loads((workdir / "config.json").read_text())
+  trained = make_demos(record["config"]["data"]["tasks"], 3, record["seed"])
+  data = tmp_path / "data.jsonl"
+  asked = [d.prompt[-1]["content"] for d in trained] + ["never seen"]
+  data.write_text("".join(json.dumps({"prompt": p, "response": "x"}) + "\n" for p in asked))
+  given = [f"--model={workdir}/sft", "--benchmark=exact", f"--data={data}", f"--output={out}",
+           "--max_new_tokens=2"]
+  with pytest.raises(SystemExit) as exit_info:
+    call(*given, "--strict_overlap")
+  assert exit_info.value.code == 2 and not out.exists()
+  assert "--strict_overlap: 3 of 4 prompts are among" in capsys.readouterr().err
+  call(*given)
+  found = results(out)["overlap"]
+  assert found["count"] == 3 and found["first"][1]["prompt"] == f"{data}:2"
+  assert caplog.text.count("3 of 4 prompts are among") == 1
+
+
+def test_a_library_that_is_not_installed_is_named(model, data, tmp_path, capsys):
+  (tmp_path / "needs.py").write_text(textwrap.dedent("""
+      import dataclasses
+      from dpr_jax.evaluation.benchmarks.exact import Exact
+
+      @dataclasses.dataclass(frozen=True, kw_only=True)
+      class Needs(Exact):
+        packages = ("numpy", "no-such-package")
+  """))
+  with pytest.raises(SystemExit) as exit_info:
+    call(f"--model={model}", f"--benchmark={tmp_path}/needs.py:Needs", f"--data={data}",
+         f"--output={tmp_path}/out")
+  assert exit_info.value.code == 2 and not (tmp_path / "out").exists()
+  assert ("needs no-such-package, which is not installed: pip install 'dpr_jax[eval]'"
+          in capsys.readouterr().err)
+
+
 BAD = {
-    "unknown benchmark": ({"benchmark": "bleu"}, "'bleu' is not one of exact, gsm8k, perplexity"),
+    "unknown benchmark": ({"benchmark": "bleu"}, "'bleu' is not one of exact, gsm8k, ifeval, lm_e"),
     "no such file": ({"benchmark": "nowhere.py:Mine"}, "nowhere.py:Mine: no such file"),
     "no such module": ({"benchmark": "nowhere:Mine"}, "--benchmark=nowhere:Mine: ModuleNotFound"),
     "no benchmark": ({"benchmark": "dpr_jax.rewards.base:Reward"}, "--benchmark"),
@@ -346,6 +384,7 @@ BAD = {
     "empty stop": ({"stop": ""}, "--stop: stop string '' is empty"),
     "generates nothing": ({"benchmark": "perplexity", "seed": "1"}, "--seed: perplexity scores"),
     "model": ({"model": "nowhere"}, "nowhere: no such checkpoint"),
+    "not ifeval": ({"benchmark": "ifeval"}, "data.jsonl:1: no prompt of IFEval; expected"),
     "output": ({"output": "{data}/below"}, "cannot be written"),
     "foreign output": ({"output": "{model}"}, "no config.json of an evaluation"),
 }

@@ -35,6 +35,15 @@ def test_chunks_equal_float64_numpy(rng, length, chunk_size):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
+def test_greedy_is_the_first_argmax_among_equal_logits_too(rng):
+  logits = rng.integers(0, 3, (4, 9, 7)).astype(np.float32)
+  targets = rng.integers(0, 7, (4, 9)).astype(np.int32)
+  out = hidden_logprobs(lambda h: h, logits, targets, chunk_size=4, with_greedy=True)
+  np.testing.assert_array_equal(out[-1], logits.argmax(-1) == targets)
+  assert 0 < out[-1].sum() < (logits.max(-1) == np.take_along_axis(logits, targets[..., None], 2)[
+      ..., 0]).sum()
+
+
 def test_gradients_do_not_depend_on_the_chunk_and_equal_the_analytic_one(rng):
   hidden = rng.normal(size=(2, 9, 5)).astype(np.float32)
   table = rng.normal(size=(5, 7)).astype(np.float32)
@@ -67,11 +76,14 @@ def test_each_token_is_scored_from_the_column_before_it(make_model, budget_of, r
   hidden, _ = model.apply(variables, tokens, None, segments)
   logits = np.asarray(model.apply(variables, hidden, method="unembed"))
   naive = _naive(logits[:, :-1], tokens[:, 1:])
-  out = token_logprobs(model, variables, tokens, segments, with_entropy=True)
+  out = token_logprobs(
+      model, variables, tokens, segments, with_entropy=True, with_greedy=True
+  )
   has_past = np.zeros((3, 10), bool)
   for b, t in np.ndindex(3, 9):
     has_past[b, t + 1] = segments[b, t + 1] != 0 and segments[b, t + 1] == segments[b, t]
-  for ours, expected in zip((out.logp, out.logsumexp, out.entropy), naive):
+  naive = *naive, logits[:, :-1].argmax(-1) == tokens[:, 1:]
+  for ours, expected in zip((out.logp, out.logsumexp, out.entropy, out.greedy), naive):
     ours = np.asarray(ours)
     assert ours.shape == (3, 10)
     np.testing.assert_array_equal(ours[~has_past], 0.0)

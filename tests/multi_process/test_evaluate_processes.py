@@ -61,3 +61,33 @@ def test_two_processes_score_like_one(model, tmp_path):
     found = json.loads((tmp_path / str(n) / "results.json").read_text())["metrics"]
     figures.append({name: x["mean"] for name, x in found.items()})
   assert figures[1] == pytest.approx(figures[0], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_answer_the_harness_like_one(model, tmp_path):
+  pytest.importorskip("lm_eval")
+  records = [{"q": "abc" * i, "choices": ["a", "bc", "x"], "label": i % 3} for i in range(1, 8)]
+  (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+  (tmp_path / "tasks").mkdir()
+  for name, more in (
+      ("choose", "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: label\n"
+                 "metric_list: [{metric: acc}]"),
+      ("write", "output_type: generate_until\ndoc_to_target: q\n"
+                "generation_kwargs: {until: ['a'], max_gen_toks: 8}\n"
+                "metric_list: [{metric: exact_match}]"),
+  ):
+    (tmp_path / "tasks" / f"{name}.yaml").write_text(
+        f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files: "
+        f"{{test: {tmp_path}/data.jsonl}}\ntest_split: test\ndoc_to_text: 'Q: {{{{q}}}}'\n{more}\n")
+  flags = [f"--model={model}", "--benchmark=lm_eval:choose,write", f"--data={tmp_path}/tasks"]
+  found = []
+  for n in (1, 2):
+    assert run(n, tmp_path / str(n), *flags).count("lm_eval: 14 prompts") == 1
+    lines = (tmp_path / str(n) / "responses.jsonl").read_text().splitlines()
+    found.append([json.loads(line) for line in lines])
+  assert len(found[0]) == 28
+  for one, two in zip(*found, strict=True):
+    assert one.pop("logp", 0) == pytest.approx(two.pop("logp", 0), abs=1e-4)
+    assert one == two
+  config = [json.loads((tmp_path / n / "config.json").read_text()) for n in "12"]
+  assert config[0] == config[1]

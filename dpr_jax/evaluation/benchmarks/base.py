@@ -28,10 +28,15 @@ class Benchmark(Value):
   scores: ClassVar[Mapping[str, Column]] = {}
   # Figures that are not the mean of a score over prompts, such as a ratio of sums; see `summarize`.
   summaries: ClassVar[Mapping[str, Column]] = {}
-  needs_data: ClassVar[bool] = True  # False: it makes its own examples, and `read` is given "".
+  # False: it makes its own examples, and `read` is given ""; None: it has use for --data, or none.
+  needs_data: ClassVar[bool | None] = True
+  packages: ClassVar[tuple[str, ...]] = ()  # distributions of the extra `eval` that it imports.
+  argument: ClassVar[str] = ""  # the field that --benchmark=KIND:VALUE sets.
   max_new_tokens: ClassVar[int] = 256  # what `evaluate` generates by default.
   stop_strings: ClassVar[tuple[str, ...]] = ()
   likelihood: ClassVar[bool] = False  # scores demonstrated responses by their log-probs instead.
+  # Says itself what to generate and to measure, and takes no flags for that.
+  own_requests: ClassVar[bool] = False
 
   # Where a demonstration gets a wrong token (`evaluation.corruption`): one with a digit, if any.
   corrupts_numbers: ClassVar[bool] = False
@@ -71,6 +76,17 @@ class Benchmark(Value):
   def is_wrong(self, demo: Demo, text: str) -> bool:
     """Whether a demonstrated response of which one token was replaced is wrong for it."""
     return not self.score(demo, text)["accuracy"]
+
+  def run(self, data: str, limit: int, **how: Any) -> Any:
+    """What `evaluate` fills a folder with: a `BenchmarkRun`, or a subclass.
+
+    Args:
+      data, limit: what `read` was given.
+      how: the other fields of a `BenchmarkRun`.
+    """
+    from dpr_jax.evaluation.benchmark_run import BenchmarkRun
+
+    return BenchmarkRun(self, **how)
 
   def summarize(self, records: Sequence[Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
     """The `summaries`, {"mean", "ci95", "n"} each.

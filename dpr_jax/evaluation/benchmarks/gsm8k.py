@@ -12,28 +12,25 @@ from dpr_jax.evaluation.benchmarks.base import Benchmark
 from dpr_jax.evaluation.benchmarks.exact import differs
 from dpr_jax.evaluation.metrics import ACCURACY, Column
 
-_NUMBER = r"-?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
-_STRICT = re.compile(rf"####\s*({_NUMBER})")
-_ANY = re.compile(_NUMBER)
+_NUMBER = re.compile(r"-?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
+# `strict-match` and `flexible-extract` of lm-evaluation-harness, tasks/gsm8k, version 3.
+_STRICT = re.compile(r"#### (-?[0-9.,]+)")
+_FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
-def normal_number(text: str) -> str:
-  """A number in one spelling: no commas, currency, closing point or needless zeros."""
-  text = text.replace(",", "").replace("$", "").rstrip(".")
-  if "." in text:
-    text = text.rstrip("0").rstrip(".")
-  return text
+def _normal(number: str) -> str:
+  """What its exact match compares: no commas, currency or closing point."""
+  return number.replace(",", "").replace("$", "").removesuffix(".")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GSM8K(Benchmark):
-  """`accuracy` takes the number after '####', `accuracy_flexible` the last number.
+  """`accuracy` takes the first number after '#### ', `accuracy_flexible` the last number.
 
-  The two extractions follow the `strict-match` and `flexible-extract` filters of
-  EleutherAI/lm-evaluation-harness, tasks/gsm8k, and so does the prompt with worked examples, a
-  single user message. There the examples are sampled and keep their calculator annotations; here
-  they are the first ones of a file, without annotations. Without examples, the problem alone is
-  asked.
+  Both are those of EleutherAI/lm-evaluation-harness, tasks/gsm8k, to the response: 18.00 is not 18.
+  So is the prompt with worked examples, a single user message. There the examples are sampled and
+  keep their calculator annotations; here they are the first ones of a file, without annotations.
+  Without examples, the problem alone is asked.
   """
 
   kind = "gsm8k"
@@ -86,27 +83,23 @@ class GSM8K(Benchmark):
     return ({"role": "user", "content": text},)
 
   def score(self, demo, text):
-    target = normal_number(demo.answer or "")
-    strict = _STRICT.search(text)
-    numbers = _ANY.findall(text)
-    return {
-        "accuracy": float(bool(strict) and normal_number(strict[1]) == target),
-        "accuracy_flexible": float(bool(numbers) and normal_number(numbers[-1]) == target),
-    }
+    target, found = _normal(demo.answer or ""), (_STRICT.findall(text)[:1], _FLEXIBLE.findall(text))
+    strict, flexible = (float(bool(x) and _normal(x[-1]) == target) for x in found)
+    return {"accuracy": strict, "accuracy_flexible": flexible}
 
   def is_wrong(self, demo, text):
     return differs(demo, text)
 
   def answer(self, demo, text):
     strict = _STRICT.search(text)
-    return normal_number(strict[1]) if strict else text.strip()
+    return _normal(strict[1]) if strict else text.strip()
 
 
 def _read(path, limit):
   """Problems whose answer is a number."""
   demos = read_demos(path, limit=limit, extra_fields=("*",)).demos
   for demo in demos:
-    if not _ANY.fullmatch(demo.answer):
+    if not _NUMBER.fullmatch(demo.answer):
       raise UserError(f"{demo.source}: the answer {demo.answer[:40]!r} is not a number; expected a "
                       "closing line '#### N', or a field 'answer'")
   return demos

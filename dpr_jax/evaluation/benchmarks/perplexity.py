@@ -8,7 +8,7 @@ import numpy as np
 from dpr_jax.evaluation.benchmarks.base import Benchmark
 from dpr_jax.evaluation.benchmarks.exact import differs
 from dpr_jax.evaluation.metrics import Column
-from dpr_jax.evaluation.statistics import interval
+from dpr_jax.evaluation.statistics import ratio_interval
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,8 @@ class Perplexity(Benchmark):
   def summarize(self, records):
     nll = np.array([r["scores"]["nll"] for r in records])
     tokens = np.array([r["length"] for r in records], np.float64)
-    rate = nll.sum() / tokens.sum()
-    # The interval of a ratio of two means, by its linear part in each response.
-    found = interval([rate + (nll - rate * tokens) / tokens.mean()])
+    found = ratio_interval(nll, tokens)
     low, high = (math.exp(x) for x in found["ci95"])
     return {
-        "corpus_perplexity": {"mean": math.exp(rate), "ci95": [low, high], "n": found["n"]}
+        "corpus_perplexity": {"mean": math.exp(found["mean"]), "ci95": [low, high], "n": found["n"]}
     }
