@@ -11,11 +11,17 @@ DIR/responses.jsonl has one line per prompt and sample, DIR/results.json the mea
 95% intervals; with --samples=N also pass@k. Rerun the same command to resume an interrupted
 evaluation; the files are the same as those of an uninterrupted one.
 
+A judge scores what no program can (alpaca_eval, arena_hard, lima, mt_bench): a model behind an
+OpenAI-compatible endpoint (--judge_url with --judge_model, the key in OPENAI_API_KEY), a local
+reward model (--judge_model=FOLDER), or a class of your own (--judge=file.py:Class). Its fields are
+flags too, as in --judge.concurrency=32. DIR/judgments.jsonl has its replies; nothing is asked twice.
+
 --stop=STRING, which may be repeated, ends a response before STRING, for example
 --stop=$'\n\nQuestion:'.
 """
 
 import contextlib
+import dataclasses
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -31,6 +37,7 @@ from dpr_jax.errors import UserError, naming
 from dpr_jax.keys import MAX_SEED
 
 BENCHMARKS, METRICS = "dpr_jax.evaluation.benchmarks", "dpr_jax.evaluation.metrics"
+JUDGES = "dpr_jax.evaluation.judges"
 # What a benchmark that only scores demonstrated responses has no use for.
 _GENERATION = ("samples", "temperature", "top_k", "top_p", "max_new_tokens", "stop", "seed")
 
@@ -55,18 +62,35 @@ def define(values: flags.FlagValues) -> None:
                        flag_values=values)
   flags.DEFINE_list("metrics", ["length", "eos_rate"], "Of each response: kinds, module:Class or "
                     "file.py:Class, separated by commas.", flag_values=values)
+  flags.DEFINE_string("judge", "", "A kind, module:Class, file.py:Class; the next two imply one.",
+                      flag_values=values)
+  flags.DEFINE_string("judge_url", "", "Endpoint, as in http://localhost:8000/v1.",
+                      flag_values=values)
+  flags.DEFINE_string("judge_model", "", "Its model; without --judge_url the folder of a reward "
+                      "model.", flag_values=values)
+  flags.DEFINE_string("judge_prompts", "", "JSON lines of name, system_prompt and prompt_template "
+                      "in place of the package's own prompts.", flag_values=values)
   models_cli.define_model_flags(values, "Responses decoded, or scored,")
 
 
-def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any]]:
-  """Command line -> (flags, benchmark, metrics by name).
+def _judge_kind(argv: Sequence[str]) -> str:
+  """What --judge says, or --judge_url and --judge_model imply; "" for no judge."""
+  kind, url, model = (flag_value(argv, name) for name in ("judge", "judge_url", "judge_model"))
+  return kind or ("endpoint" if url else "reward_model" if model else "")
+
+
+def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any], Any]:
+  """Command line -> (flags, benchmark, metrics by name, judge or None).
 
   Raises:
     UserError: naming the flag, and what would be right.
   """
   from dpr_jax.evaluation.benchmarks.base import Benchmark
+  from dpr_jax.evaluation.judges.base import Judge
   from dpr_jax.evaluation.metrics import ResponseMetric
 
+  kind = _judge_kind(argv)
+  judge_cls = value_class("judge", JUDGES, kind, Judge) if kind else None
   name = flag_value(argv, "benchmark")
   cls = value_class("benchmark", BENCHMARKS, name, Benchmark) if name else None
 
@@ -74,12 +98,19 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any]]:
     define(values)
     if cls:
       define_fields(values, "benchmark", cls)
+    if judge_cls:
+      define_fields(values, "judge", judge_cls)
 
   values = cli.parse_flags(
       argv, entry_point="dpr_jax.evaluate", doc=__doc__, define=define_all,
       required={"model": "runs/smoke/dpr", "benchmark": "gsm8k", "output": "runs/gsm8k"},
   )
-  benchmark, metrics = make_value(values, "benchmark", cls), {}
+  benchmark, metrics, judge = make_value(values, "benchmark", cls), {}, None
+  for short in ("judge_url", "judge_model"):
+    if values[short].value and (field := short.replace("_", ".")) in values:
+      values[field].value = values[short].value
+  if judge_cls:
+    judge = make_value(values, "judge", judge_cls)
   for spec in values.metrics:
     metric = value_class("metrics", METRICS, spec, ResponseMetric)
     # Named as the package's own are: EosRate is eos_rate.
@@ -87,13 +118,24 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any]]:
     if key in metrics or key in benchmark.scores:
       raise UserError(f"--metrics={spec}: there is another score called {key}")
     metrics[key] = make_value(values, "metrics", metric)
-  _check(values, benchmark)
-  return values, benchmark, metrics
+  _check(values, benchmark, judge)
+  return values, benchmark, metrics, judge
 
 
-def _check(values: flags.FlagValues, benchmark: Any) -> None:
+def _check(values: flags.FlagValues, benchmark: Any, judge: Any) -> None:
   """Raises UserError for flags that contradict each other or the benchmark."""
+  from dpr_jax.evaluation.benchmarks.judged import JudgedBenchmark
   from dpr_jax.rollout.stop_strings import check_stop_strings
+
+  judged = isinstance(benchmark, JudgedBenchmark)
+  if judged and judge is None:
+    raise UserError(f"--benchmark={values.benchmark} needs a judge: --judge_url and --judge_model "
+                    "for an endpoint, or --judge_model=FOLDER for a local reward model")
+  if not judged and (judge is not None or values.judge_prompts):
+    raise UserError(f"--{'judge' if judge else 'judge_prompts'}: --benchmark={values.benchmark} is "
+                    "scored without a judge")
+  if judge is not None and judge.rewards and values.judge_prompts:
+    raise UserError("--judge_prompts: a judge that gives rewards has no prompt; leave it out")
 
   if bool(values.data) != benchmark.needs_data:
     raise UserError(
@@ -121,11 +163,15 @@ def _sources(*of: Any) -> dict[str, str]:
 
 @cli.readable
 def main(argv: Sequence[str]) -> None:
-  values, benchmark, metrics = parse(argv)
+  values, benchmark, metrics, judge = parse(argv)
   from dpr_jax.evaluation.benchmark_run import BenchmarkRun, EvaluationFolder, digest, fill
 
   folder = EvaluationFolder(values.output)
   folder.check()
+  prompts = {}
+  if judge is not None:
+    own = values.judge_prompts
+    prompts = benchmark.read_judge_prompts(own) if own else benchmark.prompts
   demos = benchmark.read(values.data, values.max_prompts)
   import jax
 
@@ -149,6 +195,9 @@ def main(argv: Sequence[str]) -> None:
         "stop_strings": (*benchmark.stop_strings, *values.stop),
     }
   with models_cli.model_mesh(values) as (mesh, dtype), contextlib.ExitStack() as held:
+    if judge is not None:
+      asks = judge.everywhere or jax.process_index() == 0
+      agree(lambda: judge.prepare() if asks else None, seconds=120.0)
     agree(
         lambda: held.enter_context(lock.locked(folder.path, "--output")), seconds=2 * lock.STALE
     )
@@ -182,17 +231,30 @@ def main(argv: Sequence[str]) -> None:
     folder.claim(settings, contents)
     bar = lambda total: models_cli.bar(f"evaluate {values.benchmark}", total, "response")
     records, asked = fill(run, folder, bar)
+    judging = {}
+    if judge is not None:
+      from dpr_jax.evaluation.judging import judge as judge_responses
+
+      run, loaded = dataclasses.replace(run, loaded=None), None  # Room for the judge's weights.
+      bar = lambda total: models_cli.bar("judge", total, "reply")
+      records = judge_responses(
+          benchmark, judge, prompts, demos, folder, bar,
+          mesh=mesh, dtype=dtype, batch_size=values.batch_size,
+      )
+      words = fingerprint(values.judge_prompts) if values.judge_prompts else ""
+      judging = {"judge": {**to_json(judge), "prompts": values.judge_prompts, "blake2b": words}}
     results = {
         "benchmark": settings["benchmark"],
         "model": values.model,
         **run.results(records),
+        **judging,
         "settings": {"data": values.data, **settings},
         "versions": versions(),
     } if jax.process_index() == 0 else {}
     write_json(folder.results_file, results)  # Of process 0.
   if jax.process_index():
     return
-  if not asked:
+  if not asked and judge is None:
     print(f"{values.output} was finished already")
   print(summary(results, values.output))
 
