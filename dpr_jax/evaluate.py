@@ -14,7 +14,8 @@ evaluation; the files are the same as those of an uninterrupted one.
 A judge scores what no program can (alpaca_eval, arena_hard, lima, mt_bench): a model behind an
 OpenAI-compatible endpoint (--judge_url with --judge_model, the key in OPENAI_API_KEY), a local
 reward model (--judge_model=FOLDER), or a class of your own (--judge=file.py:Class). Its fields are
-flags too, as in --judge.concurrency=32. DIR/judgments.jsonl has its replies; nothing is asked twice.
+flags too, as in --judge.concurrency=32. DIR/judgments.jsonl has its replies; no question is asked
+twice.
 
 --stop=STRING, which may be repeated, ends a response before STRING, for example
 --stop=$'\n\nQuestion:'.
