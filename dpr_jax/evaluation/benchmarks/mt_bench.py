@@ -64,7 +64,7 @@ class MTBench(JudgedBenchmark):
       for what, label in (("score", "Grade, 1 to 10"), ("reward", "Reward"))
       for suffix, words in (
           ("", ""), ("_turn_1", ", first turn"), ("_turn_2", ", second turn"),
-          ("_right_references", ", without questions whose reference is wrong"),
+          ("_right_references", ", right references"),
       )
   } | JudgedBenchmark.summaries
   references: str = setting("", "file of the reference answers to math, reasoning and coding")

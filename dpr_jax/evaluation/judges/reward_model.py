@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import numpy as np
 from dpr_jax import inputs, weights
 from dpr_jax.config.fields import setting
 from dpr_jax.data.chat_template import ChatTemplate
+from dpr_jax.data.demos import Message
 from dpr_jax.data.text_ids import encode
 from dpr_jax.errors import UserError
 from dpr_jax.evaluation.judges.base import Judge
@@ -27,6 +30,12 @@ def token_rewards(model, params, score_D, tokens_BxT, segment_ids_BxT):
   hidden_BxTxD, _ = model.apply({"params": params}, tokens_BxT, None, segment_ids_BxT)
   return jnp.einsum("btd,d->bt", hidden_BxTxD.astype(jnp.float32), score_D,
                     precision=jax.lax.Precision.HIGHEST)
+
+
+def conversation_ids(messages: Sequence[Message], tokenizer: Any) -> np.ndarray:
+  """A whole conversation as its chat template has it, int32 [T]; a token spelled out is text."""
+  template = ChatTemplate.of(tokenizer)
+  return np.asarray(encode(template.render(template.protected(messages)), tokenizer), np.int32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,11 +72,7 @@ class RewardModel(Judge):
     cfg, params, score_D = weights.load_classifier(self.model, setting.dtype, setting.mesh)
     model = Transformer(dataclasses.replace(cfg, dtype=setting.dtype))
     tokenizer = weights.load_tokenizer(self.model)
-    template = ChatTemplate.of(tokenizer)
-    rows = [
-        np.asarray(encode(template.render(template.protected(q.messages)), tokenizer), np.int32)
-        for q in questions
-    ]
+    rows = [conversation_ids(q.messages, tokenizer) for q in questions]
     padding = read_json(pathlib.Path(self.model).expanduser() / "config.json").get("pad_token_id")
     score = functools.partial(token_rewards, model, params, jnp.asarray(score_D))
     scorer = Scorer(model, setting.mesh, setting.batch_size)
