@@ -324,7 +324,7 @@ def test_a_stage_answers_as_in_the_evaluation_of_its_run(finished_run, tmp_path)
 
 
 BAD = {
-    "unknown benchmark": ({"benchmark": "bleu"}, "'bleu' is not one of exact, gsm8k, perplexity"),
+    "unknown benchmark": ({"benchmark": "bleu"}, "'bleu' is not one of alpaca_eval, arena_hard"),
     "no such file": ({"benchmark": "nowhere.py:Mine"}, "nowhere.py:Mine: no such file"),
     "no such module": ({"benchmark": "nowhere:Mine"}, "--benchmark=nowhere:Mine: ModuleNotFound"),
     "no benchmark": ({"benchmark": "dpr_jax.rewards.base:Reward"}, "--benchmark"),

@@ -1,18 +1,22 @@
 """python -m dpr_jax.evaluate with a judge: an endpoint on loopback, a reward model, a class."""
 
+import dataclasses
 import json
 import os
 import signal
+import string
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from dpr_jax import cli, evaluate
 from dpr_jax.evaluation.judging import _read
+from dpr_jax.evaluation.responses import Responder
 from dpr_jax.weights import load_tokenizer, save_pretrained
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
 from dpr_jax.workdir import read_lines
@@ -94,37 +98,52 @@ def test_an_endpoint_judges_by_logprobs_and_nothing_is_asked_twice(
   assert results(out)["judge"]["model"] == "lenient"
 
 
-def test_a_second_turn_follows_the_first_whatever_the_batch(model, tmp_path, chat_endpoint):
+@pytest.mark.parametrize(("sizes", "how"), [
+    ((4,), []), pytest.param((2, 4), ["--samples=2", "--temperature=1"], marks=pytest.mark.slow),
+], ids=["greedy", "sampled"])
+def test_a_second_turn_follows_the_first_whatever_the_batch(
+    model, tmp_path, chat_endpoint, monkeypatch, sizes, how
+):
+  tokenizer, prompts, respond = load_tokenizer(model), [], Responder.respond
+  letters = np.array(tokenizer.encode(string.ascii_lowercase, add_special_tokens=False))
+
+  def watched(self, members, given, *args, **kwargs):
+    prompts.extend(map(tokenizer.decode, given))
+    # Random bytes are rarely text: letters in their place.
+    return [dataclasses.replace(r, tokens=letters[r.tokens % 26])
+            for r in respond(self, members, given, *args, **kwargs)]
+
+  monkeypatch.setattr(Responder, "respond", watched)
   questions = [{"question_id": i, "category": "writing", "turns": [f"one {i}", f"two {i} "]}
-               for i in range(3)]
+               for i in range(6)]
   questions += [{"question_id": 111, "category": "math", "turns": ["1 + 1", "+ 1"]}]
   references = [{"question_id": 111, "choices": [{"turns": ["it is 2", "it is 3"]}]}]
   endpoint = chat_endpoint(lambda body, n: "[[2]]" if "it is 2" in content(body) else "so [[8]]")
   asked, guide = write(tmp_path / "q.jsonl", questions), write(tmp_path / "r.jsonl", references)
-  flags = [
-      f"--model={model}", "--benchmark=mt_bench", f"--data={asked}",
-      f"--benchmark.references={guide}", "--samples=2",
-      "--temperature=1", "--max_new_tokens=5", f"--judge_url={endpoint.url}", "--judge_model=j",
-  ]
-  for size in (2, 4):
-    call(*flags, f"--batch_size={size}", f"--output={tmp_path / str(size)}")
-  lines = [read_lines(tmp_path / size / "responses.jsonl") for size in "24"]
-  assert lines[0] == lines[1] and len(lines[0]) == 8
-  tokenizer = load_tokenizer(model)
-  for line in lines[0]:
-    (turn,) = line["turns"]
-    assert turn["prompt"] == questions[line["index"]]["turns"][1]
-    assert 1 <= len(turn["token_ids"]) == turn["length"] <= 5
-    assert tokenizer.decode(turn["token_ids"]).startswith(turn["response"])
-  assert len({tuple(line["turns"][0]["token_ids"]) for line in lines[0]}) > 6
-  second = {content(b) for b in endpoint.asked if "two 2" in content(b)}
-  said = {line["response"] for line in lines[0] if line["index"] == 2}
-  assert len(second) == 2 and len(said) == 2
-  assert all(any(text in shown for shown in second) for text in said)
-  found = {name: figure["mean"] for name, figure in results(tmp_path / "2")["metrics"].items()}
-  assert found["score/writing"] == 8 and found["score/math"] == 2
-  assert found["score"] == 6.5 and found["score_right_references"] == 8  # 111 is a wrong one.
-  assert "Grade, 1 to 10, math" == results(tmp_path / "2")["columns"]["score/math"]["label"]
+  for size in sizes:
+    call(f"--model={model}", "--benchmark=mt_bench", f"--data={asked}", "--max_new_tokens=6",
+         f"--benchmark.references={guide}", f"--judge_url={endpoint.url}", "--judge_model=j", *how,
+         f"--batch_size={size}", f"--output={tmp_path / str(size)}")
+  lines, *others = [read_lines(tmp_path / str(size) / "responses.jsonl") for size in sizes]
+  assert len(lines) == (14 if how else 7) and all(other == lines for other in others)
+  shown = [content(b) for b in endpoint.asked]
+  for line in lines:
+    (turn,), (first, second) = line["turns"], questions[line["index"]]["turns"]
+    assert turn["prompt"] == second and turn["length"] == len(turn["token_ids"]) <= 6
+    assert tokenizer.decode(turn["token_ids"]) == turn["response"]
+    talk = ("user", first), ("assistant", line["response"]), ("user", second)
+    talk = "".join(f"<|{role}|>{text}<|end|>" for role, text in talk) + "<|assistant|>"
+    assert prompts.count(talk) == len(sizes)
+    both = [text for text in shown if second in text and line["response"] in text]
+    assert any(turn["response"] in text for text in both)
+  if how:
+    assert len({tuple(line["turns"][0]["token_ids"]) for line in lines}) > 12
+  found = results(tmp_path / "4")
+  metrics = {name: figure["mean"] for name, figure in found["metrics"].items()}
+  assert metrics["score/writing"] == 8 and metrics["score/math"] == 2
+  assert metrics["score"] == pytest.approx(50 / 7)
+  assert metrics["score_right_references"] == 8  # 111 is a wrong one.
+  assert found["columns"]["score/math"]["label"] == "Grade, 1 to 10, math"
 
 
 def test_a_model_without_room_for_the_second_turn_is_refused(model, tmp_path, capsys):
@@ -233,7 +252,6 @@ def test_a_judge_of_a_users_file_decides_by_its_rewards(given, tmp_path):
 
 
 def test_a_local_reward_model_decides(given, model, tmp_path, make_model):
-  import numpy as np
   from safetensors.numpy import load_file, save_file
 
   # The model of the evaluation itself, with a score in place of its head.
