@@ -31,6 +31,7 @@ from typing import Any
 from absl import flags
 
 from dpr_jax import cli
+from dpr_jax.cli import judges as judges_cli
 from dpr_jax.cli import models as models_cli
 from dpr_jax.cli.flags import flag_value
 from dpr_jax.cli.values import define_fields, make_value, value_class
@@ -38,7 +39,6 @@ from dpr_jax.errors import UserError, naming
 from dpr_jax.keys import MAX_SEED
 
 BENCHMARKS, METRICS = "dpr_jax.evaluation.benchmarks", "dpr_jax.evaluation.metrics"
-JUDGES = "dpr_jax.evaluation.judges"
 # What a benchmark that only scores demonstrated responses has no use for.
 _GENERATION = ("samples", "temperature", "top_k", "top_p", "max_new_tokens", "stop", "seed")
 
@@ -63,21 +63,7 @@ def define(values: flags.FlagValues) -> None:
                        flag_values=values)
   flags.DEFINE_list("metrics", ["length", "eos_rate"], "Of each response: kinds, module:Class or "
                     "file.py:Class, separated by commas.", flag_values=values)
-  flags.DEFINE_string("judge", "", "A kind, module:Class, file.py:Class; the next two imply one.",
-                      flag_values=values)
-  flags.DEFINE_string("judge_url", "", "Endpoint, as in http://localhost:8000/v1.",
-                      flag_values=values)
-  flags.DEFINE_string("judge_model", "", "Its model; without --judge_url the folder of a reward "
-                      "model.", flag_values=values)
-  flags.DEFINE_string("judge_prompts", "", "JSON lines of name, system_prompt and prompt_template "
-                      "in place of the package's own prompts.", flag_values=values)
   models_cli.define_model_flags(values, "Responses decoded, or scored,")
-
-
-def _judge_kind(argv: Sequence[str]) -> str:
-  """What --judge says, or --judge_url and --judge_model imply; "" for no judge."""
-  kind, url, model = (flag_value(argv, name) for name in ("judge", "judge_url", "judge_model"))
-  return kind or ("endpoint" if url else "reward_model" if model else "")
 
 
 def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any], Any]:
@@ -87,11 +73,9 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any], A
     UserError: naming the flag, and what would be right.
   """
   from dpr_jax.evaluation.benchmarks.base import Benchmark
-  from dpr_jax.evaluation.judges.base import Judge
   from dpr_jax.evaluation.metrics import ResponseMetric
 
-  kind = _judge_kind(argv)
-  judge_cls = value_class("judge", JUDGES, kind, Judge) if kind else None
+  judge_cls = judges_cli.judge_class(argv)
   name = flag_value(argv, "benchmark")
   cls = value_class("benchmark", BENCHMARKS, name, Benchmark) if name else None
 
@@ -99,19 +83,13 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any], A
     define(values)
     if cls:
       define_fields(values, "benchmark", cls)
-    if judge_cls:
-      define_fields(values, "judge", judge_cls)
+    judges_cli.define_judge_flags(values, judge_cls)
 
   values = cli.parse_flags(
       argv, entry_point="dpr_jax.evaluate", doc=__doc__, define=define_all,
       required={"model": "runs/smoke/dpr", "benchmark": "gsm8k", "output": "runs/gsm8k"},
   )
-  benchmark, metrics, judge = make_value(values, "benchmark", cls), {}, None
-  for short in ("judge_url", "judge_model"):
-    if values[short].value and (field := short.replace("_", ".")) in values:
-      values[field].value = values[short].value
-  if judge_cls:
-    judge = make_value(values, "judge", judge_cls)
+  benchmark, metrics = make_value(values, "benchmark", cls), {}
   for spec in values.metrics:
     metric = value_class("metrics", METRICS, spec, ResponseMetric)
     # Named as the package's own are: EosRate is eos_rate.
@@ -119,24 +97,13 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any], A
     if key in metrics or key in benchmark.scores:
       raise UserError(f"--metrics={spec}: there is another score called {key}")
     metrics[key] = make_value(values, "metrics", metric)
-  _check(values, benchmark, judge)
-  return values, benchmark, metrics, judge
+  _check(values, benchmark)
+  return values, benchmark, metrics, judges_cli.make_judge(values, judge_cls, benchmark)
 
 
-def _check(values: flags.FlagValues, benchmark: Any, judge: Any) -> None:
+def _check(values: flags.FlagValues, benchmark: Any) -> None:
   """Raises UserError for flags that contradict each other or the benchmark."""
-  from dpr_jax.evaluation.benchmarks.judged import JudgedBenchmark
   from dpr_jax.rollout.stop_strings import check_stop_strings
-
-  judged = isinstance(benchmark, JudgedBenchmark)
-  if judged and judge is None:
-    raise UserError(f"--benchmark={values.benchmark} needs a judge: --judge_url and --judge_model "
-                    "for an endpoint, or --judge_model=FOLDER for a local reward model")
-  if not judged and (judge is not None or values.judge_prompts):
-    raise UserError(f"--{'judge' if judge else 'judge_prompts'}: --benchmark={values.benchmark} is "
-                    "scored without a judge")
-  if judge is not None and judge.rewards and values.judge_prompts:
-    raise UserError("--judge_prompts: a judge that gives rewards has no prompt; leave it out")
 
   if bool(values.data) != benchmark.needs_data:
     raise UserError(
@@ -166,13 +133,11 @@ def _sources(*of: Any) -> dict[str, str]:
 def main(argv: Sequence[str]) -> None:
   values, benchmark, metrics, judge = parse(argv)
   from dpr_jax.evaluation.benchmark_run import BenchmarkRun, EvaluationFolder, digest, fill
+  from dpr_jax.evaluation.judging import judge_responses
 
   folder = EvaluationFolder(values.output)
   folder.check()
-  prompts = {}
-  if judge is not None:
-    own = values.judge_prompts
-    prompts = benchmark.read_judge_prompts(own) if own else benchmark.prompts
+  prompts = benchmark.judge_prompts(values.judge_prompts) if judge else {}
   demos = benchmark.read(values.data, values.max_prompts)
   import jax
 
@@ -234,21 +199,17 @@ def main(argv: Sequence[str]) -> None:
     records, asked = fill(run, folder, bar)
     judging = {}
     if judge is not None:
-      from dpr_jax.evaluation.judging import judge as judge_responses
-
       run, loaded = dataclasses.replace(run, loaded=None), None  # Room for the judge's weights.
-      bar = lambda total: models_cli.bar("judge", total, "reply")
-      records = judge_responses(
-          benchmark, judge, prompts, demos, folder, bar,
+      records, judging = judge_responses(
+          benchmark, judge, prompts, demos, folder,
+          lambda total: models_cli.bar("judge", total, "reply"),
           mesh=mesh, dtype=dtype, batch_size=values.batch_size,
       )
-      words = fingerprint(values.judge_prompts) if values.judge_prompts else ""
-      judging = {"judge": {**to_json(judge), "prompts": values.judge_prompts, "blake2b": words}}
     results = {
         "benchmark": settings["benchmark"],
         "model": values.model,
         **run.results(records),
-        **judging,
+        **({"judge": judging} if judge else {}),
         "settings": {"data": values.data, **settings},
         "versions": versions(),
     } if jax.process_index() == 0 else {}

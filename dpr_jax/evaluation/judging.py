@@ -16,6 +16,7 @@ import jax
 
 from dpr_jax import signals
 from dpr_jax.agreement import agree
+from dpr_jax.config.values import to_json
 from dpr_jax.data.demos import Demo
 from dpr_jax.errors import Stopped, UserError
 from dpr_jax.evaluation.benchmarks.judged import JudgedBenchmark, JudgePrompt
@@ -26,7 +27,7 @@ from dpr_jax.workdir import read_lines
 _LONG = 7 * 86400.0  # seconds that the other processes wait for the one that asks an endpoint.
 
 
-def judge(
+def judge_responses(
     benchmark: JudgedBenchmark,
     judge: Judge,
     prompts: Mapping[str, JudgePrompt],
@@ -34,8 +35,8 @@ def judge(
     folder: Any,
     bar: Callable[[int], Any],
     **where: Any,
-) -> list[dict[str, Any]]:
-  """The lines of responses.jsonl with `demo` and `replies`: part -> reply.
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+  """The lines of responses.jsonl with `demo` and `replies` (part -> reply), and who judged them.
 
   Args:
     folder: the `EvaluationFolder`; all responses are there.
@@ -46,18 +47,16 @@ def judge(
     Stopped: by a signal; what was under way is saved.
     UserError: the judge cannot go on; what it has said is saved.
 
-  Returns:
-    [] in other processes than the first.
+  An endpoint is asked by process 0 alone, and other processes get no lines then.
   """
-  def ask() -> list[dict[str, Any]]:
-    if jax.process_index() and not judge.everywhere:
-      return []
-    return _ask(benchmark, judge, prompts, demos, folder, bar, where)
-
+  ask = lambda: _ask(benchmark, judge, prompts, demos, folder, bar, where)
   if judge.everywhere:
     barrier("judge")  # All responses are written.
-    return ask()
-  return agree(ask, seconds=_LONG)
+    records = ask()
+  else:
+    records = agree(lambda: [] if jax.process_index() else ask(), seconds=_LONG)
+  words = {name: prompt._asdict() for name, prompt in prompts.items()}
+  return records, {**to_json(judge), **({} if judge.rewards else {"prompts": words})}
 
 
 def _ask(benchmark, judge, prompts, demos, folder, bar, where) -> list[dict[str, Any]]:

@@ -87,6 +87,7 @@ def test_an_endpoint_judges_by_logprobs_and_nothing_is_asked_twice(
   assert metrics["judge_tokens_in"] == 600 and metrics["judge_tokens_out"] == 12
   assert found["columns"]["win_rate"]["label"] == "Win rate"
   assert found["judge"]["kind"] == "endpoint" and found["judge"]["model"] == "strict"
+  assert "{answer_b}" in found["judge"]["prompts"]["alpaca_eval"]["template"]
   assert "Length-controlled win rate, minimal model" in capsys.readouterr().out
   before = (out / "results.json").read_bytes()
   call(*flags, "--judge_model=strict")
@@ -264,8 +265,7 @@ def test_a_local_reward_model_decides(given, model, tmp_path, make_model):
   out = tmp_path / "out"
   call(*given("lima")[:-1], f"--judge_model={reward}", f"--output={out}")
   found, lines = results(out), read_lines(out / "judgments.jsonl")
-  assert found["judge"] == {"kind": "reward_model", "model": str(reward), "prompts": "",
-                            "blake2b": ""}
+  assert found["judge"] == {"kind": "reward_model", "model": str(reward)}
   rewards = {part: {r["index"]: r["reward"] for r in lines if r["part"] == part}
              for part in ("response", "reference")}
   margins = [rewards["response"][i] - rewards["reference"][i] for i in range(6)]

@@ -33,7 +33,7 @@ def write(tmp_path):
 
 
 def judged(benchmark, demos, responses, replies):
-  """Records as `judging.judge` returns them.
+  """Records as `judging.judge_responses` returns them.
 
   Args:
     replies: of each record part -> text, {token: logp}, or a number, its reward.
@@ -131,7 +131,7 @@ def test_texts_are_filled_in_at_once():
 def test_a_prompt_file_that_lacks_something_is_refused(write, record, message):
   record = {"name": "pair-v2", "prompt_template": "{question}{answer_a}{answer_b}", **record}
   with pytest.raises(UserError, match=message):
-    Lima().read_judge_prompts(write("prompts.jsonl", [record]))
+    Lima().judge_prompts(write("prompts.jsonl", [record]))
 
 
 # --- Figures -------------------------------------------------------------------------------------
@@ -378,6 +378,6 @@ def test_public_files_are_read_whole():
 @public
 def test_public_judge_prompts_are_read():
   path = str(SHARED / "mt_bench/judge_prompts.jsonl")
-  assert set(MTBench().read_judge_prompts(path)) == set(MTBench.texts)
-  prompt = Lima().read_judge_prompts(path)["pair-v2"]
+  assert set(MTBench().judge_prompts(path)) == set(MTBench.texts)
+  prompt = Lima().judge_prompts(path)["pair-v2"]
   assert "[[A]]" in prompt.system and prompt.names() == {"question", "answer_a", "answer_b"}

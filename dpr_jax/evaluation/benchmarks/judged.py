@@ -61,12 +61,17 @@ class JudgedBenchmark(Benchmark):
   def score(self, demo, text):
     return {}
 
-  def read_judge_prompts(self, path: str) -> Mapping[str, JudgePrompt]:
+  def judge_prompts(self, path: str) -> Mapping[str, JudgePrompt]:
     """The prompts of a file: one JSON object a line with name, system_prompt, prompt_template.
+
+    Args:
+      path: "" for the package's own.
 
     Raises:
       UserError: one is missing, lacks a text, or names another one.
     """
+    if not path:
+      return self.prompts
     found = {}
     for record, where in iter_records(path):
       texts = [record.get(field, "") for field in ("prompt_template", "system_prompt")]
@@ -118,7 +123,7 @@ class JudgedBenchmark(Benchmark):
     """The `summaries`.
 
     Args:
-      records: as of `judging.judge`, with `demo` and `replies`.
+      records: as of `judging.judge_responses`, with `demo` and `replies`.
     """
     raise NotImplementedError
 
