@@ -63,6 +63,7 @@ def define(values: flags.FlagValues) -> None:
                        flag_values=values)
   flags.DEFINE_list("metrics", ["length", "eos_rate"], "Of each response: kinds, module:Class or "
                     "file.py:Class, separated by commas.", flag_values=values)
+  judges_cli.define_judge_flags(values)
   models_cli.define_model_flags(values, "Responses decoded, or scored,")
 
 
@@ -83,7 +84,8 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any], A
     define(values)
     if cls:
       define_fields(values, "benchmark", cls)
-    judges_cli.define_judge_flags(values, judge_cls)
+    if judge_cls:
+      define_fields(values, "judge", judge_cls)
 
   values = cli.parse_flags(
       argv, entry_point="dpr_jax.evaluate", doc=__doc__, define=define_all,

@@ -6,7 +6,7 @@ from typing import Any
 from absl import flags
 
 from dpr_jax.cli.flags import flag_value
-from dpr_jax.cli.values import define_fields, make_value, value_class
+from dpr_jax.cli.values import make_value, value_class
 from dpr_jax.errors import UserError
 
 PACKAGE = "dpr_jax.evaluation.judges"
@@ -22,7 +22,8 @@ def judge_class(argv: Sequence[str]) -> type | None:
   return value_class("judge", PACKAGE, kind, Judge) if kind else None
 
 
-def define_judge_flags(values: flags.FlagValues, cls: type | None) -> None:
+def define_judge_flags(values: flags.FlagValues) -> None:
+  """Those that do not depend on the judge."""
   flags.DEFINE_string("judge", "", "A kind, module:Class, file.py:Class; the next two imply one.",
                       flag_values=values)
   flags.DEFINE_string("judge_url", "", "Endpoint, as in http://localhost:8000/v1.",
@@ -31,8 +32,6 @@ def define_judge_flags(values: flags.FlagValues, cls: type | None) -> None:
                       "model.", flag_values=values)
   flags.DEFINE_string("judge_prompts", "", "JSON lines of name, system_prompt and prompt_template "
                       "in place of the package's own prompts.", flag_values=values)
-  if cls:
-    define_fields(values, "judge", cls)
 
 
 def make_judge(values: flags.FlagValues, cls: type | None, benchmark: Any) -> Any:

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import os
+import pathlib
+import re
 import signal
 import string
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 
@@ -225,20 +226,8 @@ def test_an_endpoint_that_fails_ends_in_a_line_and_goes_on(given, tmp_path, chat
   assert len(endpoint.asked) == 12 + 2 and results(out)["metrics"]["ties"]["mean"] == 1
 
 
-OWN = textwrap.dedent("""
-    import dataclasses
-    from dpr_jax.config.fields import setting
-    from dpr_jax.evaluation.judges import Judge
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Brevity(Judge):
-      rewards = True
-      free: int = setting(0, "characters that cost nothing", low=0)
-
-      def replies(self, questions, setting):
-        for i, question in enumerate(questions):
-          yield i, {"reward": -max(0, len(question.messages[-1]["content"]) - self.free)}
-""")
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "extending.md"
+OWN = re.search(r'```python title="brevity.py"\n(.*?)```', PAGE.read_text(), re.S)[1]
 
 
 def test_a_judge_of_a_users_file_decides_by_its_rewards(given, tmp_path):
