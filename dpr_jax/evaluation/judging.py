@@ -7,6 +7,7 @@ again: not by an evaluation that was interrupted, nor for two equal responses.
 """
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ import jax
 
 from dpr_jax import signals
 from dpr_jax.agreement import agree
+from dpr_jax.config.fields import kind_of
 from dpr_jax.config.values import to_json
 from dpr_jax.data.demos import Demo
 from dpr_jax.errors import Stopped, UserError
@@ -78,6 +80,7 @@ def _ask(benchmark, judge, prompts, demos, folder, bar, where) -> list[dict[str,
     for i, reply in judge.replies([asked[key][0] for key in missing], setting):
       question, record = asked[missing[i]]
       about = {"index": record["index"], "sample": record["sample"], "part": question.part}
+      _check(judge, reply)
       known[missing[i]] = {"key": missing[i], **about, **reply}
       _append(path, known[missing[i]])
       progress.update()
@@ -91,6 +94,15 @@ def _ask(benchmark, judge, prompts, demos, folder, bar, where) -> list[dict[str,
   for record in records:
     record["replies"] = {part: known[key] for part, key in record["replies"].items()}
   return records
+
+
+def _check(judge: Judge, reply: Any) -> None:
+  """Raises UserError where a judge, maybe a user's, does not reply as `Judge.replies` says."""
+  name, good = ("reward", (int, float, type(None))) if judge.rewards else ("text", str)
+  value = reply.get(name, ...) if isinstance(reply, Mapping) else ...
+  if not isinstance(value, good) or (isinstance(value, float) and not math.isfinite(value)):
+    raise UserError(f"--judge={kind_of(judge)}: the reply {reply!r:.200} must have a {name}"
+                    f"{', a finite number or None' if judge.rewards else ''}")
 
 
 def _read(path: pathlib.Path) -> dict[str, dict[str, Any]]:

@@ -297,3 +297,33 @@ def test_bad_input_is_one_line(given, model, tmp_path, chat_endpoint, capsys, ca
   error = capsys.readouterr().err.strip()
   assert exit_info.value.code == 2 and error.count("\n") == 0 and message in error, error
   assert not (tmp_path / "out" / "responses.jsonl").exists() and not closed.asked
+
+
+def test_a_judge_that_repeats_a_response_has_not_decided(given, tmp_path, chat_endpoint):
+  flags = given("lima")
+  write(tmp_path / "pairs.jsonl",
+        [{"prompt": f"ask {i}", "response": f"[[A]] {i} Verdict: [[ B ]]"} for i in range(6)])
+  quoting = chat_endpoint(lambda body, number: content(body))
+  call(*flags, f"--judge_url={quoting.url}", "--judge_model=q", f"--output={tmp_path}/out")
+  assert results(tmp_path / "out")["metrics"]["unparsable"]["mean"] == 1
+  deciding = chat_endpoint(lambda body, number: f"{content(body)}\n[[B]]")
+  call(*flags, f"--judge_url={deciding.url}", "--judge_model=d", f"--output={tmp_path}/out")
+  metrics = results(tmp_path / "out")["metrics"]
+  assert metrics["unparsable"]["mean"] == 0 and metrics["ties"]["mean"] == 1
+
+
+def test_replies_and_lines_that_are_none_are_named(given, tmp_path, capsys):
+  out = tmp_path / "out"
+  for name, reply, said in (
+      ("words", '{"text": "[[A]]"}', "must have a reward, a finite number or None"),
+      ("infinite", '{"reward": float("inf")}', "must have a reward"), ("none", "3", "the reply 3"),
+  ):
+    code = OWN.replace('{"reward": -max(0, length - self.free)}', reply)
+    (tmp_path / f"{name}.py").write_text(code)
+    with pytest.raises(SystemExit):
+      call(*given("lima")[:-1], f"--judge={tmp_path}/{name}.py:Brevity", f"--output={out}")
+    assert said in capsys.readouterr().err
+  (out / "judgments.jsonl").write_text('{"key": "0", "reward": 1}\n{"key": "1"}\n')
+  with pytest.raises(SystemExit):
+    call(*given("lima")[:-1], f"--judge={tmp_path}/none.py:Brevity", f"--output={out}")
+  assert "judgments.jsonl:2: not a judgment; delete this line" in capsys.readouterr().err

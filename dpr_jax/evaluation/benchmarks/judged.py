@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from dpr_jax import fingerprints
+from dpr_jax.config.fields import title_of
 from dpr_jax.data.demos import Demo, Message
 from dpr_jax.data.records import iter_records
 from dpr_jax.errors import UserError
@@ -57,6 +58,9 @@ class JudgedBenchmark(Benchmark):
       "judge_tokens_in": Column("Tokens that the judge read", "tokens"),
       "judge_tokens_out": Column("Tokens that the judge wrote", "tokens"),
   }
+
+  def check(self, config):
+    raise ValueError(f"{title_of(self)} needs a judge and is for python -m dpr_jax.evaluate")
 
   def score(self, demo, text):
     return {}
