@@ -6,6 +6,7 @@ A reply is on disk before the next one is looked at. A question whose key is the
 again: not by an evaluation that was interrupted, nor for two equal responses.
 """
 
+import concurrent.futures
 import json
 import math
 import os
@@ -56,9 +57,28 @@ def judge_responses(
     barrier("judge")  # All responses are written.
     records = ask()
   else:
-    records = agree(lambda: [] if jax.process_index() else ask(), seconds=_LONG)
+    records = _alone(ask)
   words = {name: prompt._asdict() for name, prompt in prompts.items()}
   return records, {**to_json(judge), **({} if judge.rewards else {"prompts": words})}
+
+
+def _alone(ask: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+  """What `ask` returns in process 0, for which the others wait; [] there."""
+  if jax.process_index():
+    # Not in the main thread, which would not notice a signal while it waits.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+      return pool.submit(agree, list, seconds=_LONG).result()
+
+  def unless_stopped():
+    try:
+      return ask()
+    except Stopped as e:
+      return e
+
+  found = agree(unless_stopped, seconds=_LONG)
+  if isinstance(found, Stopped):
+    raise found
+  return found
 
 
 def _ask(benchmark, judge, prompts, demos, folder, bar, where) -> list[dict[str, Any]]:
