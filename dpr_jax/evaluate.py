@@ -64,6 +64,8 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_list("metrics", ["length", "eos_rate"], "Of each response: kinds, module:Class or "
                     "file.py:Class, separated by commas.", flag_values=values)
   judges_cli.define_judge_flags(values)
+  flags.DEFINE_string("judge_prompts", "", "JSON lines of name, system_prompt and prompt_template "
+                      "in place of the package's own prompts.", flag_values=values)
   models_cli.define_model_flags(values, "Responses decoded, or scored,")
 
 
@@ -100,7 +102,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any], A
       raise UserError(f"--metrics={spec}: there is another score called {key}")
     metrics[key] = make_value(values, "metrics", metric)
   _check(values, benchmark)
-  return values, benchmark, metrics, judges_cli.make_judge(values, judge_cls, benchmark)
+  return values, benchmark, metrics, judges_cli.judge_of(values, judge_cls, benchmark)
 
 
 def _check(values: flags.FlagValues, benchmark: Any) -> None:

@@ -30,11 +30,19 @@ def define_judge_flags(values: flags.FlagValues) -> None:
                       flag_values=values)
   flags.DEFINE_string("judge_model", "", "Its model; without --judge_url the folder of a reward "
                       "model.", flag_values=values)
-  flags.DEFINE_string("judge_prompts", "", "JSON lines of name, system_prompt and prompt_template "
-                      "in place of the package's own prompts.", flag_values=values)
 
 
-def make_judge(values: flags.FlagValues, cls: type | None, benchmark: Any) -> Any:
+def make_judge(values: flags.FlagValues, cls: type) -> Any:
+  """The judge that the flags describe; UserError for a bad field."""
+  for short, field in _SHORT.items():
+    if values[short].value:
+      if field not in values:
+        raise UserError(f"--{short}: --judge={values.judge} has no {field.partition('.')[2]}")
+      values[field].value = values[short].value
+  return make_value(values, "judge", cls)
+
+
+def judge_of(values: flags.FlagValues, cls: type | None, benchmark: Any) -> Any:
   """The judge of a benchmark that needs one, else None.
 
   Raises:
@@ -51,12 +59,7 @@ def make_judge(values: flags.FlagValues, cls: type | None, benchmark: Any) -> An
                     "scored without a judge")
   if not judged:
     return None
-  for short, field in _SHORT.items():
-    if values[short].value:
-      if field not in values:
-        raise UserError(f"--{short}: --judge={values.judge} has no {field.partition('.')[2]}")
-      values[field].value = values[short].value
-  judge = make_value(values, "judge", cls)
+  judge = make_judge(values, cls)
   if judge.rewards and values.judge_prompts:
     raise UserError("--judge_prompts: a judge that gives rewards has no prompt; leave it out")
   return judge

@@ -20,10 +20,10 @@ from dpr_jax import signals
 from dpr_jax.agreement import agree
 from dpr_jax.config.fields import kind_of
 from dpr_jax.config.values import to_json
-from dpr_jax.data.demos import Demo
+from dpr_jax.data.demos import Demo, Message
 from dpr_jax.errors import Stopped, UserError
 from dpr_jax.evaluation.benchmarks.judged import JudgedBenchmark, JudgePrompt
-from dpr_jax.evaluation.judges.base import Judge, Setting
+from dpr_jax.evaluation.judges.base import Judge, Question, Setting
 from dpr_jax.sharding import barrier
 from dpr_jax.workdir import read_lines
 
@@ -114,6 +114,30 @@ def _ask(benchmark, judge, prompts, demos, folder, bar, where) -> list[dict[str,
   for record in records:
     record["replies"] = {part: known[key] for part, key in record["replies"].items()}
   return records
+
+
+def response_rewards(
+    judge: Judge,
+    prompts: Sequence[Sequence[Message]],
+    texts: Sequence[str],
+    token_ids: Sequence[Any],
+    **where: Any,
+) -> list[float | None]:
+  """The rewards of responses, in their order; None for one that cannot be scored.
+
+  Args:
+    where: of `Setting`: also the tokenizer and template of the model that wrote them.
+  """
+  say = lambda text: {"role": "assistant", "content": text}
+  questions = [
+      Question("", (*prompt, say(text)), token_ids=tuple(map(int, ids)))
+      for prompt, text, ids in zip(prompts, texts, token_ids, strict=True)
+  ]
+  found: list[float | None] = [None] * len(questions)
+  for i, reply in judge.replies(questions, Setting(stopping=lambda: False, **where)):
+    _check(judge, reply)
+    found[i] = reply["reward"]
+  return found
 
 
 def _check(judge: Judge, reply: Any) -> None:

@@ -30,6 +30,8 @@ class Question:
   messages: tuple[Message, ...]  # what a judge is told; with `rewards`, what it gives a reward.
   max_tokens: int = 2048  # of the reply.
   top_logprobs: int = 0  # how many log-probs of the first token of the reply are wanted.
+  # Of the last message, in the tokenizer of `Setting`, where exactly these are to be judged.
+  token_ids: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Setting:
   mesh: Any = None
   dtype: str = "float32"
   batch_size: int = 8
+  # Of the model that wrote what is judged, where questions have token ids.
+  tokenizer: Any = None
+  template: str = ""
 
 
 class Judge(Value):
