@@ -90,7 +90,7 @@ def _ask(benchmark, judge, prompts, demos, folder, bar, where) -> list[dict[str,
              benchmark.questions(demo, record, prompts))
     record["replies"] = {question.part: judge.key(question) for question in about}
     for question in about:
-      asked.setdefault(judge.key(question), (question, record))
+      asked.setdefault(record["replies"][question.part], (question, record))
   known = _read(path)
   missing = [key for key in asked if key not in known]
   if judge.everywhere:

@@ -39,7 +39,8 @@ def test_the_sample_with_the_highest_log_ratio_is_kept(given, tmp_path):
   call(generate, *given, "--best_of=4", f"--output={out['likely']}", "--judge=log_ratio",
        f"--judge.sft={a}")
   # The reward of each sample, by the entry point that scores the same tokens.
-  call(score, f"--sft={a}", f"--ref={b}", f"--input={out['all']}", f"--output={out['each']}")
+  call(score, f"--sft={a}", f"--ref={b}", f"--input={out['all']}", f"--output={out['each']}",
+       "--batch_size=4")
   each = read_lines(out["each"])
   ratio = np.array([r["reward"] for r in each]).reshape(3, 4)
   logp = np.array([sum(r["logp_sft"]) for r in each]).reshape(3, 4)

@@ -118,7 +118,7 @@ class Endpoint(Judge):
         if time.monotonic() > end or len(read) > _MAX_BYTES:
           raise TimeoutError(f"no whole reply within {timeout:g} s")
     # One that repeats what it was sent must not bring the key into a file.
-    return read.replace(self._key.encode() or b"\0", b"[key]")
+    return bytes(read).replace(self._key.encode() or b"\0", b"[key]")
 
   def _error(self, error: urllib.error.HTTPError) -> str:
     """What an endpoint says of an error, in a line without the key."""

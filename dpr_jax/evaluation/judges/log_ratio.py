@@ -1,6 +1,7 @@
 """The reward that an SFT model holds, as a judge of whole responses."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -25,8 +26,12 @@ class LogRatio(Judge):
     if not self.sft:
       raise ValueError("sft is missing; a CKPT such as runs/smoke/sft")
 
+  @functools.cached_property
+  def _files(self):
+    return [fingerprint_checkpoint(ckpt) for ckpt in (self.sft, self.ref) if ckpt]
+
   def identity(self):
-    return [self.kind, *(fingerprint_checkpoint(ckpt) for ckpt in (self.sft, self.ref) if ckpt)]
+    return [self.kind, *self._files]
 
   def prepare(self):
     self.identity()  # Raises where nothing is there.
