@@ -17,11 +17,18 @@ DIR/responses.jsonl has one line per prompt and sample, DIR/results.json the mea
 95% intervals; with --samples=N also pass@k. Rerun the same command to resume an interrupted
 evaluation; the files are the same as those of an uninterrupted one.
 
+A judge scores what no program can (alpaca_eval, arena_hard, lima, mt_bench): a model behind an
+OpenAI-compatible endpoint (--judge_url with --judge_model, the key in OPENAI_API_KEY), a local
+reward model (--judge_model=FOLDER), or a class of your own (--judge=file.py:Class). Its fields are
+flags too, as in --judge.concurrency=32. DIR/judgments.jsonl has its replies; no question is asked
+twice.
+
 --stop=STRING, which may be repeated, ends a response before STRING, for example
 --stop=$'\n\nQuestion:'.
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import inspect
 import re
@@ -31,6 +38,7 @@ from typing import Any
 from absl import flags
 
 from dpr_jax import cli, distributed
+from dpr_jax.cli import judges as judges_cli
 from dpr_jax.cli import models as models_cli
 from dpr_jax.cli.flags import flag_value
 from dpr_jax.cli.values import define_fields, make_value, value_class
@@ -64,11 +72,14 @@ def define(values: flags.FlagValues) -> None:
                     flag_values=values)
   flags.DEFINE_list("metrics", ["length", "eos_rate"], "Of each response: kinds, module:Class or "
                     "file.py:Class, separated by commas.", flag_values=values)
+  judges_cli.define_judge_flags(values)
+  flags.DEFINE_string("judge_prompts", "", "JSON lines of name, system_prompt and prompt_template "
+                      "in place of the package's own prompts.", flag_values=values)
   models_cli.define_model_flags(values, "Responses decoded, or scored,")
 
 
-def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any]]:
-  """Command line -> (flags, benchmark, metrics by name).
+def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any], Any]:
+  """Command line -> (flags, benchmark, metrics by name, judge or None).
 
   Raises:
     UserError: naming the flag, and what would be right.
@@ -77,6 +88,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any]]:
   from dpr_jax.evaluation.benchmarks.base import Benchmark
   from dpr_jax.evaluation.metrics import ResponseMetric
 
+  judge_cls = judges_cli.judge_class(argv)
   name = flag_value(argv, "benchmark") or ""
   kind, _, argument = name.partition(":")
   if argument and (field := getattr(kinds(BENCHMARKS).get(kind), "argument", "")):
@@ -87,6 +99,8 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any]]:
     define(values)
     if cls:
       define_fields(values, "benchmark", cls)
+    if judge_cls:
+      define_fields(values, "judge", judge_cls)
 
   values = cli.parse_flags(
       argv, entry_point="dpr_jax.evaluate", doc=__doc__, define=define_all,
@@ -101,7 +115,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any, dict[str, Any]]:
     if key in metrics or key in benchmark.scores:
       raise UserError(f"--metrics={spec}: there is another score called {key}")
     metrics[key] = make_value(values, "metrics", metric)
-  return values, benchmark, metrics
+  return values, benchmark, metrics, judges_cli.judge_of(values, judge_cls, benchmark)
 
 
 def _check(values: flags.FlagValues, benchmark: Any) -> None:
@@ -144,12 +158,14 @@ def _sources(*of: Any) -> dict[str, str]:
 @cli.readable
 def main(argv: Sequence[str]) -> None:
   distributed.initialize()
-  values, benchmark, metrics = parse(argv)
+  values, benchmark, metrics, judge = parse(argv)
   from dpr_jax.evaluation.benchmark_run import EvaluationFolder, digest, fill
+  from dpr_jax.evaluation.judging import judge_responses
   from dpr_jax.evaluation.overlap import find_overlap
 
   folder = EvaluationFolder(values.output)
   folder.check()
+  prompts = benchmark.judge_prompts(values.judge_prompts) if judge else {}
   demos = benchmark.read(values.data, values.max_prompts)
   import jax
 
@@ -174,6 +190,9 @@ def main(argv: Sequence[str]) -> None:
         "stop_strings": (*benchmark.stop_strings, *values.stop),
     }
   with models_cli.model_mesh(values) as (mesh, dtype), contextlib.ExitStack() as held:
+    if judge is not None:
+      asks = judge.everywhere or jax.process_index() == 0
+      agree(lambda: judge.prepare() if asks else None, seconds=120.0)
     agree(
         lambda: held.enter_context(lock.locked(folder.path, "--output")), seconds=2 * lock.STALE
     )
@@ -212,11 +231,20 @@ def main(argv: Sequence[str]) -> None:
     folder.claim(settings, contents)
     bar = lambda total: models_cli.bar(f"evaluate {values.benchmark}", total, "response")
     records, asked = fill(run, folder, bar)
+    judging = {}
+    if judge is not None:
+      run, loaded = dataclasses.replace(run, loaded=None), None  # Room for the judge's weights.
+      records, judging = judge_responses(
+          benchmark, judge, prompts, demos, folder,
+          lambda total: models_cli.bar("judge", total, "reply"),
+          mesh=mesh, dtype=dtype, batch_size=values.batch_size,
+      )
     results = {
         "benchmark": settings["benchmark"],
         "model": values.model,
         **run.results(records),
         "overlap": overlap,
+        **({"judge": judging} if judge else {}),
         "settings": {"data": values.data, **settings},
         "versions": versions(*benchmark.packages),
     } if lead else {}
@@ -224,7 +252,7 @@ def main(argv: Sequence[str]) -> None:
     barrier("results")  # The scores of some benchmarks take it a while.
   if not lead:
     return
-  if not asked:
+  if not asked and judge is None:
     print(f"{values.output} was finished already")
   print(summary(results, values.output))
 

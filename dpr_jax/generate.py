@@ -7,17 +7,26 @@ that the line has is left out of the prompt) and adds
 "response", "length" (tokens, EOS included) and "hit_eos", false where --max_new_tokens cut the
 response off. With --samples=N each line appears N times, in the order of the prompts.
 
+--best_of=N samples N responses and keeps the one with the highest reward of a judge, "reward":
+--judge_model=FOLDER, a local reward model; --judge=log_ratio --judge.sft=CKPT --judge.ref=CKPT, the
+reward of DPR; without --judge.ref the likelihood under sft; or --judge=file.py:Class.
+
 --stop=STRING, which may be repeated, ends a response as soon as its text contains STRING, for
 example --stop=$'\n\nQuestion:' after a few-shot prompt. "response" is the text before the string,
 and "hit_eos" is true; "length" still counts the tokens of the string.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from absl import flags
 
 from dpr_jax import cli, distributed, signals
+from dpr_jax.cli import judges as judges_cli
 from dpr_jax.cli import models as models_cli
+from dpr_jax.cli.values import define_fields
 from dpr_jax.errors import UserError, naming
 from dpr_jax.keys import MAX_SEED
 
@@ -33,25 +42,54 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_multi_string("stop", [], "Ends a response at this text, which is left out; may be "
                             "repeated.", flag_values=values)
   flags.DEFINE_integer("samples", 1, "Responses per prompt.", lower_bound=1, flag_values=values)
+  flags.DEFINE_integer("best_of", 1, "Samples of which a judge chooses each response.",
+                       lower_bound=1, flag_values=values)
+  judges_cli.define_judge_flags(values)
   flags.DEFINE_integer("seed", 0, "Of the sampling.", lower_bound=0, upper_bound=MAX_SEED,
                        flag_values=values)
   models_cli.define_model_flags(values, "Responses decoded")
 
 
+def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Any]:
+  """Command line -> (flags, the judge of --best_of or None)."""
+  cls = judges_cli.judge_class(argv)
+
+  def define_all(values):
+    define(values)
+    if cls:
+      define_fields(values, "judge", cls)
+
+  values = cli.parse_flags(
+      argv, entry_point="dpr_jax.generate", doc=__doc__, define=define_all,
+      required={"model": "runs/smoke/dpr", "input": "PROMPTS.jsonl", "output": "OUT.jsonl"},
+  )
+  if (values.best_of > 1) != bool(cls):
+    raise UserError("--best_of=N, of at least 2, and a judge (--judge_model=FOLDER, "
+                    "--judge=log_ratio) need each other")
+  judge = judges_cli.make_judge(values, cls) if cls else None
+  if judge and not judge.rewards:
+    raise UserError("--judge: --best_of needs a judge that gives rewards, such as "
+                    "--judge_model=FOLDER without --judge_url")
+  if judge and (values.samples > 1 or not values.temperature):
+    raise UserError("--best_of chooses among samples: leave --samples out, and set --temperature "
+                    "above 0")
+  return values, judge
+
+
 @cli.readable
 def main(argv: Sequence[str]) -> None:
   distributed.initialize()
-  values = cli.parse_flags(
-      argv, entry_point="dpr_jax.generate", doc=__doc__, define=define,
-      required={"model": "runs/smoke/dpr", "input": "PROMPTS.jsonl", "output": "OUT.jsonl"},
-  )
+  values, judge = parse(argv)
   output = models_cli.new_file("--output", values.output)
   from dpr_jax.data.formats import read_prompts
 
   items = read_prompts(values.input)
+  if judge:
+    judge.prepare()
 
   from dpr_jax.data.limits import check_length
   from dpr_jax.data.templates import render_prompt
+  from dpr_jax.evaluation.judging import response_rewards
   from dpr_jax.evaluation.responses import Responder, response_text
   from dpr_jax.keys import make_key
   from dpr_jax.loading import load_checkpoint
@@ -84,22 +122,39 @@ def main(argv: Sequence[str]) -> None:
         loaded.model, mesh, values.batch_size, -(-longest // 32) * 32, values.max_new_tokens,
         loaded.stop_ids, tuple(values.stop), loaded.tokenizer,
     )
-    with models_cli.bar("generate", len(prompts) * values.samples, "response") as progress:
+    count = values.samples * values.best_of
+    with models_cli.bar("generate", len(prompts) * count, "response") as progress:
       responses = responder.respond(
           (loaded.variables,), prompts, make_key(values.seed), sampling=sampling,
-          samples_per_prompt=values.samples, on_batch=signals.stoppable(progress.update),
+          samples_per_prompt=count, on_batch=signals.stoppable(progress.update),
+      )
+    texts = [
+        response_text(loaded.tokenizer, r.tokens, r.hit_eos, loaded.stop_ids, values.stop)
+        for r in responses
+    ]
+    rewards = None
+    if judge:
+      loaded = dataclasses.replace(loaded, variables=None)  # Room for the judge's weights.
+      rewards = response_rewards(
+          judge, [items[i // count][0] for i in range(len(texts))], texts,
+          [r.tokens for r in responses], mesh=mesh, dtype=dtype, batch_size=values.batch_size,
+          tokenizer=loaded.tokenizer, template=template,
       )
   records = []
-  for i, response in enumerate(responses):
-    text = response_text(
-        loaded.tokenizer, response.tokens, response.hit_eos, loaded.stop_ids, values.stop
-    )
+  for i, (response, text) in enumerate(zip(responses, texts, strict=True)):
+    reward = {}
+    if judge:
+      group = rewards[i - i % count :][:count]
+      if i % count != int(np.argmax([-np.inf if r is None else r for r in group])):
+        continue
+      reward = {"reward": group[i % count], "rewards": group}
     records.append({
-        **items[i // values.samples][1],
+        **items[i // count][1],
         "response": text,
         "token_ids": [int(t) for t in response.tokens],
         "length": len(response.tokens),
         "hit_eos": response.hit_eos,
+        **reward,
     })
   write_lines(output, records)
 

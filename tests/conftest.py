@@ -197,3 +197,60 @@ def with_config():
     return dataclasses.replace(run, config=config, _held={})
 
   return change
+
+
+@pytest.fixture
+def chat_endpoint():
+  """chat_endpoint(reply) -> an OpenAI-compatible endpoint on loopback, in a thread.
+
+  `reply(body, number)` -> the text of the answer to the request of that number; or (status, body of
+  the answer, headers). `asked` are the bodies in the order of arrival, `headers` those of requests.
+  """
+  import contextlib
+  import http.server
+  import json
+  import threading
+  import types
+
+  with contextlib.ExitStack() as servers:
+
+    def serve(reply):
+      seen = types.SimpleNamespace(asked=[], headers=[], lock=threading.Lock())
+
+      class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *args):
+          pass
+
+        def _send(self, status, body, headers=()):
+          data = body if isinstance(body, bytes) else json.dumps(body).encode()
+          with contextlib.suppress(OSError):
+            self.send_response(status)
+            for name, value in {"Content-Length": len(data), **dict(headers)}.items():
+              self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self):
+          seen.headers.append(dict(self.headers))
+          self._send(*(seen.models or (200, {"data": []})))
+
+        def do_POST(self):
+          body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+          with seen.lock:
+            number = len(seen.asked)
+            seen.asked.append(body)
+            seen.headers.append(dict(self.headers))
+          answer = reply(body, number)
+          if isinstance(answer, str):
+            answer = 200, {"choices": [{"message": {"role": "assistant", "content": answer}}],
+                           "usage": {"prompt_tokens": 100, "completion_tokens": 7}}
+          self._send(*answer)
+
+      server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+      threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+      servers.callback(server.server_close)
+      servers.callback(server.shutdown)
+      seen.models, seen.url = None, f"http://127.0.0.1:{server.server_port}/v1"
+      return seen
+
+    yield serve

@@ -369,6 +369,23 @@ def read_demos(
   return DemoSet(demos, empty, format, disordered)
 
 
+def parse_prompt(record: Mapping[str, Any], where: str, format: str = "") -> Demo:
+  """One record of a format of `read_demos`, with or without a response; see `read_prompts`.
+
+  Args:
+    format: "" for the one that it fits.
+
+  Raises:
+    UserError: as `read_demos`.
+  """
+  format = format or _detect(fields.present(record, where), where, demos=False)
+  demo = _parse(record, format, ("*",), where, demo=False)
+  _check_roles(demo.prompt, where, last=("user", "tool"))
+  if _empty_turn(demo.prompt):
+    raise UserError(f"{where}: empty prompt; expected text")
+  return demo
+
+
 def read_prompts(
   path: str | pathlib.Path, limit: int = 0
 ) -> list[tuple[tuple[Message, ...], dict[str, Any]]]:
@@ -390,11 +407,7 @@ def read_prompts(
     spec = _FORMATS.get(format)
     if spec is None or record.get(spec.prompt) is None:
       format = _detect(fields.present(record, where), where, demos=False)
-    messages = _parse(record, format, ("*",), where, demo=False).prompt
-    _check_roles(messages, where, last=("user", "tool"))
-    if _empty_turn(messages):
-      raise UserError(f"{where}: empty prompt; expected text")
-    prompts.append((tuple(messages), record))
+    prompts.append((parse_prompt(record, where, format).prompt, record))
     if limit and len(prompts) == limit:
       break
   return prompts

@@ -24,13 +24,13 @@ import numpy as np
 
 from dpr_jax import lock, signals
 from dpr_jax.config.fields import kind_of
-from dpr_jax.data.demos import Demo
+from dpr_jax.data.demos import Demo, Message
 from dpr_jax.data.limits import check_length
 from dpr_jax.data.templates import encode_response, render_prompt
 from dpr_jax.errors import Stopped, UserError
 from dpr_jax.evaluation.benchmarks.base import Benchmark
 from dpr_jax.evaluation.metrics import Column, ResponseMetric, score_response
-from dpr_jax.evaluation.responses import Responder, prompt_seeds, response_text
+from dpr_jax.evaluation.responses import Responder, Response, prompt_seeds, response_text
 from dpr_jax.evaluation.scoring import Scorer
 from dpr_jax.evaluation.statistics import interval
 from dpr_jax.keys import root_key
@@ -167,7 +167,7 @@ class BenchmarkRun:
     for i, demo in enumerate(self.demos):
       where = demo.source or f"prompt {i + 1}"
       check_length(asked(demo), tokenizer, self.loaded.model.cfg.max_length, where)
-    return [render_prompt(asked(d), tokenizer, self.template, d.source) for d in self.demos]
+    return [self._render(asked(d), d) for d in self.demos]
 
   @functools.cached_property
   def _seeds(self) -> np.ndarray:
@@ -194,8 +194,25 @@ class BenchmarkRun:
         what = f"a response of {new}" if likelihood else f"--max_new_tokens={new}"
         raise UserError(f"{demo.source or f'prompt {i + 1}'}: a prompt of {len(prompt)} tokens and "
                         f"{what} exceed the {limit} that the model was made for")
+    if self._later_room > limit - self.max_new_tokens:
+      raise UserError(f"--max_new_tokens={self.max_new_tokens}: several turns with responses of "
+                      f"this length exceed the {limit} tokens that the model was made for")
     if self.stop_strings:
-      _ = self._responder.stops  # Made here, where nothing is written yet.
+      _ = self._first.stops  # Made here, where nothing is written yet.
+
+  @functools.cached_property
+  def _later_room(self) -> int:
+    """Tokens of the longest prompt of a later turn, after responses of `max_new_tokens`."""
+    lengths = [0]
+    for demo in () if self.benchmark.likelihood else self.demos:
+      talk = list(self.benchmark.prompt(demo))
+      for before, asked in enumerate(self.benchmark.later_turns(demo), start=1):
+        talk += _turn("", asked)
+        lengths.append(len(self._render(talk, demo)) + before * self.max_new_tokens)
+    return max(lengths)
+
+  def _render(self, talk: Sequence[Message], demo: Demo) -> np.ndarray:
+    return render_prompt(talk, self.loaded.tokenizer, self.template, demo.source)
 
   def fingerprint(self) -> str:
     """Of all prompts and expected answers, as the model sees them."""
@@ -213,19 +230,25 @@ class BenchmarkRun:
     """(index, sample) of each line of a block."""
     return list(itertools.product(block, range(self.samples)))
 
-  @functools.cached_property
-  def _responder(self) -> Responder:
-    longest = -(-max(map(len, self.prompts)) // 32) * 32
+  def _responder(self, longest: int) -> Responder:
     return Responder(
-        self.loaded.model, self.mesh, self.batch_size, longest, self.max_new_tokens,
+        self.loaded.model, self.mesh, self.batch_size, -(-longest // 32) * 32, self.max_new_tokens,
         self.loaded.stop_ids, self.stop_strings, self.loaded.tokenizer,
     )
+
+  @functools.cached_property
+  def _first(self) -> Responder:
+    return self._responder(max(map(len, self.prompts)))
+
+  @functools.cached_property
+  def _later(self) -> Responder:
+    return self._responder(self._later_room)
 
   def answer(self, number: int, on_batch: Callable[[int], None]) -> list[dict[str, Any]]:
     """The lines of a block."""
     block = self.blocks[number]
     prompts = [self.prompts[i] for i in block]
-    variables, tokenizer = self.loaded.variables, self.loaded.tokenizer
+    variables = self.loaded.variables
     if self.benchmark.likelihood:
       scorer = Scorer(self.loaded.model, self.mesh, self.batch_size, on_batch)
       responses = [self.demonstrated[i] for i in block]
@@ -238,19 +261,59 @@ class BenchmarkRun:
                        logps=[round(float(x), 6) for x in logp])
         )
       return out
-    responses = self._responder.respond(
+    responses = self._first.respond(
         (variables,), prompts, root_key(self.seed, "benchmark"), sampling=self.sampling,
         samples_per_prompt=self.samples, seeds=self._seeds[block.start : block.stop],
         on_batch=on_batch,
     )
     out = []
     for (i, sample), response in zip(self.lines(block), responses, strict=True):
-      text = response_text(
-          tokenizer, response.tokens, response.hit_eos, self.loaded.stop_ids, self.stop_strings
-      )
+      text = self._text(response)
       scores = self.benchmark.score(self.demos[i], text)
       out.append(self._line(i, sample, response.tokens, text, response.hit_eos, scores))
+    self._continue(out)
     return out
+
+  def _continue(self, records: Sequence[dict[str, Any]]) -> None:
+    """Adds `turns` to records whose conversations go on: the responses to their later turns."""
+    demos = [self.demos[record["index"]] for record in records]
+    asked = [self.benchmark.later_turns(demo) for demo in demos]
+    talks = [[*self.benchmark.prompt(d)] for d in demos]
+    said = [record["response"] for record in records]
+    for turn in range(max(map(len, asked))):
+      rows = [row for row, turns in enumerate(asked) if turn < len(turns)]
+      prompts = []
+      for row in rows:
+        talks[row] += _turn(said[row], asked[row][turn])
+        prompts.append(self._fitting(talks[row], demos[row]))
+      # Whatever its neighbours are, as for the first turn.
+      seeds = [self._seeds[records[row]["index"]] + np.uint32([0, records[row]["sample"]])
+               for row in rows]
+      responses = self._later.respond(
+          (self.loaded.variables,), prompts, root_key(self.seed, f"turn {turn + 2}"),
+          sampling=self.sampling, seeds=np.stack(seeds),
+      )
+      for row, response in zip(rows, responses, strict=True):
+        said[row] = self._text(response)
+        records[row].setdefault("turns", []).append({
+            "prompt": asked[row][turn], "response": said[row],
+            "token_ids": [int(t) for t in response.tokens], "length": len(response.tokens),
+            "hit_eos": response.hit_eos,
+        })
+
+  def _fitting(self, talk: list[Message], demo: Demo) -> np.ndarray:
+    """A prompt after a response; text can take more tokens than were sampled: it is cut then."""
+    prompt = self._render(talk, demo)
+    while (over := len(prompt) - self._later_room) > 0 and talk[-2]["content"]:
+      talk[-2] = {**talk[-2], "content": talk[-2]["content"][:-over]}
+      prompt = self._render(talk, demo)
+    return prompt
+
+  def _text(self, response: Response) -> str:
+    return response_text(
+        self.loaded.tokenizer, response.tokens, response.hit_eos, self.loaded.stop_ids,
+        self.stop_strings,
+    )
 
   def _line(self, index, sample, tokens, text, hit_eos, scores, **more) -> dict[str, Any]:
     demo = self.demos[index]
@@ -289,8 +352,16 @@ class BenchmarkRun:
     metrics = {name: interval([v]) for name, v in per_prompt.items()}
     metrics |= self.benchmark.summarize(records)
     columns |= self.benchmark.summaries
+    for name in metrics:
+      figure, _, group = name.partition("/")
+      columns.setdefault(name, columns[figure].of_group(group))
     described = {name: vars(columns[name]) for name in metrics}
     return {"n": len(self.demos), "metrics": metrics, "columns": described}
+
+
+def _turn(response: str, asked: str) -> list[Message]:
+  """A response and what the user says after it."""
+  return [{"role": "assistant", "content": response}, {"role": "user", "content": asked}]
 
 
 def digest(value: Any) -> str:

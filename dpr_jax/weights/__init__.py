@@ -18,7 +18,8 @@ if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
 
 __all__ = [
-    "load_config", "load_generation_config", "load_pretrained", "load_tokenizer", "save_pretrained",
+    "load_classifier", "load_config", "load_generation_config", "load_pretrained",
+    "load_tokenizer", "save_pretrained",
 ]
 
 
@@ -64,6 +65,24 @@ def load_pretrained(
     adapter = Adapter(path)
     path, adapted = adapter.base, {"adapted": adapter.of}
   return (gguf.load_gguf if path.is_file() else hf.load_hf)(path, dtype, mesh, **adapted)
+
+
+def load_classifier(
+    path: str | os.PathLike, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[ModelConfig, dict[str, Any], Any]:
+  """Loads a reward model: a sequence classifier with one label, in a Hugging Face folder.
+
+  Returns:
+    (ModelConfig, params, score_D): a row's reward is score_D times the hidden state of its last
+    token. The config has a tied head, so that `params` need none.
+
+  Raises:
+    UserError: as `load_pretrained`; or there is no head of one label.
+  """
+  folder = _path(path)
+  if not folder.is_dir():
+    raise UserError(f"{folder}: a reward model is read from a Hugging Face folder")
+  return hf.load_classifier(folder, dtype, mesh)
 
 
 def load_config(path: str | os.PathLike) -> ModelConfig:

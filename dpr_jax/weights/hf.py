@@ -1,5 +1,6 @@
 """Reads and writes Hugging Face folders: parameters in safetensors files, and config.json."""
 
+import dataclasses
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from dpr_jax.weights.names import flatten, tensor_specs
 from dpr_jax.weights.placement import Source, check_names, fill_params
 from dpr_jax.weights.safetensors_file import SafetensorsFile, write_safetensors
 
+SCORE = "score.weight"  # the head of a sequence classifier.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 # Prefixes of the text model's tensors in multimodal checkpoints, old and new.
@@ -137,6 +139,30 @@ def load_hf(
     _check_tied(source)
   names = {spec.name: spec.name for spec in specs}
   return cfg, fill_params(cfg, specs, adapted(source, names), dtype, mesh)
+
+
+def open_classifier(folder: pathlib.Path) -> tuple[ModelConfig, Folder]:
+  """The config, without an output head, and the tensors; UserError without a head of one label."""
+  # A tied head has no tensor of its own.
+  cfg, source = dataclasses.replace(load_hf_config(folder), tied_head=True), Folder(folder)
+  shape = source.shapes.get(SCORE)
+  if shape is None or tuple(shape) != (1, cfg.hidden_size):
+    found = "no tensor" if shape is None else f"the shape {list(shape)} of the tensor"
+    raise UserError(f"{folder}: {found} {SCORE!r}; a reward model is a sequence classifier with "
+                    "one label, such as Qwen3ForSequenceClassification, and has this head with the "
+                    f"shape [1, {cfg.hidden_size}]")
+  return cfg, source
+
+
+def load_classifier(
+    folder: pathlib.Path, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[ModelConfig, dict[str, Any], np.ndarray]:
+  """Implements `dpr_jax.weights.load_classifier`."""
+  cfg, source = open_classifier(folder)
+  specs, heads = tensor_specs(cfg), (SCORE, "lm_head.weight")
+  check_names(source, specs, lambda name: name in heads or bool(_IGNORED.fullmatch(name)))
+  score_D = source.read(SCORE, 0, 1)[0].astype(np.float32)
+  return cfg, fill_params(cfg, specs, source, dtype, mesh), score_D
 
 
 def _check_tied(source: Folder) -> None:

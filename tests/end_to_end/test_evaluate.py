@@ -362,7 +362,7 @@ def test_a_library_that_is_not_installed_is_named(model, data, tmp_path, capsys)
 
 
 BAD = {
-    "unknown benchmark": ({"benchmark": "bleu"}, "'bleu' is not one of exact, gsm8k, ifeval, lm_e"),
+    "unknown benchmark": ({"benchmark": "bleu"}, "'bleu' is not one of alpaca_eval, arena_hard"),
     "no such file": ({"benchmark": "nowhere.py:Mine"}, "nowhere.py:Mine: no such file"),
     "no such module": ({"benchmark": "nowhere:Mine"}, "--benchmark=nowhere:Mine: ModuleNotFound"),
     "no benchmark": ({"benchmark": "dpr_jax.rewards.base:Reward"}, "--benchmark"),

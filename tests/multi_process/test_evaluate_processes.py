@@ -91,3 +91,22 @@ def test_two_processes_answer_the_harness_like_one(model, tmp_path):
     assert one == two
   config = [json.loads((tmp_path / n / "config.json").read_text()) for n in "12"]
   assert config[0] == config[1]
+
+
+@pytest.mark.slow
+def test_two_processes_ask_a_judge_once(model, tmp_path, chat_endpoint):
+  endpoint = chat_endpoint(lambda body, number: "[[A]]")
+  data = tmp_path / "pairs.jsonl"
+  records = [{"prompt": f"ask {i}", "response": "reference"} for i in range(7)]
+  data.write_text("".join(json.dumps(r) + "\n" for r in records))
+  flags = [f"--model={model}", "--benchmark=lima", f"--data={data}", "--max_new_tokens=6"]
+  asking = [f"--judge_url={endpoint.url}", "--judge_model=j"]
+  assert run(2, tmp_path / "asked", *flags, *asking).count("lima: 7 prompts") == 1
+  assert len(endpoint.asked) == 14 == len({str(body) for body in endpoint.asked})
+  scoring = ["--judge=log_ratio", f"--judge.sft={model}"]
+  found = []
+  for n in (1, 2):
+    run(n, tmp_path / str(n), *flags, *scoring)
+    lines = (tmp_path / str(n) / "judgments.jsonl").read_text().splitlines()
+    found.append({(r["index"], r["part"]): r["reward"] for r in map(json.loads, lines)})
+  assert found[1] == pytest.approx(found[0], rel=1e-5) and len(found[0]) == 14

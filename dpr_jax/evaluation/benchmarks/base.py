@@ -61,6 +61,10 @@ class Benchmark(Value):
     """The prompt that `evaluate` uses: messages that end with a user turn."""
     return demo.prompt
 
+  def later_turns(self, demo: Demo) -> tuple[str, ...]:
+    """What the user says after the response to `prompt`, turn by turn; `evaluate` answers each."""
+    return ()
+
   def score(self, demo: Demo, text: str) -> Mapping[str, float]:
     """The scores of a response to an example."""
     raise NotImplementedError
@@ -89,7 +93,7 @@ class Benchmark(Value):
     return BenchmarkRun(self, **how)
 
   def summarize(self, records: Sequence[Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
-    """The `summaries`, {"mean", "ci95", "n"} each.
+    """The `summaries`, {"mean", "ci95", "n"} each; that of a group is called NAME/GROUP.
 
     Args:
       records: the lines of responses.jsonl.
