@@ -93,8 +93,8 @@ def main(argv: Sequence[str]) -> None:
     path = getattr(values, flag)
     places.append(models_cli.new_file(f"--{flag}", path, *filter(None, places)) if path else None)
   from dpr_jax.data.records import iter_records
+  from dpr_jax.paths import write_atomically
   from dpr_jax.report.heatmap import heatmap_page
-  from dpr_jax.report.render import write_atomically
   from dpr_jax.workdir import write_lines
 
   records = [record for record, _ in iter_records(values.input)]
