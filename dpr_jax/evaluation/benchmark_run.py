@@ -14,6 +14,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpr_jax import lock, signals
+from dpr_jax import fingerprints, lock, signals
 from dpr_jax.config.fields import kind_of
 from dpr_jax.data.demos import Demo, Message
 from dpr_jax.data.limits import check_length
@@ -40,6 +41,8 @@ from dpr_jax.rollout import Sampling
 from dpr_jax.sharding import barrier
 from dpr_jax.workdir import read_lines, versions, write_json
 
+_log = logging.getLogger(__name__)
+
 BATCHES = 4  # of a block: what `Responder` answers with one program, refilling its slots.
 
 
@@ -56,7 +59,7 @@ class EvaluationFolder:
     try:
       record = json.loads(self.config_file.read_text(encoding="utf-8"))
       return record if {"settings", "contents"} <= set(record) else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
       return None
 
   def check(self) -> None:
@@ -105,6 +108,9 @@ class EvaluationFolder:
   def resume(self, blocks: Sequence[Sequence[tuple[int, int]]]) -> int:
     """How many blocks responses.jsonl holds; an unfinished one at its end is dropped.
 
+    From a line on that was edited or damaged the file is kept under another name, and the blocks
+    are asked for again.
+
     Args:
       blocks: (index, sample) of each line of each block.
 
@@ -116,26 +122,35 @@ class EvaluationFolder:
     ends = list(itertools.accumulate(len(block) for block in blocks))
     done = sum(end <= len(lines) for end in ends)
     kept = lines[: ends[done - 1]] if done else []
+    damaged = 0
     for number, (line, place) in enumerate(zip(kept, itertools.chain(*blocks)), start=1):
       try:
         record = json.loads(line)
-        found = record["index"], record["sample"]
-      except (ValueError, KeyError, TypeError):
-        found = None
-      if found != place:
+      except (ValueError, RecursionError):
+        record = None
+      if not fingerprints.is_whole(record):
+        damaged, done = number, sum(end < number for end in ends)
+        kept = lines[: ends[done - 1]] if done else []
+        break
+      if (record.get("index"), record.get("sample")) != place:
         raise UserError(f"{self.responses_file}:{number}: not the response {place[1]} to prompt "
                         f"{place[0]} that belongs there; delete the file to start again")
     barrier("resume")  # All have read it.
     size = sum(len(line) + 1 for line in kept)
     if jax.process_index() == 0 and size < len(data):
+      if damaged:
+        copy = fingerprints.set_aside(self.responses_file, copy=True)
+        _log.warning("%s:%d: not what was written; the file is kept as %s, and the responses from "
+                     "that block on are made again", self.responses_file, damaged, copy.name)
       write_atomically(self.responses_file, data[:size])
     return done
 
   def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-    """Adds the lines of a block: one write, on disk when it returns."""
+    """Adds the lines of a block, each with a checksum: one write, on disk when it returns."""
     if jax.process_index():
       return
-    lines = "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+    dump = lambda r: json.dumps(fingerprints.seal(r), ensure_ascii=False, allow_nan=False)
+    lines = "".join(dump(r) + "\n" for r in records)
     try:
       append(self.responses_file, lines.encode())
     except OSError as e:

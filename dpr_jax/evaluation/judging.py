@@ -9,14 +9,12 @@ again: not by an evaluation that was interrupted, nor for two equal responses.
 import concurrent.futures
 import json
 import math
-import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from dpr_jax import signals
+from dpr_jax import fingerprints, signals
 from dpr_jax.agreement import agree
 from dpr_jax.config.fields import kind_of
 from dpr_jax.config.values import to_json
@@ -24,6 +22,7 @@ from dpr_jax.data.demos import Demo, Message
 from dpr_jax.errors import Stopped, UserError
 from dpr_jax.evaluation.benchmarks.judged import JudgedBenchmark, JudgePrompt
 from dpr_jax.evaluation.judges.base import Judge, Question, Setting
+from dpr_jax.paths import Path, append, refusal, write_atomically
 from dpr_jax.sharding import barrier
 from dpr_jax.workdir import read_lines
 
@@ -149,18 +148,18 @@ def _check(judge: Judge, reply: Any) -> None:
                     f"{', a finite number or None' if judge.rewards else ''}")
 
 
-def _read(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+def _read(path: Path) -> dict[str, dict[str, Any]]:
   """Key -> reply; a line that was torn at the end is cut off."""
   data = path.read_bytes() if path.exists() else b""
   whole = data[: data.rfind(b"\n") + 1]
   if len(whole) < len(data) and jax.process_index() == 0:
-    os.truncate(path, len(whole))
+    write_atomically(path, whole)
   found = {}
   for number, line in enumerate(whole.splitlines(), start=1):
     try:
       record = json.loads(line)
       found[record["key"]] = record
-      if not ("text" in record or "reward" in record):
+      if not fingerprints.is_whole(record) or not ("text" in record or "reward" in record):
         raise KeyError
     except (ValueError, LookupError, TypeError):
       raise UserError(f"{path}:{number}: not a judgment; delete this line, and its question is "
@@ -168,12 +167,10 @@ def _read(path: pathlib.Path) -> dict[str, dict[str, Any]]:
   return found
 
 
-def _append(path: pathlib.Path, record: Mapping[str, Any]) -> None:
+def _append(path: Path, record: Mapping[str, Any]) -> None:
   if jax.process_index():
     return
   try:
-    with open(path, "ab", buffering=0) as file:
-      file.write((json.dumps(record, allow_nan=False) + "\n").encode())
-      os.fsync(file.fileno())
+    append(path, (json.dumps(fingerprints.seal(record), allow_nan=False) + "\n").encode())
   except OSError as e:
-    raise UserError(f"{path}: cannot be written: {e.strerror}") from None
+    raise UserError(f"{path}: cannot be written: {refusal(e)}") from None

@@ -44,10 +44,28 @@ def test_a_line_that_does_not_belong_there_is_named(folder):
   for block in RECORDS:
     folder.append(block)
   lines = folder.responses_file.read_text().split("\n")
-  for wrong in ("[]", "{", lines[2]):
-    folder.responses_file.write_text("\n".join([lines[0], wrong, *lines[2:]]))
-    with pytest.raises(UserError, match=r"responses.jsonl:2: not the response 1 to prompt 0"):
-      folder.resume(BLOCKS)
+  folder.responses_file.write_text("\n".join([lines[0], lines[2], *lines[2:]]))
+  with pytest.raises(UserError, match=r"responses.jsonl:2: not the response 1 to prompt 0"):
+    folder.resume(BLOCKS)
+
+
+@pytest.mark.parametrize("wrong", ["[]", "{", "[" * 10**5, '{"index": 2, "sample": 0}', None])
+def test_blocks_from_an_edited_line_on_are_made_again(folder, caplog, wrong):
+  for block in RECORDS:
+    folder.append(block)
+  whole = folder.responses_file.read_bytes()
+  for number, done in ((5, 1), (2, 0)):
+    lines = whole.split(b"\n")
+    edited = lines[number - 1].replace(b'"text": "', b'"text": "x')
+    lines[number - 1] = edited if wrong is None else wrong.encode()
+    folder.responses_file.write_bytes(b"\n".join(lines))
+    assert folder.resume(BLOCKS) == done
+    assert f"responses.jsonl:{number}: not what was written" in caplog.text
+    for block in RECORDS[done:]:
+      folder.append(block)
+    assert folder.responses_file.read_bytes() == whole
+  kept = folder.responses_file.with_name("responses.jsonl.damaged2")
+  assert kept.read_bytes() == b"\n".join(lines)
 
 
 def test_only_the_same_evaluation_goes_on(folder):
