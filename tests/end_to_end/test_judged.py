@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from dpr_jax import cli, evaluate
+from dpr_jax import cli, evaluate, fingerprints
 from dpr_jax.evaluation.judging import _read
 from dpr_jax.evaluation.responses import Responder
 from dpr_jax.weights import load_tokenizer, save_pretrained
@@ -323,7 +323,9 @@ def test_replies_and_lines_that_are_none_are_named(given, tmp_path, capsys):
     with pytest.raises(SystemExit):
       call(*given("lima")[:-1], f"--judge={tmp_path}/{name}.py:Brevity", f"--output={out}")
     assert said in capsys.readouterr().err
-  (out / "judgments.jsonl").write_text('{"key": "0", "reward": 1}\n{"key": "1"}\n')
+  good = json.dumps(fingerprints.seal({"key": "0", "reward": 1}))
+  edited = json.dumps({**fingerprints.seal({"key": "1", "reward": 1}), "reward": 2})
+  (out / "judgments.jsonl").write_text(f"{good}\n{edited}\n")
   with pytest.raises(SystemExit):
     call(*given("lima")[:-1], f"--judge={tmp_path}/none.py:Brevity", f"--output={out}")
   assert "judgments.jsonl:2: not a judgment; delete this line" in capsys.readouterr().err
