@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import random
 import subprocess
 import sys
 
@@ -46,7 +47,7 @@ def by_the_library(demos, texts, monkeypatch):
   """Its scores, with the sentences of NLTK's own code, and NLTK's own words."""
   import nltk
   import punkt
-  from if_verifiable.ifeval import instructions_util
+  from if_verifiable.ifeval import instructions, instructions_util
   from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 
   theirs, model = PunktParameters(), punkt.load_model("english")
@@ -57,10 +58,12 @@ def by_the_library(demos, texts, monkeypatch):
   monkeypatch.setattr(instructions_util, "nltk", nltk)
   monkeypatch.setattr(instructions_util, "_get_sentence_tokenizer", lambda: sentences)
   monkeypatch.setattr(nltk.tokenize, "_get_punkt_tokenizer", lambda language: sentences)
-  return [
-      library().evaluate_output_for_sample("ifeval", demo.meta["sample"], text)
-      for demo, text in zip(demos, texts, strict=True)
-  ]
+  monkeypatch.setattr(instructions, "random", random)
+  found = []
+  for demo, text in zip(demos, texts, strict=True):
+    random.seed(0)
+    found.append(library().evaluate_output_for_sample("ifeval", demo.meta["sample"], text))
+  return found
 
 
 def check(demos, texts, monkeypatch):
@@ -100,6 +103,19 @@ def test_scores_of_real_responses_are_those_of_the_library(monkeypatch):
       (SHARED / "alpaca_eval" / "outputs_gpt-3.5-turbo-1106.json").read_text())
   found = check(demos[:120], [a["output"] for a in answers[:120]], monkeypatch)
   assert 0 < sum(s["prompt_strict"] for s in found) < sum(s["prompt_loose"] for s in found)
+
+
+def test_what_the_library_decides_by_chance_does_not_vary(tmp_path):
+  path = tmp_path / "input_data.jsonl"
+  path.write_text(json.dumps({
+      "prompt": "Shout.", "instruction_id_list": ["keywords:letter_frequency"],
+      "kwargs": [{"letter": "!", "let_frequency": 2, "let_relation": "at least"}],
+  }))
+  (demo,) = IFEval().read(path)
+  of_library = lambda: library().evaluate_output_for_sample(
+      "ifeval", demo.meta["sample"], RESPONSES[0])[1].binary_strict
+  assert len({of_library() for _ in range(100)}) == 2
+  assert len({IFEval().score(demo, RESPONSES[0])["prompt_strict"] for _ in range(100)}) == 1
 
 
 def test_samples_of_a_prompt_are_averaged_first():
