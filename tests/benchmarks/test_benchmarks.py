@@ -78,6 +78,7 @@ def test_memory_tells_whether_all_logits_live(lines):
   assert chunked["largest_logits_bytes"] == 4 * rows * 4 * vocab
 
 
+@pytest.mark.slow
 def test_scaling_partitions(lines):
   (run,) = lines("scaling")["runs"]
   assert run["devices"] == 2 and run["tokens_per_s"] > 0
