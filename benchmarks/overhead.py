@@ -59,7 +59,7 @@ def measure(args, folder: pathlib.Path) -> dict[str, dict[str, float]]:
     fingerprint(state_of())  # Compiled here.
     for step in range(1, args.repeats + 1):
       times.setdefault("step", []).append(common.timed(work.once))
-      _, metrics = work.once()
+      _, metrics = jax.block_until_ready(work.once())
       fingerprints._of_version.cache_clear()
       saved = state_of()
       for name, check, given in (
