@@ -5,12 +5,14 @@ on stderr, a run that diverged with 1, one that was stopped by SIGINT or SIGTERM
 anything else is a bug and keeps its traceback.
 """
 
+import atexit
 import contextlib
 import functools
 import logging
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -76,11 +78,16 @@ def _end(code: int, process: bool) -> NoReturn:
       for threads then: those of a save that has failed wait for each other.
   """
   if process:
-    with contextlib.suppress(OSError, ValueError):
-      sys.stdout.flush()
     timer = threading.Timer(_PATIENCE, os._exit, [code])
     timer.daemon = True
     timer.start()
+    if not peers.several():  # Those take leave of each other as Python ends.
+      atexit._run_exitfuncs()  # As multiprocessing ends a process.
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError, ValueError):
+        stream.flush()
+    if not peers.several():
+      os._exit(code)  # Python may abort while it ends, if a daemon thread writes at that moment.
   raise SystemExit(code) from None
 
 
@@ -99,6 +106,8 @@ def run_entry_point(
   if argv is None:
     sys.excepthook = _print_traceback
     sys.unraisablehook = _print_unraisable
+    # Of a save that has failed, as above.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
   try:
     with signals.handled(restore=argv is not None):
       try:
