@@ -3,6 +3,7 @@
 import http
 import os
 import signal
+import sys
 
 # Some tests ask for a GPU and skip without one: DPR_JAX_TEST_PLATFORM=cuda pytest tests/models.
 os.environ["JAX_PLATFORMS"] = os.environ.get("DPR_JAX_TEST_PLATFORM", "cpu")
@@ -90,6 +91,17 @@ def bucket():
   with server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket"):
     yield as_path("gs://bucket")
   patch.undo()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_users_files(tmp_path_factory):
+  """Files of a user are imported by their name; those of other tests may have the same."""
+  yield
+  made = str(tmp_path_factory.getbasetemp())
+  for name, module in list(sys.modules.items()):
+    if str(getattr(module, "__file__", None)).startswith(made):
+      del sys.modules[name]
+  sys.path[:] = [place for place in sys.path if not place.startswith(made)]
 
 
 @pytest.fixture
