@@ -21,7 +21,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dpr_jax import peers
+from dpr_jax import peers, relay
 from dpr_jax.errors import UserError
 
 START_SECONDS = 290.0  # that processes wait for each other; JAX's own limit is 300.
@@ -76,6 +76,24 @@ def _on_a_cluster(environ: Mapping[str, str]) -> bool:
   return all(name in environ for name in _SLURM) and tasks.isdecimal() and int(tasks) > 1
 
 
+def _found() -> dict[str, Any]:
+  """Arguments of jax.distributed.initialize that JAX finds on a cluster; {} if it finds none."""
+  from jax._src.clusters import ClusterEnv  # What `initialize` itself calls.
+
+  names = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
+  given = os.environ.get("JAX_COORDINATOR_ADDRESS")
+  try:
+    found = dict(zip(names, ClusterEnv.auto_detect_unset_distributed_params(
+        given, None, None, None, None, int(START_SECONDS))))
+  except Exception:  # `initialize` meets it as well, and says what it is.
+    return {}
+  if any(found[name] is None for name in names[:3]):
+    return {}
+  if os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+    del found["local_device_ids"]
+  return {**found, "cluster_detection_method": "deactivate"}
+
+
 @contextlib.contextmanager
 def _meeting() -> Iterator[None]:
   """A block in which the processes find each other; JAX would abort where one does not come."""
@@ -115,9 +133,12 @@ def initialize() -> None:
   patience = peers.patience()
   # Signals are handled by signals.py and agreed on by peers.py, SIGINT like SIGTERM.
   jax.config.update("jax_enable_preemption_service", False)
+  joined, service = dict(arguments or _found()), None
+  if joined.get("process_id"):
+    service, joined["coordinator_address"] = relay.start(joined["coordinator_address"])
   with _meeting():
     try:
-      jax.distributed.initialize(**(arguments or {}))
+      jax.distributed.initialize(**joined)
     except ValueError as e:
       if arguments is not None:
         raise
@@ -125,4 +146,4 @@ def initialize() -> None:
         f"several processes are asked for, but JAX finds no Cloud TPU, GKE or SLURM here ({e}); "
         f"set {', '.join(_VARIABLES)}, or DPR_DISTRIBUTED=0 to run alone"
       ) from None
-  peers.start(patience)
+  peers.start(patience, service)

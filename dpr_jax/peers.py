@@ -7,8 +7,8 @@ A stop (a signal to any process) is agreed on as in JAX's preemption service: ea
 many units of work it has asked after and holds at the next one, until all know the largest number;
 they stop after the unit that follows. A process that ended in an error, that has not been heard of
 for `SECONDS`, or for which the others wait at a barrier without its doing anything for as long, is
-named in one line, and the others end. Where the coordinator, process 0, is killed, JAX aborts the
-others itself.
+named in one line, and the others end. So do they where the coordinator, process 0, is killed: their
+relay (relay.py) tells them.
 """
 
 import contextlib
@@ -20,16 +20,18 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from dpr_jax import relay
 from dpr_jax.errors import UserError
 
 SECONDS = 40.0  # DPR_PEER_SECONDS: the patience with a process that shows no sign of life.
 _PREFIX = "dpr_jax/peers"
+_TELL_SECONDS = 3.0
 
 
 class Peers:
   """What this process knows of the others."""
 
-  def __init__(self, client: Any, index: int, count: int, seconds: float):
+  def __init__(self, client: Any, index: int, count: int, seconds: float, service: Any = None):
     self._client, self.index, self.count, self._seconds = client, index, count, seconds
     self._lock = threading.Condition()
     self._asked, self._stop_at, self._agreeing = 0, None, False
@@ -41,8 +43,9 @@ class Peers:
     self._seen: dict[int, tuple[str, str, float, float]] = {}  # report, name, changed, progressed.
     self._ended: dict[int, tuple[int, str]] = {}
     self._heard = time.monotonic()  # The coordinator answered last.
+    self._service, self._gone = service, False
     self._closed = threading.Event()
-    for work in (self._watch, self._end_if_lost):
+    for work in (self._watch, self._end_if_lost, *([self._watch_service] if service else [])):
       threading.Thread(target=work, daemon=True).start()
 
   # --- The main thread ---------------------------------------------------------------------------
@@ -71,8 +74,16 @@ class Peers:
     if self._closed.is_set():
       return
     self._closed.set()
-    with contextlib.suppress(Exception):
-      self._client.key_value_set(f"{_PREFIX}/end/{self.index}", f"{code} {self._name} {message}")
+
+    def tell() -> None:
+      with contextlib.suppress(Exception):
+        self._client.key_value_set(f"{_PREFIX}/end/{self.index}", f"{code} {self._name} {message}")
+
+    if not code:  # As Python ends, where no thread can begin.
+      return tell()
+    telling = threading.Thread(target=tell, daemon=True)
+    telling.start()
+    telling.join(_TELL_SECONDS)  # A coordinator that is stuck or gone does not answer.
 
   def wait_for_ends(self, seconds: float = 6.0) -> None:
     """Waits, in the coordinator, until the others have ended too: they cannot read without it."""
@@ -123,6 +134,9 @@ class Peers:
       except Exception:  # Of the connection; `_lost` says so if it lasts.
         continue
 
+  def _watch_service(self) -> None:
+    self._gone = self._service.stdout.readline().strip() == relay.GONE
+
   def _read(self, found: dict[str, str]) -> None:
     now = time.monotonic()
     for key, value in found.items():
@@ -163,6 +177,8 @@ class Peers:
       if code and index != self.index:
         name, _, message = rest.partition(" ")
         return code, f"process {index} ({name}) ended: {message}"
+    if self._gone:
+      return 1, f"process 0{self._of(0)}, the coordinator, is gone: its connection has broken"
     if now - self._heard > self._seconds:
       return 1, f"process 0{self._of(0)}, the coordinator, does not answer; it is dead or stuck"
     for index, (report, _, changed, progressed) in self._seen.items():
@@ -199,8 +215,12 @@ def patience() -> float:
   return float(text)
 
 
-def start(seconds: float = SECONDS) -> None:
-  """Begins to watch the other processes, once `jax.distributed` has connected to them."""
+def start(seconds: float = SECONDS, service: Any = None) -> None:
+  """Begins to watch the other processes, once `jax.distributed` has connected to them.
+
+  Args:
+    service: the relay to the coordination service; None in the process that has the service.
+  """
   global _peers
   import atexit
 
@@ -209,7 +229,7 @@ def start(seconds: float = SECONDS) -> None:
   state = distributed.global_state
   if _peers is not None or state.client is None or (state.num_processes or 1) < 2:
     return
-  _peers = Peers(state.client, state.process_id, state.num_processes, seconds)
+  _peers = Peers(state.client, state.process_id, state.num_processes, seconds, service)
   atexit.register(_peers.end, 0)  # Before JAX disconnects.
 
 

@@ -1,9 +1,11 @@
 """What the environment must say for a process to join others."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -24,6 +26,7 @@ def calls(monkeypatch):
       monkeypatch.delenv(name)
   made = []
   monkeypatch.setattr(jax.distributed, "initialize", lambda **kwargs: made.append(kwargs))
+  monkeypatch.setattr(distributed.relay, "start", lambda address: (None, f"relay to {address}"))
   return made
 
 
@@ -49,20 +52,35 @@ def test_spelt_out(calls, monkeypatch):
   call(monkeypatch, {**SPELT_OUT, "DPR_COORDINATOR": "127.0.0.1:99", **SLURM})
   both = {"num_processes": 4, "process_id": 3, "cluster_detection_method": "deactivate"}
   assert calls == [
-    {"coordinator_address": "10.0.0.1:8476", **both},
+    {"coordinator_address": "relay to 10.0.0.1:8476", **both},
     # A run on one machine is not to be reached from others.
-    {"coordinator_address": "127.0.0.1:99", "coordinator_bind_address": "127.0.0.1:99", **both},
+    {"coordinator_address": "relay to 127.0.0.1:99", "coordinator_bind_address": "127.0.0.1:99",
+     **both},
   ]
 
 
+def test_the_coordinator_needs_no_relay(calls, monkeypatch):
+  call(monkeypatch, {**SPELT_OUT, "DPR_PROCESS_ID": "0"})
+  assert calls[0]["coordinator_address"] == "10.0.0.1:8476" and calls[0]["process_id"] == 0
+
+
 @pytest.mark.parametrize("environ", [
-  {"TPU_WORKER_HOSTNAMES": "a,b"}, {"MEGASCALE_NUM_SLICES": "2"}, SLURM, {"DPR_DISTRIBUTED": "1"},
+  {"TPU_WORKER_HOSTNAMES": "a,b"}, {"MEGASCALE_NUM_SLICES": "2"}, {"DPR_DISTRIBUTED": "1"},
 ])
-def test_on_a_cluster(calls, monkeypatch, environ):
+def test_several_hosts_where_jax_finds_no_cluster(calls, monkeypatch, environ):
   watched = []
-  monkeypatch.setattr(distributed.peers, "start", watched.append)
+  monkeypatch.setattr(distributed.peers, "start", lambda *args: watched.append(args))
   call(monkeypatch, {**environ, "DPR_PEER_SECONDS": "7"})
-  assert calls == [{}] and watched == [7.0]
+  assert calls == [{}] and watched == [(7.0, None)]
+
+
+@pytest.mark.parametrize("more, ids", [({}, {"local_device_ids": [0]}),
+                                       ({"JAX_LOCAL_DEVICE_IDS": "0,1"}, {})])
+def test_on_a_cluster(calls, monkeypatch, more, ids):
+  for process, address in enumerate(("node1:65535", "relay to node1:65535")):
+    call(monkeypatch, {**SLURM, "SLURM_JOB_ID": "65535", "SLURM_PROCID": str(process), **more})
+    assert calls[-1] == {"coordinator_address": address, "num_processes": 2, "process_id": process,
+                         "cluster_detection_method": "deactivate", **ids}
 
 
 @pytest.mark.parametrize("change, pattern", [
@@ -118,3 +136,32 @@ def test_a_process_that_does_not_come_ends_the_others_in_one_line(process):
   assert done.returncode == 1
   assert done.stderr == ("error: the processes of this run have not all come together within 2 s "
                          f"at DPR_COORDINATOR={address}; see what the others say\n")
+
+
+def test_a_coordinator_that_is_killed_ends_the_others_in_one_line():
+  program = ("import time; from dpr_jax import distributed; distributed.initialize(); "
+             "print('up', flush=True); time.sleep(100)")
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  environ = {**os.environ, "JAX_PLATFORMS": "cpu", "DPR_COORDINATOR": address,
+             "DPR_NUM_PROCESSES": "3"}
+  start = lambda index: subprocess.Popen(
+    [sys.executable, "-c", program], env={**environ, "DPR_PROCESS_ID": str(index)}, text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  lead, *others = [start(i) for i in range(3)]
+  try:
+    for one in (lead, *others):
+      assert one.stdout.readline() == "up\n"
+    time.sleep(1.5)  # They have read each other's names.
+    lead.kill()
+    for index, one in enumerate(others, 1):
+      _, said = one.communicate(timeout=60)
+      name = re.escape(f"{socket.gethostname()}:{lead.pid}")
+      assert one.returncode == 1 and re.fullmatch(
+        rf"error: process (0 \({name}\), the coordinator, is gone: its connection has broken|"
+        rf"{3 - index} .*); process {index} ends\n", said)
+  finally:
+    for one in (lead, *others):
+      one.kill()
+      one.communicate()
