@@ -243,6 +243,11 @@ class Soak:
     codes = [self.wait(process, self.deadline) for process in (pair[dead], pair[1 - dead])]
     if signum != signal.SIGKILL and None not in codes and not {*codes} <= {0, 128 + signum}:
       self.unexpected.append(f"{signum.name} of two: exit codes {codes}")
+    if signum == signal.SIGKILL and codes[1]:
+      said = pathlib.Path(f"{workdir}.stderr{1 - dead}").read_text().strip().splitlines()
+      if codes[1] != 1 or len(said) != 1 or f"process {dead} " not in said[0]:
+        self.unexpected.append(f"the other of two: exit code {codes[1]}: {len(said)} lines: "
+                               f"{' | '.join(said[-1:])[:200]}")
     code = self.wait(start(workdir, self.cache), 20 * self.seconds + 60)
     losses = [line["loss"] for line in read_metrics(workdir / "sft/metrics.jsonl")]
     right = [line["loss"] for line in self.whole["metrics"]["sft"]]

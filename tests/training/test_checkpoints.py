@@ -133,7 +133,13 @@ def test_in_a_bucket_a_save_that_was_cut_off_is_ignored_and_a_damaged_one_rename
     restored, data = checkpoints.restore(_abstract(state))
     assert data == {"next_step": 2} and checkpoints.steps() == [2]
     _assert_same(restored.trainable, state.trainable)
-  assert {p.name for p in folder.iterdir()} == {"2", "3.damaged"}
+    checkpoints.save(state, 4, {"next_step": 4})  # What was cut off is removed by then.
+    checkpoints.wait()
+    assert checkpoints.steps() == [2, 4]
+    restored, data = checkpoints.restore(_abstract(state))
+    assert data == {"next_step": 4}
+    _assert_same(restored.trainable, state.trainable)
+  assert {p.name for p in folder.iterdir()} == {"2", "3.damaged", "4"}
   assert (folder / "3.damaged" / file.relative_to(folder / "3")).read_bytes() == damaged
 
 
