@@ -78,11 +78,11 @@ def _on_a_cluster(environ: Mapping[str, str]) -> bool:
 
 def _found() -> dict[str, Any]:
   """Arguments of jax.distributed.initialize that JAX finds on a cluster; {} if it finds none."""
-  from jax._src.clusters import ClusterEnv  # What `initialize` itself calls.
-
   names = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
   given = os.environ.get("JAX_COORDINATOR_ADDRESS")
   try:
+    from jax._src.clusters import ClusterEnv  # What `initialize` itself calls.
+
     found = dict(zip(names, ClusterEnv.auto_detect_unset_distributed_params(
         given, None, None, None, None, int(START_SECONDS))))
   except Exception:  # `initialize` meets it as well, and says what it is.
@@ -92,6 +92,17 @@ def _found() -> dict[str, Any]:
   if os.environ.get("JAX_LOCAL_DEVICE_IDS"):
     del found["local_device_ids"]
   return {**found, "cluster_detection_method": "deactivate"}
+
+
+def _start_relay(address: str) -> tuple[Any, str]:
+  """The relay to the coordinator, and its address, to which gRPC goes directly."""
+  if any(name.lower() in ("grpc_proxy", "https_proxy", "http_proxy") for name in os.environ):
+    direct = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy")
+    os.environ["no_grpc_proxy"] = ",".join(filter(None, (direct, "127.0.0.1")))
+  try:
+    return relay.start(address)
+  except OSError as e:
+    raise UserError(f"the relay to the coordinator cannot be started: {e}") from None
 
 
 @contextlib.contextmanager
@@ -133,12 +144,13 @@ def initialize() -> None:
   patience = peers.patience()
   # Signals are handled by signals.py and agreed on by peers.py, SIGINT like SIGTERM.
   jax.config.update("jax_enable_preemption_service", False)
-  joined, service = dict(arguments or _found()), None
-  if joined.get("process_id"):
-    service, joined["coordinator_address"] = relay.start(joined["coordinator_address"])
+  service = None
   with _meeting():
+    given = dict(arguments or _found())
+    if given.get("process_id"):
+      service, given["coordinator_address"] = _start_relay(given["coordinator_address"])
     try:
-      jax.distributed.initialize(**joined)
+      jax.distributed.initialize(**given)
     except ValueError as e:
       if arguments is not None:
         raise
@@ -146,4 +158,6 @@ def initialize() -> None:
         f"several processes are asked for, but JAX finds no Cloud TPU, GKE or SLURM here ({e}); "
         f"set {', '.join(_VARIABLES)}, or DPR_DISTRIBUTED=0 to run alone"
       ) from None
+  if service is not None:
+    relay.joined(service)
   peers.start(patience, service)

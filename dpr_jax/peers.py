@@ -26,6 +26,7 @@ from dpr_jax.errors import UserError
 SECONDS = 40.0  # DPR_PEER_SECONDS: the patience with a process that shows no sign of life.
 _PREFIX = "dpr_jax/peers"
 _TELL_SECONDS = 3.0
+_GONE_SECONDS = 15.0  # after which a process without its coordinator ends, whatever it does.
 
 
 class Peers:
@@ -109,8 +110,9 @@ class Peers:
   def _end_if_lost(self) -> None:
     """A thread of its own: a request to a coordinator that is stuck does not return."""
     while not self._closed.wait(0.5):
-      if (lost := self._lost()) and not self._closed.wait(3):  # Time to say what failed here.
-        self._exit(*lost)
+      # Time to say what failed here, and to hear more of the others.
+      if (lost := self._lost()) and not self._closed.wait(3):
+        self._exit(*(self._lost() or lost))
 
   def _watch(self) -> None:
     tick, progress, looked = 0, 0, None
@@ -136,6 +138,12 @@ class Peers:
 
   def _watch_service(self) -> None:
     self._gone = self._service.stdout.readline().strip() == relay.GONE
+    if self._gone:  # Usual where all have ended, but then this process ends in a moment, too.
+      time.sleep(_GONE_SECONDS)
+      self._exit(1, self._coordinator_gone())
+
+  def _coordinator_gone(self) -> str:
+    return f"process 0{self._of(0)}, the coordinator, is gone: its connection has broken"
 
   def _read(self, found: dict[str, str]) -> None:
     now = time.monotonic()
@@ -178,7 +186,7 @@ class Peers:
         name, _, message = rest.partition(" ")
         return code, f"process {index} ({name}) ended: {message}"
     if self._gone:
-      return 1, f"process 0{self._of(0)}, the coordinator, is gone: its connection has broken"
+      return 1, self._coordinator_gone()
     if now - self._heard > self._seconds:
       return 1, f"process 0{self._of(0)}, the coordinator, does not answer; it is dead or stuck"
     for index, (report, _, changed, progressed) in self._seen.items():
@@ -195,9 +203,13 @@ class Peers:
     return None
 
   def _exit(self, code: int, line: str) -> None:
-    print(f"error: {line}; process {self.index} ends", file=sys.stderr, flush=True)
-    self.end(code, line)
-    os._exit(code)  # The main thread may wait for ever, and jax.distributed for its shutdown.
+    try:
+      print(f"error: {line}; process {self.index} ends", file=sys.stderr, flush=True)
+      self.end(code, line)
+      if self.index == 0:
+        self.wait_for_ends()
+    finally:
+      os._exit(code)  # The main thread may wait for ever, and jax.distributed for its shutdown.
 
 
 _peers: Peers | None = None

@@ -7,16 +7,18 @@ it holds the interpreter. Run as
 
   python relay.py HOST:PORT
 
-it prints the port it listens on, on loopback, and ends with its standard input.
+it prints the port it listens on, on loopback. Until its parent writes `JOINED` to it, connections
+end as those of the service do, so that the client tries again. It ends with its standard input.
 """
 
 import asyncio
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
-GONE = "gone"
+GONE, JOINED = "gone", "joined"
 _RETRY_SECONDS = 0.2  # The service may not have begun yet.
 
 
@@ -26,13 +28,20 @@ def start(address: str) -> tuple[subprocess.Popen, str]:
   Raises:
     OSError: the relay cannot be started.
   """
-  command = [sys.executable, "-I", "-S", str(pathlib.Path(__file__).resolve()), address]
-  relay = subprocess.Popen(  # A session of its own: a Ctrl-C is for the parent.
-    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+  command = [sys.executable, "-P", "-s", "-S", str(pathlib.Path(__file__).resolve()), address]
+  relay = subprocess.Popen(
+      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+      start_new_session=True)
   port = relay.stdout.readline().strip()
   if not port:
     raise OSError(f"the relay to {address} has not started")
   return relay, f"127.0.0.1:{port}"
+
+
+def joined(relay: subprocess.Popen) -> None:
+  """Tells the relay that the client has joined: from now on it hides the end of the service."""
+  relay.stdin.write(f"{JOINED}\n")
+  relay.stdin.flush()
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -55,13 +64,13 @@ async def _connect(host: str, port: str) -> tuple[asyncio.StreamReader, asyncio.
   while True:
     try:
       return await asyncio.open_connection(host, port)
-    except OSError:
+    except (OSError, UnicodeError):  # A name that is no name never resolves.
       await asyncio.sleep(_RETRY_SECONDS)
 
 
 async def _run(address: str) -> None:
   host, _, port = address.rpartition(":")
-
+  has_joined = asyncio.Event()
   kept = []  # A writer that nothing holds closes its connection.
 
   async def relay(reader, writer) -> None:
@@ -70,7 +79,8 @@ async def _run(address: str) -> None:
     answers = asyncio.create_task(_copy(from_service, writer))
     requests = asyncio.create_task(_copy(reader, to_service))
     await asyncio.wait({answers, requests}, return_when=asyncio.FIRST_COMPLETED)
-    if (answers.done() and answers.result()) or (requests.done() and not requests.result()):
+    gone = (answers.done() and answers.result()) or (requests.done() and not requests.result())
+    if gone and has_joined.is_set():
       print(GONE, flush=True)
       return
     for one in (to_service, writer):
@@ -78,9 +88,14 @@ async def _run(address: str) -> None:
 
   server = await asyncio.start_server(relay, "127.0.0.1", 0)
   print(server.sockets[0].getsockname()[1], flush=True)
-  await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+  read = lambda: asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
+  while line := await read():
+    if line.strip() == JOINED:
+      has_joined.set()
   os._exit(0)  # What is under way has nobody to tell.
 
 
 if __name__ == "__main__":
+  for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_IGN)  # For the parent, even where every process gets it.
   asyncio.run(_run(sys.argv[1]))

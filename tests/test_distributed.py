@@ -138,30 +138,48 @@ def test_a_process_that_does_not_come_ends_the_others_in_one_line(process):
                          f"at DPR_COORDINATOR={address}; see what the others say\n")
 
 
-def test_a_coordinator_that_is_killed_ends_the_others_in_one_line():
-  program = ("import time; from dpr_jax import distributed; distributed.initialize(); "
-             "print('up', flush=True); time.sleep(100)")
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
-  environ = {**os.environ, "JAX_PLATFORMS": "cpu", "DPR_COORDINATOR": address,
-             "DPR_NUM_PROCESSES": "3"}
-  start = lambda index: subprocess.Popen(
-    [sys.executable, "-c", program], env={**environ, "DPR_PROCESS_ID": str(index)}, text=True,
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-  lead, *others = [start(i) for i in range(3)]
-  try:
-    for one in (lead, *others):
+@pytest.fixture
+def start_three():
+  """start_three(programs) -> processes that have joined one run, each with its program."""
+  started = []
+
+  def start(programs, **more):
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      address = f"localhost:{free.getsockname()[1]}"
+    environ = {**os.environ, "JAX_PLATFORMS": "cpu", "DPR_COORDINATOR": address,
+               "DPR_NUM_PROCESSES": str(len(programs)), **more}
+    for index, program in enumerate(programs):
+      whole = ("import time; from dpr_jax import distributed; distributed.initialize(); "
+               f"print('up', flush=True); {program}")
+      started.append(subprocess.Popen(
+        [sys.executable, "-c", whole], env={**environ, "DPR_PROCESS_ID": str(index)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    for one in started:
       assert one.stdout.readline() == "up\n"
     time.sleep(1.5)  # They have read each other's names.
-    lead.kill()
-    for index, one in enumerate(others, 1):
-      _, said = one.communicate(timeout=60)
-      name = re.escape(f"{socket.gethostname()}:{lead.pid}")
-      assert one.returncode == 1 and re.fullmatch(
-        rf"error: process (0 \({name}\), the coordinator, is gone: its connection has broken|"
-        rf"{3 - index} .*); process {index} ends\n", said)
-  finally:
-    for one in (lead, *others):
-      one.kill()
-      one.communicate()
+    return started
+
+  yield start
+  for one in started:
+    one.kill()
+    one.communicate()
+
+
+def test_a_coordinator_that_is_killed_ends_the_others_in_one_line(start_three):
+  """Behind a proxy, too; also the one that has ended its work and waits for the others."""
+  proxies = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "localhost"}
+  lead, *others = start_three(["time.sleep(100)", "time.sleep(100)", "pass"], **proxies)
+  lead.kill()
+  for index, one in enumerate(others, 1):
+    _, said = one.communicate(timeout=60)
+    name = re.escape(f"{socket.gethostname()}:{lead.pid}")
+    assert one.returncode == 1 and re.fullmatch(
+      rf"(.*proxy.*\n)*error: process (0( \({name}\))?, the coordinator, is gone: its connection "
+      rf"has broken|{3 - index} .*); process {index} ends\n", said), said
+
+
+def test_a_relay_that_cannot_start_is_one_line(monkeypatch):
+  monkeypatch.setattr(sys, "executable", "/nowhere/python")
+  with pytest.raises(UserError, match="the relay to the coordinator cannot be started: .*nowhere"):
+    distributed._start_relay("127.0.0.1:1")

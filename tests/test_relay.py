@@ -1,8 +1,10 @@
 """What passes through the relay arrives as it is; a service that ends is told, and held back."""
 
 import secrets
+import signal
 import socket
 import threading
+import time
 
 import pytest
 
@@ -22,16 +24,21 @@ def start():
   begun = []
 
   def begin(address):
-    process, port = relay.start(address)
+    process, own = relay.start(address)
+    process.address = own
     begun.append(process)
-    client = socket.create_connection(("127.0.0.1", int(port.rpartition(":")[2])), timeout=20)
-    return process, client
+    return process, socket.create_connection(client_address(process), timeout=20)
 
   yield begin
   for process in begun:
     process.stdin.close()
     assert process.wait(20) == 0
     process.stdout.close()
+
+
+def client_address(process):
+  host, _, port = process.address.rpartition(":")
+  return host, int(port)
 
 
 def receive(connection, count):
@@ -65,13 +72,22 @@ def test_a_client_that_leaves_is_no_loss(service, start):
   assert process.stdout.read() == ""
 
 
-@pytest.mark.parametrize("reset", [False, True])
-def test_a_service_that_ends_is_told_and_the_client_keeps_its_connection(service, start, reset):
+def pass_one_byte(server, client):
+  server.sendall(b"!")
+  assert receive(client, 1) == b"!"
+
+
+@pytest.mark.parametrize("reset, signum", [(False, signal.SIGTERM), (True, signal.SIGINT)])
+def test_a_service_that_ends_is_told_and_the_client_keeps_its_connection(
+    service, start, reset, signum
+):
   listening, address = service
   process, client = start(address)
   server, _ = listening.accept()
-  server.sendall(b"!")
-  assert receive(client, 1) == b"!"
+  pass_one_byte(server, client)
+  relay.joined(process)
+  time.sleep(0.5)
+  process.send_signal(signum)
   if reset:
     server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
   server.close()
@@ -79,6 +95,22 @@ def test_a_service_that_ends_is_told_and_the_client_keeps_its_connection(service
   client.settimeout(0.5)
   with client, pytest.raises(TimeoutError):
     client.recv(1)
+
+
+def test_a_service_that_ends_before_the_client_has_joined_may_come_again(service, start):
+  listening, address = service
+  process, client = start(address)
+  server, _ = listening.accept()
+  pass_one_byte(server, client)
+  server.close()
+  with client:
+    assert client.recv(1) == b""  # It is told as without a relay, and tries again.
+  with socket.create_connection(client_address(process), timeout=20) as client:
+    server, _ = listening.accept()
+    with server:
+      pass_one_byte(server, client)
+  process.stdin.close()
+  assert process.stdout.read() == ""
 
 
 def test_the_service_may_begin_later(start):
