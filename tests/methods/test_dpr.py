@@ -156,7 +156,7 @@ def test_right_answers_score_one_whatever_the_step(rng, samples_per_prompt):
   batches = prompt_batches(
       data.prompts.tokens, 8 // samples_per_prompt, config.data.prompt_length, 3
   )
-  verify = DPR(samples_per_prompt=samples_per_prompt)._verifier(run, batches)
+  verify = DPR(samples_per_prompt=samples_per_prompt)._verifier(run, "dpr", batches)
   new = 24
   for step in rng.integers(0, 200, 3).tolist():
     tokens = np.full((8, new), 5, np.int32)  # garbage past the end.
