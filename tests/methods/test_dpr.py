@@ -7,21 +7,32 @@ import types
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from dpr_jax import sharding
-from dpr_jax.config import debug_config, default_config, resolve
+from dpr_jax import fingerprints, sharding, weights
+from dpr_jax.config import RunConfig, debug_config, default_config, resolve
 from dpr_jax.data.dataset import build_dataset
 from dpr_jax.data.loader import prompt_batches
 from dpr_jax.data.templates import encode_response
+from dpr_jax.errors import UserError
 from dpr_jax.evaluation.benchmarks.tasks import Tasks
+from dpr_jax.evaluation.judges import Judge
+from dpr_jax.evaluation.judges.log_ratio import LogRatio
+from dpr_jax.evaluation.judges.reward_model import RewardModel, conversation_ids
+from dpr_jax.main import parse
 from dpr_jax.methods import DPR
 from dpr_jax.methods.dpr import DEFAULTS
+from dpr_jax.methods.programs import Shapes
+from dpr_jax.models import ModelConfig, Transformer
 from dpr_jax.references.ensemble import Ensemble
 from dpr_jax.references.midrun import Midrun
 from dpr_jax.rewards import BaselineRelative, Endogenous, LogLikelihood
 from dpr_jax.rewards.base import Reward
+from dpr_jax.run import set_up
 from dpr_jax.training.stopping import last_step, read_stopped
+from dpr_jax.weights import save_pretrained
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
+from dpr_jax.workdir import Workdir
 
 EARLY = Midrun(fraction=0.1)
 
@@ -174,3 +185,168 @@ def test_right_answers_score_one_whatever_the_step(rng, samples_per_prompt):
     )
     with jax.set_mesh(mesh):
       np.testing.assert_array_equal(verify(step, rollout), right.astype(np.float32))
+
+
+# --- A judge as the verifier ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def classifier(tmp_path, make_model):
+  """classifier(seed, max_length) -> the folder of a random Qwen3 with a score head."""
+  def make(seed, max_length=256):
+    folder = tmp_path / f"{seed}_{max_length}"
+    tokenizer = byte_tokenizer()
+    model, variables = make_model(
+        seed, vocab_size=len(tokenizer), max_length=max_length, qk_norm=True
+    )
+    save_pretrained(folder, model.cfg, variables["params"], tokenizer=tokenizer)
+    tensors = load_file(folder / "model.safetensors")
+    score = np.random.default_rng(seed).normal(size=(1, model.cfg.hidden_size))
+    tensors["score.weight"] = score.astype(np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+  return make
+
+
+def recorded(seen, **fields):
+  """DPR that notes [(conversation, score) of each rollout] of each step."""
+
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Recorded(DPR):
+    def _verifier(self, run, name, batches):
+      verify = super()._verifier(run, name, batches)
+
+      def noted(step, rollout):
+        scores = verify(step, rollout)
+        rows = zip(np.asarray(rollout.response_tokens), np.asarray(rollout.lengths).tolist(),
+                   np.asarray(rollout.hit_eos).tolist(), strict=True)
+        texts = [run.tokenizer.decode(tokens[: n - ended]) for tokens, n, ended in rows]
+        prompts = [run.data.prompts.demos[i].prompt for i in batches.item_indices(step)]
+        talks = [(*prompt, {"role": "assistant", "content": text})
+                 for prompt, text in zip(prompts, texts, strict=True)]
+        seen.append(list(zip(talks, np.asarray(scores).tolist(), strict=True)))
+        return scores
+
+      return noted
+
+  return Recorded(**fields)
+
+
+def test_a_reward_model_scores_every_rollout_as_transformers_would(dpr, classifier, monkeypatch):
+  torch = pytest.importorskip("torch")
+  from transformers import Qwen3ForSequenceClassification
+
+  loads, load = [], weights.load_classifier
+  monkeypatch.setattr(weights, "load_classifier", lambda *a, **k: loads.append(a) or load(*a, **k))
+  folder, seen = classifier(1), []
+  lines = dpr(recorded(seen, verifier=RewardModel(model=str(folder)), verifier_weight=0.5))
+  assert len(loads) == 1 and len(seen) == len(lines) == 3
+  theirs = Qwen3ForSequenceClassification.from_pretrained(
+      folder, num_labels=1, dtype=torch.float32, attn_implementation="eager"
+  ).eval()
+  tokenizer = byte_tokenizer()
+  for line, step in zip(lines, seen, strict=True):
+    expected = []
+    for talk, _ in step:
+      ids = torch.tensor(conversation_ids(talk, tokenizer)[None].astype(np.int64))
+      with torch.no_grad():
+        expected.append(theirs(ids).logits[0, 0].item())
+    assert np.std(expected) > 0.05
+    np.testing.assert_allclose([score for _, score in step], expected, atol=1e-4)
+    assert line["verifier_score"] == pytest.approx(np.mean(expected), abs=1e-4)
+    assert line["verifier_unscored"] == 0
+  # A reward model that takes shorter conversations scores the same ones of the first step.
+  sizes = [len(conversation_ids(talk, tokenizer)) for talk, _ in seen[0]]
+  limit, short = int(np.median(sizes)), []
+  assert min(sizes) <= limit < max(sizes)
+  tight = RewardModel(model=str(classifier(1, limit)))
+  line = dpr(recorded(short, verifier=tight, verifier_weight=0.5, steps=1))[0]
+  fits = np.array(sizes) <= limit
+  found = np.array([score for _, score in short[0]])
+  np.testing.assert_array_equal(np.isfinite(found), fits)
+  np.testing.assert_allclose(found[fits], [seen[0][i][1] for i in np.flatnonzero(fits)], atol=1e-4)
+  assert line["verifier_unscored"] == pytest.approx(1 - fits.mean())
+  assert line["verifier_score"] == pytest.approx(found[fits].mean(), abs=1e-5)
+  assert line["trained_share"] < lines[0]["trained_share"] == 1
+  with pytest.raises(UserError, match="dpr.verifier: it can score none of the rollouts of step 1; "):
+    dpr(DPR(verifier=RewardModel(model=str(classifier(1, 8))), verifier_weight=0.5))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Brevity(Judge):
+  """A user's judge."""
+
+  rewards = True
+
+  def replies(self, questions, setting):
+    for i in reversed(range(len(questions))):
+      yield i, {"reward": -len(questions[i].messages[-1]["content"])}
+
+
+def test_a_users_judge_and_the_likelihood_score_rollouts(dpr, trained):
+  """At the first step the policy is sft: its log-prob of a rollout is that of the judge."""
+  seen = []
+  lines = dpr(recorded(seen, verifier=Brevity(), verifier_weight=0.5, steps=1,
+                       verifier_transforms=("zscore",)))
+  lengths = [len(talk[-1]["content"]) for talk, _ in seen[0]]
+  assert lines[0]["verifier_score"] == pytest.approx(-np.mean(lengths), rel=1e-5)
+  sft = str(trained.workdir.stage("sft"))
+  judged = dpr(DPR(verifier=LogRatio(sft=sft), verifier_weight=0.5, steps=1))[0]
+  plain = dpr(DEFAULTS["log_likelihood"])[0]
+  assert judged["verifier_score"] == pytest.approx(plain["reward"], abs=1e-3)
+
+
+def test_a_run_remembers_its_reward_model(train_sft, classifier):
+  folder, other, config = classifier(1), classifier(2), []
+
+  def change(c):
+    c.methods.dpr = DPR(verifier=RewardModel(model=str(folder)), verifier_weight=0.5)
+    config.append(c)
+
+  run = train_sft(change, steps=False)
+  resume = lambda: set_up(run.config, run.workdir, run.mesh)
+  record = run.workdir.read_config()
+  assert resolve(record["config"]) == run.config == resume().config
+  kept = folder / "model.safetensors"
+  before = kept.read_bytes()
+  kept.write_bytes((other / kept.name).read_bytes())
+  fingerprints._of_version.cache_clear()
+  with pytest.raises(UserError, match=r"dpr.verifier: model.safetensors: the file has changed"):
+    set_up(resolve(record["config"]), run.workdir, run.mesh)
+  kept.write_bytes(before)
+  folder.rename(f"{folder}_moved")
+  set_up(resolve(record["config"]), run.workdir, run.mesh)  # It may be needed no more.
+  config[0].methods.dpr.verifier.model = str(other)
+  with pytest.raises(UserError, match=r"another config \(config.methods.dpr.verifier.model: "):
+    set_up(resolve(config[0]), run.workdir, run.mesh)
+  tokenizer = str(run.workdir.tokenizer)
+  for model, message in ((str(folder), "no such folder"), (tokenizer, "config.json")):
+    config[0].methods.dpr.verifier.model = model
+    with pytest.raises(UserError, match=f"config.methods.dpr.verifier: .*{message}"):
+      set_up(resolve(config[0]), Workdir(run.workdir.path.parent / "new"), run.mesh)
+
+
+def test_a_verifier_is_set_on_the_command_line(classifier):
+  folder, flags = str(classifier(1)), ["--config=configs/smoke.py:debug", "--workdir=x"]
+  field = "--config.methods.dpr.verifier"
+  given = [f"{field}.kind=reward_model", f"{field}.model={folder}", f"{field}_weight=0.2"]
+  found = parse([*flags, *given])
+  config = next(x for x in found if isinstance(x, RunConfig))
+  assert config.methods["dpr"].verifier == RewardModel(model=folder)
+  shapes = Shapes(config, Transformer(ModelConfig(vocab_size=272)), sharding.make_mesh())
+  plain = dataclasses.replace(config.methods["dpr"], verifier=None).programs(shapes, "dpr")
+  held = config.methods["dpr"].programs(shapes, "dpr")
+  size = sum(x.nbytes for name, x in load_file(f"{folder}/model.safetensors").items()
+             if name not in ("score.weight", "lm_head.weight"))
+  for a, b in zip(plain, held, strict=True):
+    assert b.resident_bytes - a.resident_bytes == size
+  for bad, message in (
+      ([f"{field}.kind=endpoint"], "verifier=endpoint answers in words"),
+      ([f"{field}.kind=reward_model", f"{field}_weight=0.2"], "verifier: model is missing"),
+      (given[:2], "verifier_weight=0 takes nothing"),
+      ([*given, f"{field}_transforms=center"], "a score has no expected_rewards"),
+      ([*given, f"{field}_transforms=double"], "verifier_transforms: "),
+  ):
+    with pytest.raises(UserError, match=message):
+      parse([*flags, *bad])
