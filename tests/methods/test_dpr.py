@@ -209,70 +209,6 @@ def classifier(tmp_path, make_model):
   return make
 
 
-def recorded(seen, **fields):
-  """DPR that notes [(conversation, score) of each rollout] of each step."""
-
-  @dataclasses.dataclass(frozen=True, kw_only=True)
-  class Recorded(DPR):
-    def _verifier(self, run, name, batches):
-      verify = super()._verifier(run, name, batches)
-
-      def noted(step, rollout):
-        scores = verify(step, rollout)
-        rows = zip(np.asarray(rollout.response_tokens), np.asarray(rollout.lengths).tolist(),
-                   np.asarray(rollout.hit_eos).tolist(), strict=True)
-        texts = [run.tokenizer.decode(tokens[: n - ended]) for tokens, n, ended in rows]
-        prompts = [run.data.prompts.demos[i].prompt for i in batches.item_indices(step)]
-        talks = [(*prompt, {"role": "assistant", "content": text})
-                 for prompt, text in zip(prompts, texts, strict=True)]
-        seen.append(list(zip(talks, np.asarray(scores).tolist(), strict=True)))
-        return scores
-
-      return noted
-
-  return Recorded(**fields)
-
-
-def test_a_reward_model_scores_every_rollout_as_transformers_would(dpr, classifier, monkeypatch):
-  torch = pytest.importorskip("torch")
-  from transformers import Qwen3ForSequenceClassification
-
-  loads, load = [], weights.load_classifier
-  monkeypatch.setattr(weights, "load_classifier", lambda *a, **k: loads.append(a) or load(*a, **k))
-  folder, seen = classifier(1), []
-  lines = dpr(recorded(seen, verifier=RewardModel(model=str(folder)), verifier_weight=0.5))
-  assert len(loads) == 1 and len(seen) == len(lines) == 3
-  theirs = Qwen3ForSequenceClassification.from_pretrained(
-      folder, num_labels=1, dtype=torch.float32, attn_implementation="eager"
-  ).eval()
-  tokenizer = byte_tokenizer()
-  for line, step in zip(lines, seen, strict=True):
-    expected = []
-    for talk, _ in step:
-      ids = torch.tensor(conversation_ids(talk, tokenizer)[None].astype(np.int64))
-      with torch.no_grad():
-        expected.append(theirs(ids).logits[0, 0].item())
-    assert np.std(expected) > 0.05
-    np.testing.assert_allclose([score for _, score in step], expected, atol=1e-4)
-    assert line["verifier_score"] == pytest.approx(np.mean(expected), abs=1e-4)
-    assert line["verifier_unscored"] == 0
-  # A reward model that takes shorter conversations scores the same ones of the first step.
-  sizes = [len(conversation_ids(talk, tokenizer)) for talk, _ in seen[0]]
-  limit, short = int(np.median(sizes)), []
-  assert min(sizes) <= limit < max(sizes)
-  tight = RewardModel(model=str(classifier(1, limit)))
-  line = dpr(recorded(short, verifier=tight, verifier_weight=0.5, steps=1))[0]
-  fits = np.array(sizes) <= limit
-  found = np.array([score for _, score in short[0]])
-  np.testing.assert_array_equal(np.isfinite(found), fits)
-  np.testing.assert_allclose(found[fits], [seen[0][i][1] for i in np.flatnonzero(fits)], atol=1e-4)
-  assert line["verifier_unscored"] == pytest.approx(1 - fits.mean())
-  assert line["verifier_score"] == pytest.approx(found[fits].mean(), abs=1e-5)
-  assert line["trained_share"] < lines[0]["trained_share"] == 1
-  with pytest.raises(UserError, match="dpr.verifier: it can score none of the rollouts of step 1; "):
-    dpr(DPR(verifier=RewardModel(model=str(classifier(1, 8))), verifier_weight=0.5))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Brevity(Judge):
   """A user's judge."""
@@ -284,17 +220,73 @@ class Brevity(Judge):
       yield i, {"reward": -len(questions[i].messages[-1]["content"])}
 
 
-def test_a_users_judge_and_the_likelihood_score_rollouts(dpr, trained):
-  """At the first step the policy is sft: its log-prob of a rollout is that of the judge."""
-  seen = []
-  lines = dpr(recorded(seen, verifier=Brevity(), verifier_weight=0.5, steps=1,
-                       verifier_transforms=("zscore",)))
-  lengths = [len(talk[-1]["content"]) for talk, _ in seen[0]]
-  assert lines[0]["verifier_score"] == pytest.approx(-np.mean(lengths), rel=1e-5)
+def test_judges_score_every_rollout_of_a_stage(dpr, trained, classifier, monkeypatch):
+  torch = pytest.importorskip("torch")
+  from transformers import Qwen3ForSequenceClassification
+
+  seen, loads, load = [], [], weights.load_classifier
+  monkeypatch.setattr(weights, "load_classifier", lambda *a, **k: loads.append(a) or load(*a, **k))
+
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Recorded(DPR):
+    """Notes the rollouts of each step, and their scores."""
+
+    def _verifier(self, run, name, batches):
+      verify = super()._verifier(run, name, batches)
+
+      def noted(step, rollout):
+        scores = verify(step, rollout)
+        seen.append((jax.device_get(rollout), np.asarray(scores), batches.item_indices(step)))
+        return scores
+
+      return noted
+
+  given = dict(verifier_weight=0.5, verifier_transforms=("zscore",))
+  lines = dpr(Recorded(verifier=RewardModel(model=str(classifier(1))), **given))
+  assert len(loads) == 1 and len(seen) == len(lines) == 3  # Loaded once for all steps.
+
+  # The same conversations, scored by transformers.
+  tokenizer, demos = trained.tokenizer, trained.data.prompts.demos
+  theirs = Qwen3ForSequenceClassification.from_pretrained(
+      classifier(1), num_labels=1, dtype=torch.float32, attn_implementation="eager"
+  ).eval()
+  sizes, texts = [], []
+  for line, (rollout, scores, items) in zip(lines, seen, strict=True):
+    expected = []
+    for row, item in enumerate(items):
+      tokens = rollout.response_tokens[row, : rollout.lengths[row] - rollout.hit_eos[row]]
+      texts.append(tokenizer.decode(tokens))
+      talk = (*demos[item].prompt, {"role": "assistant", "content": texts[-1]})
+      ids = conversation_ids(talk, tokenizer).astype(np.int64)
+      sizes.append(len(ids))
+      with torch.no_grad():
+        expected.append(theirs(torch.tensor(ids[None])).logits[0, 0].item())
+    assert np.std(expected) > 0.05
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
+    assert line["verifier_score"] == pytest.approx(np.mean(expected), abs=1e-4)
+    assert line["verifier_unscored"] == 0 and line["trained_share"] == 1
+
+  rollout, scores, _ = seen[0]
+  sizes, texts = sizes[: len(scores)], texts[: len(scores)]
+
+  def scored(judge):
+    method = DPR(verifier=judge, verifier_weight=0.5)
+    batches = method._prompts(trained.config, trained.data.prompts.tokens)
+    return np.asarray(method._verifier(trained, "dpr", batches)(0, rollout))
+
+  # A conversation that is too long for a model has no score.
+  limit = int(np.median(sizes))
+  fits = np.array(sizes) <= limit
+  tight = scored(RewardModel(model=str(classifier(1, limit))))
+  assert 0 < fits.mean() < 1
+  np.testing.assert_allclose(tight, np.where(fits, scores, np.nan), atol=1e-4)
+  with pytest.raises(UserError, match="dpr.verifier: it can score none of the rollouts of step 1; "):
+    scored(RewardModel(model=str(classifier(1, 8))))
+  # Other judges: a user's, and the likelihood of the very tokens that were sampled.
+  np.testing.assert_array_equal(scored(Brevity()), [-len(text) for text in texts])
+  logps = np.where(rollout.mask > 0, rollout.sft_logp, 0).sum(axis=1)
   sft = str(trained.workdir.stage("sft"))
-  judged = dpr(DPR(verifier=LogRatio(sft=sft), verifier_weight=0.5, steps=1))[0]
-  plain = dpr(DEFAULTS["log_likelihood"])[0]
-  assert judged["verifier_score"] == pytest.approx(plain["reward"], abs=1e-3)
+  np.testing.assert_allclose(scored(LogRatio(sft=sft)), logps, atol=1e-3)
 
 
 def test_a_run_remembers_its_reward_model(train_sft, classifier):
