@@ -222,7 +222,7 @@ class DPR(TrainedMethod):
       )
       # Prompts of the batch, each for as many adjacent rows as it has samples.
       items = np.repeat(batches.item_indices(step), self.samples_per_prompt)
-      responses = [tokens_N[:length] for tokens_N, length in zip(tokens_BxN, lengths_B, strict=True)]
+      responses = [row_N[:n] for row_N, n in zip(tokens_BxN, lengths_B, strict=True)]
       texts = [
           response_text(run.tokenizer, tokens, bool(hit_eos), run.stop_ids)
           for tokens, hit_eos in zip(responses, hit_eos_B, strict=True)
@@ -233,8 +233,8 @@ class DPR(TrainedMethod):
         with naming(f"config.methods.{name}.verifier"):
           scores = rewards([demos[i].prompt for i in items], texts, responses)
           if all(score is None for score in scores):
-            raise ValueError(f"it can score none of the rollouts of step {step + 1}; its model must "
-                             "take longer conversations")
+            raise ValueError(f"it can score none of the rollouts of step {step + 1}; its model "
+                             "must take longer conversations")
       return sharding.place(np.asarray(scores, np.float32), run.mesh)  # None becomes NaN.
 
     return verify

@@ -280,7 +280,7 @@ def test_judges_score_every_rollout_of_a_stage(dpr, trained, classifier, monkeyp
   tight = scored(RewardModel(model=str(classifier(1, limit))))
   assert 0 < fits.mean() < 1
   np.testing.assert_allclose(tight, np.where(fits, scores, np.nan), atol=1e-4)
-  with pytest.raises(UserError, match="dpr.verifier: it can score none of the rollouts of step 1; "):
+  with pytest.raises(UserError, match="dpr.verifier: it can score none of the rollouts of step 1;"):
     scored(RewardModel(model=str(classifier(1, 8))))
   # Other judges: a user's, and the likelihood of the very tokens that were sampled.
   np.testing.assert_array_equal(scored(Brevity()), [-len(text) for text in texts])
