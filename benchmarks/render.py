@@ -116,6 +116,18 @@ def dpr_tricks(record: Record) -> str:
   return table(["trick", "step without it, s", "gain predicted", "gain measured"], rows)
 
 
+def evaluate(record: Record) -> str:
+  """Responses per second next to each peer's, and whether they are the same."""
+  rows = [["dpr_jax", f"{record['responses_per_s']:.3g}", "", "", gigabytes(record["peak_bytes"])]]
+  for name, peer in record["peers"].items():
+    if "unavailable" in peer:
+      rows.append([f"{name} ({peer['unavailable']})", "", "", "", ""])
+      continue
+    rows.append([name, f"{peer['responses_per_s']:.3g}", f"{peer['ratio']:.2f}",
+                 percent(peer["texts_equal"]), gigabytes(peer["peak_bytes"])])
+  return table(["", "responses/s", "ours / theirs", "equal responses", "peak, GB"], rows)
+
+
 def memory(record: Record) -> str:
   rows = []
   for c in record["cases"]:
@@ -150,6 +162,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], bool], Callable[[Record], str]]]
     "shared_prefill": ("rollout", lambda r: "shared_prefill" in r, shared_prefill),
     "dpr_parts": ("dpr_step", lambda r: "shares" in r, dpr_parts),
     "dpr_tricks": ("dpr_step", lambda r: "without" in r, dpr_tricks),
+    "evaluate": ("evaluate_speed", lambda r: True, evaluate),
     "memory": ("memory", lambda r: "gemma" not in r["model"], memory),
     "memory_gemma": ("memory", lambda r: "gemma" in r["model"], memory),
     "scaling": ("scaling", lambda r: True, scaling),

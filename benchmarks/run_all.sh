@@ -3,9 +3,9 @@
 #
 #   benchmarks/run_all.sh RESULTS.jsonl
 #
-# Environment: PYTHON (ours), PEER_PYTHON (has torch, transformers, trl), TUNIX_PYTHON (has
+# Environment: PYTHON (ours), PEER_PYTHON (has torch, transformers, trl, lm_eval), TUNIX_PYTHON (has
 # google-tunix), each "" to leave those peers out; MODEL (a CKPT; default: random weights of
-# SmolLM2-135M's shape); REPEATS (5); REMAT of the SFT step ("dots full", with ACCELERATOR dots);
+# SmolLM2-135M's shape; evaluate_speed needs one); DATA (its prompts, a file of GSM8K); REPEATS (5); REMAT of the SFT step ("dots full", with ACCELERATOR dots);
 # ACCELERATOR (1: instead, the shape of a model of 1.2 billion parameters in bfloat16, rows of 2,048
 # tokens, for a GPU or TPU); EXTRA (flags of every benchmark, such as --sequential).
 # Then: python -m benchmarks.render RESULTS.jsonl docs/performance.md
@@ -69,6 +69,10 @@ bench score "${score[@]}" ${flags[@]+"${flags[@]}"}
 bench rollout "${rollout[@]}" ${flags[@]+"${flags[@]}"}
 bench rollout "${skewed[@]}"
 bench dpr_step "${step[@]}" --samples=4 --slots="$slots"
+if [[ -n ${MODEL-} ]]; then
+  peers lm_eval
+  bench evaluate_speed ${DATA:+--data="$DATA"} ${flags[@]+"${flags[@]}"}
+fi
 if [[ -z ${ACCELERATOR-} ]]; then
   REPEATS=1 bench memory --what=sft,score,dpr --lengths=256,512 --batches=4,8 \
     --logits_budgets=0.25,1000 --lora_ranks=0,16 --remats=none,dots,full

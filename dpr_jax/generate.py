@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
 
   from dpr_jax.data.limits import check_length
   from dpr_jax.data.templates import render_prompt
-  from dpr_jax.evaluation.judging import response_rewards
+  from dpr_jax.evaluation.judging import open_rewards
   from dpr_jax.evaluation.responses import Responder, response_text
   from dpr_jax.keys import make_key
   from dpr_jax.loading import load_checkpoint
@@ -135,11 +135,10 @@ def main(argv: Sequence[str]) -> None:
     rewards = None
     if judge:
       loaded = dataclasses.replace(loaded, variables=None)  # Room for the judge's weights.
-      rewards = response_rewards(
-          judge, [items[i // count][0] for i in range(len(texts))], texts,
-          [r.tokens for r in responses], mesh=mesh, dtype=dtype, batch_size=values.batch_size,
-          tokenizer=loaded.tokenizer, template=template,
-      )
+      rewards = open_rewards(
+          judge, mesh=mesh, dtype=dtype, batch_size=values.batch_size, tokenizer=loaded.tokenizer,
+          template=template,
+      )([items[i // count][0] for i in range(len(texts))], texts, [r.tokens for r in responses])
   records = []
   for i, (response, text) in enumerate(zip(responses, texts, strict=True)):
     reward = {}

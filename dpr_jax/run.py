@@ -17,9 +17,11 @@ from dpr_jax import config as config_lib
 from dpr_jax import inputs, sharding, weights
 from dpr_jax.agreement import agree
 from dpr_jax.config.fields import kind_class, title_of
+from dpr_jax.config.run_config import values_in
 from dpr_jax.data.dataset import Dataset, build_dataset
 from dpr_jax.data.templates import stop_ids
 from dpr_jax.errors import UserError, naming
+from dpr_jax.evaluation.judges import Judge
 from dpr_jax.evaluation.responses import Responder
 from dpr_jax.evaluation.scoring import Scorer
 from dpr_jax.keys import root_key
@@ -392,6 +394,16 @@ def _read(
     if name not in then or split_checkpoint(spec)[0].exists():  # Else it has moved.
       with naming(name):
         found[name] = fingerprint_checkpoint(spec)
+  for path, judge in values_in(config):
+    if isinstance(judge, Judge):
+      name = f"config.{path}"
+      try:
+        with naming(name):
+          judge.prepare(tokenizer)
+        found[name] = judge.identity()
+      except UserError:
+        if name not in then:
+          raise  # Else it has moved, which matters to a stage that still needs it alone.
   record = {
       "inputs": {**then, **found},
       "model": {

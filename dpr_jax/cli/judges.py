@@ -7,7 +7,7 @@ from absl import flags
 
 from dpr_jax.cli.flags import flag_value
 from dpr_jax.cli.values import make_value, value_class
-from dpr_jax.errors import UserError
+from dpr_jax.errors import UserError, naming
 
 PACKAGE = "dpr_jax.evaluation.judges"
 _SHORT = {"judge_url": "judge.url", "judge_model": "judge.model"}
@@ -39,7 +39,10 @@ def make_judge(values: flags.FlagValues, cls: type) -> Any:
       if field not in values:
         raise UserError(f"--{short}: --judge={values.judge} has no {field.partition('.')[2]}")
       values[field].value = values[short].value
-  return make_value(values, "judge", cls)
+  judge = make_value(values, "judge", cls)
+  with naming("--judge"):
+    judge.check(None)
+  return judge
 
 
 def judge_of(values: flags.FlagValues, cls: type | None, benchmark: Any) -> Any:

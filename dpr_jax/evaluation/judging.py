@@ -23,7 +23,7 @@ from dpr_jax.errors import Stopped, UserError
 from dpr_jax.evaluation.benchmarks.judged import JudgedBenchmark, JudgePrompt
 from dpr_jax.evaluation.judges.base import Judge, Question, Setting
 from dpr_jax.paths import Path, append, refusal, write_atomically
-from dpr_jax.sharding import barrier
+from dpr_jax.sharding import barrier, broadcast
 from dpr_jax.workdir import read_lines
 
 _LONG = 7 * 86400.0  # seconds that the other processes wait for the one that asks an endpoint.
@@ -96,7 +96,8 @@ def _ask(benchmark, judge, prompts, demos, folder, bar, where) -> list[dict[str,
     barrier("judgments")  # All have read them.
   setting = Setting(stopping=lambda: signals.reached() is not None, fresh=not known, **where)
   with bar(len(missing)) as progress, signals.deferred():
-    for i, reply in judge.replies([asked[key][0] for key in missing], setting):
+    replies = judge.open(setting) if missing else iter
+    for i, reply in replies([asked[key][0] for key in missing]):
       question, record = asked[missing[i]]
       about = {"index": record["index"], "sample": record["sample"], "part": question.part}
       _check(judge, reply)
@@ -115,28 +116,42 @@ def _ask(benchmark, judge, prompts, demos, folder, bar, where) -> list[dict[str,
   return records
 
 
-def response_rewards(
-    judge: Judge,
-    prompts: Sequence[Sequence[Message]],
-    texts: Sequence[str],
-    token_ids: Sequence[Any],
-    **where: Any,
-) -> list[float | None]:
-  """The rewards of responses, in their order; None for one that cannot be scored.
+def open_rewards(judge: Judge, **where: Any) -> Callable[..., list[float | None]]:
+  """A judge, loaded once -> rewards(prompts, texts, token_ids), as often as they are wanted.
+
+  `rewards` takes prompts as messages, and the text and token ids of one response to each. It gives
+  a float, or None for a response that cannot be scored; the same in every process, all of which
+  must call it.
 
   Args:
-    where: of `Setting`: also the tokenizer and template of the model that wrote them.
+    where: of `Setting`: also the tokenizer and template of the model that writes the responses.
   """
+  asks = judge.everywhere or jax.process_index() == 0
+  replies = judge.open(Setting(stopping=lambda: False, **where)) if asks else None
   say = lambda text: {"role": "assistant", "content": text}
-  questions = [
-      Question("", (*prompt, say(text)), token_ids=tuple(map(int, ids)))
-      for prompt, text, ids in zip(prompts, texts, token_ids, strict=True)
-  ]
-  found: list[float | None] = [None] * len(questions)
-  for i, reply in judge.replies(questions, Setting(stopping=lambda: False, **where)):
-    _check(judge, reply)
-    found[i] = reply["reward"]
-  return found
+
+  def ask(questions: Sequence[Question]) -> list[float | None]:
+    found = {}
+    for i, reply in replies(questions):
+      _check(judge, reply)
+      found[i] = reply["reward"]
+    if left := len(questions) - len(found):
+      raise UserError(f"the judge left {left} of {len(questions)} responses without a reply")
+    return [found[i] for i in range(len(questions))]
+
+  def rewards(
+      prompts: Sequence[Sequence[Message]], texts: Sequence[str], token_ids: Sequence[Any]
+  ) -> list[float | None]:
+    questions = [
+        Question("", (*prompt, say(text)), token_ids=tuple(map(int, ids)))
+        for prompt, text, ids in zip(prompts, texts, token_ids, strict=True)
+    ]
+    if judge.everywhere:
+      return ask(questions)
+    # An error of process 0 ends all of them.
+    return broadcast(agree(lambda: ask(questions) if asks else None, seconds=_LONG))
+
+  return rewards
 
 
 def _check(judge: Judge, reply: Any) -> None:

@@ -46,6 +46,7 @@ def reinforce_batch(
     transform: Transform | None = None,
     external: jax.Array | None = None,
     external_weight: float = 0.0,
+    external_transform: Transform | None = None,
 ) -> tuple[ReinforceBatch, dict[str, jax.Array]]:
   """Rollouts -> batch with advantages, and scalar metrics. Jittable.
 
@@ -60,17 +61,23 @@ def reinforce_batch(
     truncated: what to do with a rollout that ended without EOS: "keep", or "mask" it.
     transform: see `rewards.transforms`; before the rewards are mixed and the KL is added.
     external, external_weight: float32 [B] scores of whole responses, and their share w in
-      (1 - w) r + w external (see `shaping.hybrid`).
+      (1 - w) r + w external (see `shaping.hybrid`). A rollout whose score is not finite is masked.
+    external_transform: of the scores, as if each were the reward of a response of one token.
   """
   if truncated not in ("keep", "mask"):
     raise ValueError(f"truncated={truncated!r} is not 'keep' or 'mask'")
   mask = rollout.mask
   if truncated == "mask":
     mask = mask * rollout.hit_eos[:, None].astype(mask.dtype)
+  if external is not None:
+    mask = mask * jnp.isfinite(external)[:, None].astype(mask.dtype)
   rewards = jnp.where(mask > 0, rollout.rewards, 0.0).astype(jnp.float32)
   if transform is not None:
     rewards = transform(rewards, RewardContext.of(rollout, mask))
   if external is not None:
+    if external_transform is not None:
+      trained_Bx1 = jnp.any(mask > 0, axis=1, keepdims=True).astype(mask.dtype)
+      external = external_transform(external[:, None], RewardContext(trained_Bx1))[:, 0]
     rewards = shaping.hybrid(rewards, external, mask, external_weight)
   shaped = shaping.kl_penalized(
       rewards, rollout.policy_logp, rollout.sft_logp, mask, beta, rollout.ref_logp, beta_ref

@@ -15,6 +15,8 @@ import numpy as np
 from dpr_jax import sharding
 from dpr_jax.config.fields import kind_of, setting, slot
 from dpr_jax.data.loader import Batches, prompt_batches
+from dpr_jax.errors import naming
+from dpr_jax.evaluation.judging import open_rewards
 from dpr_jax.evaluation.metrics import checked_scores
 from dpr_jax.evaluation.responses import response_text
 from dpr_jax.losses import make_reinforce_loss, reinforce_batch
@@ -69,8 +71,15 @@ class DPR(TrainedMethod):
   truncated: str = setting(
       "keep", "what to do with rollouts that end without EOS", choices=("keep", "mask")
   )
+  verifier: Any = slot(
+      "dpr_jax.evaluation.judges", None, "a judge that gives each response a score; None: the "
+      "benchmark, by its accuracy",
+  )
   verifier_weight: float = setting(
-      0.0, "share of the benchmark's accuracy in the reward; on the last token", low=0, high=1
+      0.0, "share of the verifier's score in the reward; on the last token", low=0, high=1
+  )
+  verifier_transforms: tuple[str, ...] = setting(
+      (), "of these scores, as of the reward: scale, clip, or zscore over the rollouts of a step"
   )
   samples_per_prompt: int = setting(
       1, "rollouts per prompt, adjacent in the batch; they share its prefill", low=1
@@ -101,6 +110,14 @@ class DPR(TrainedMethod):
         check_pointwise(self.reward)
       except ValueError as e:
         raise ValueError(f"transforms: center has no meaning here: {e}") from None
+    if self.verifier is not None and not self.verifier.rewards:
+      raise ValueError(f"verifier={kind_of(self.verifier)} answers in words; take a judge that "
+                       "gives rewards, such as reward_model")
+    if (self.verifier is not None or self.verifier_transforms) and not self.verifier_weight:
+      raise ValueError("verifier_weight=0 takes nothing of the verifier; set its share, above 0")
+    with naming("verifier_transforms"):
+      if found := transforms.needs(self.verifier_transforms):
+        raise ValueError(f"a score has no {', '.join(sorted(found))}; use scale, clip or zscore")
     if not self.reward.per_token and (self.returns == "per_token" or self.gamma == 0):
       # A constant added to the logits of a state moves reward from one token to the one before.
       raise ValueError(f"reward={kind_of(self.reward)} does not determine the reward of a single "
@@ -124,7 +141,7 @@ class DPR(TrainedMethod):
 
   @property
   def reads_benchmark(self):
-    return self.verifier_weight > 0
+    return self.verifier_weight > 0 and self.verifier is None
 
   def optimum_strength(self, config, name, lines=()):
     """(1 - beta_ref) / (beta + beta_ref), for the plain reward.
@@ -157,6 +174,7 @@ class DPR(TrainedMethod):
         variance_baseline=self.variance_baseline, group_size=self.samples_per_prompt,
         truncated=self.truncated, transform=transforms.parse(self.transforms),
         external_weight=self.verifier_weight,
+        external_transform=transforms.parse(self.verifier_transforms),
     )
     return rollout_step, train_step, make_batch
 
@@ -175,30 +193,49 @@ class DPR(TrainedMethod):
         sft=run.sft(),
         ref=run.reference(),
         rng=run.rng(f"{name}/rollouts"),
-        verify=self._verifier(run, batches) if self.verifier_weight else None,
+        verify=self._verifier(run, name, batches) if self.verifier_weight else None,
     )
     return make_training(run, name, step, train_step.optimizer, batches, run.sft_float32)
 
-  def _verifier(self, run, batches: Batches) -> Callable[[int, Rollout], jax.Array]:
-    """verify(step, rollout) -> the benchmark's accuracy of each response, float32 [B].
+  def _verifier(
+      self, run, name: str, batches: Batches
+  ) -> Callable[[int, Rollout], jax.Array]:
+    """verify(step, rollout) -> the verifier's score of each response, float32 [B]; NaN for none.
 
     Runs on the host. Every process reads the whole batch and comes to the same scores.
     """
-    demos = run.data.prompts.demos
+    demos, benchmark = run.data.prompts.demos, run.benchmark
+    if self.verifier is not None:
+      with naming(f"config.methods.{name}.verifier"):
+        rewards = open_rewards(
+            self.verifier, mesh=run.mesh, dtype=run.dtype, batch_size=run.config.eval.batch_size,
+            tokenizer=run.tokenizer,
+        )
+
+    def accuracy(i: int, text: str) -> float:
+      found, where = benchmark.score(demos[i], text), f"prompt {i + 1}: {text[:40]!r}"
+      return checked_scores(found, benchmark.scores, where)["accuracy"]
 
     def verify(step: int, rollout: Rollout) -> jax.Array:
       tokens_BxN, lengths_B, hit_eos_B = sharding.to_host(
           (rollout.response_tokens, rollout.lengths, rollout.hit_eos)
       )
-      scores = []
       # Prompts of the batch, each for as many adjacent rows as it has samples.
       items = np.repeat(batches.item_indices(step), self.samples_per_prompt)
-      for row, i in enumerate(items):
-        tokens = tokens_BxN[row, : lengths_B[row]]
-        text = response_text(run.tokenizer, tokens, bool(hit_eos_B[row]), run.stop_ids)
-        found, where = run.benchmark.score(demos[i], text), f"prompt {i + 1}: {text[:40]!r}"
-        scores.append(checked_scores(found, run.benchmark.scores, where)["accuracy"])
-      return sharding.place(np.asarray(scores, np.float32), run.mesh)
+      responses = [row_N[:n] for row_N, n in zip(tokens_BxN, lengths_B, strict=True)]
+      texts = [
+          response_text(run.tokenizer, tokens, bool(hit_eos), run.stop_ids)
+          for tokens, hit_eos in zip(responses, hit_eos_B, strict=True)
+      ]
+      if self.verifier is None:
+        scores = [accuracy(i, text) for i, text in zip(items, texts, strict=True)]
+      else:
+        with naming(f"config.methods.{name}.verifier"):
+          scores = rewards([demos[i].prompt for i in items], texts, responses)
+          if all(score is None for score in scores):
+            raise ValueError(f"it can score none of the rollouts of step {step + 1}; its model "
+                             "must take longer conversations")
+      return sharding.place(np.asarray(scores, np.float32), run.mesh)  # None becomes NaN.
 
     return verify
 
@@ -216,6 +253,8 @@ class DPR(TrainedMethod):
       batch = jax.eval_shape(lambda r: make_batch(r, beta=1.0)[0], rollouts)
       return train_step.lower(state, shapes.rows(batch))
 
+    scorer = self.verifier.held(shapes.mesh, shapes.model.cfg.dtype) if self.verifier else ()
+    verifier = device_bytes(scorer)
     # Under LoRA policy, sft and ref share one base, which is an argument of every program.
     others = 1 + len(ref.members)
     adapted, bases = shapes.held_bytes(others)
@@ -231,8 +270,8 @@ class DPR(TrainedMethod):
     )
     return [
         Program(f"{name}/rollout_step", lambda: rollout_step.lower(*arguments), rollouts,
-                device_bytes(state.opt_state) - bases),
-        Program(f"{name}/train_step", lower_update, update, adapted,
+                device_bytes(state.opt_state) - bases + verifier),
+        Program(f"{name}/train_step", lower_update, update, adapted + verifier,
                 tokens=budget.batch_size * budget.max_new_tokens),
     ]
 

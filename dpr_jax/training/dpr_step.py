@@ -32,8 +32,8 @@ class DPRStep:
   sft: Any  # variables of the frozen models, in the compute dtype.
   ref: Any
   rng: jax.Array  # root of the sampling keys, one per step; not the state's own.
-  # (step, rollout) -> float32 [B] scores of the responses, mixed into the reward by `make_batch`;
-  # runs on the host between rollout and update.
+  # (step, rollout) -> float32 [B] scores of the responses, NaN for none, mixed into the reward by
+  # `make_batch`; runs on the host between rollout and update.
   verify: Callable[[int, Any], jax.Array] | None = None
 
   def init(self, variables, rng, frozen=None) -> TrainState:
@@ -71,9 +71,10 @@ class DPRStep:
       batch, metrics = self.make_batch(rollout, beta=beta, external=external)
       metrics = {**rollout_metrics(rollout), **metrics, "beta": jnp.float32(beta)}
       if external is not None:
-        rows = rollout.lengths > 0
-        total = jnp.sum(jnp.where(rows, external, 0.0))
-        metrics["verifier_score"] = total / jnp.maximum(jnp.sum(rows), 1)
+        rows, scored = rollout.lengths > 0, jnp.isfinite(external)
+        mean = lambda x, on: jnp.sum(jnp.where(on, x, 0.0)) / jnp.maximum(jnp.sum(on), 1)
+        metrics["verifier_score"] = mean(external, rows & scored)
+        metrics["verifier_unscored"] = mean(~scored, rows)
       return batch, metrics
 
     return advantages

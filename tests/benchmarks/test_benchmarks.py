@@ -68,6 +68,27 @@ def test_dpr_step_samples_and_leaves_one_trick_out_at_a_time(lines):
   assert set(line["without"]) == set(line["predicted_gain"]) == tricks
 
 
+@pytest.mark.slow
+def test_evaluation_is_compared_response_by_response(run_benchmark, tmp_path):
+  from benchmarks import render
+
+  data = tmp_path / "data.jsonl"
+  problems = [{"question": f"say {'x' * i}", "answer": "#### 1"} for i in range(3)]
+  data.write_text("".join(json.dumps(p) + "\n" for p in problems))
+  record, text = run_benchmark(
+      "evaluate_speed", f"--data={data}", "--prompts=3", "--new=4", "--batch=2", "--peer=lm_eval",
+      f"--peer_python={sys.executable}",
+  )
+  assert json.loads(text) == json.loads(json.dumps(record)) and text.count("\n") == 1
+  assert record["responses_per_s"] * record["seconds"] == pytest.approx(3)
+  assert 3 <= record["tokens"] <= 12 and "dpr_jax" in render.evaluate(record)
+  peer = record["peers"]["lm_eval"]
+  if "unavailable" in peer:
+    pytest.skip(peer["unavailable"])
+  assert peer["prompts_equal"] == 1 and 0 <= peer["texts_equal"] <= 1
+  assert peer["ratio"] == pytest.approx(peer["seconds"] / peer["ours_seconds"])
+
+
 def test_memory_tells_whether_all_logits_live(lines):
   chunked, whole = lines("memory")["cases"]
   assert chunked["chunk_columns"] == 4 and not chunked["btv_live"]
@@ -161,6 +182,7 @@ def test_run_all_gives_flags_that_the_scripts_take(tmp_path, accelerator):
   called = [json.loads(line) for line in results.read_text().splitlines()]
   names = [words[1].removeprefix("benchmarks.") for words in called]
   of_the_host = set() if accelerator else {"memory", "scaling"}
+  of_the_host |= set() if accelerator else {"evaluate_speed"}  # It needs a MODEL.
   assert set(names) == {"sft_step", "score", "rollout", "dpr_step"} | of_the_host
   for name, words in zip(names, called, strict=True):
     module = importlib.import_module(f"benchmarks.{name}")

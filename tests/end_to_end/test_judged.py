@@ -268,7 +268,7 @@ BAD = {
                      "--judge_url=http://127.0.0.1:9/v1 does not answer: "),
     "no url": (["--judge_url=here", "--judge_model=j"], "--judge: url='here' must be an address"),
     "no model": (["--judge_url=http://127.0.0.1:9/v1"], "--judge: model is missing"),
-    "no folder": (["--judge_model=nowhere"], "--judge_model=nowhere: no such folder"),
+    "no folder": (["--judge_model=nowhere"], "reward model nowhere: no such folder"),
     "no head": (["--judge_model={model}"], "no tensor 'score.weight'; a reward model is"),
     "no kind": (["--judge=jury"], "'jury' is not one of endpoint, log_ratio, reward_model"),
     "a bound": (["--judge_url=http://x/v1", "--judge_model=j", "--judge.concurrency=0"],

@@ -215,4 +215,4 @@ def test_a_stop_waits_for_what_is_under_way_and_asks_no_more(chat_endpoint):
 ])
 def test_fields_are_checked(fields, message):
   with pytest.raises(ValueError, match=message):
-    Endpoint(**{"url": "http://x/v1", "model": "judge", **fields})
+    Endpoint(**{"url": "http://x/v1", "model": "judge", **fields}).check(None)

@@ -59,7 +59,7 @@ def rewards_of(folder, conversations, **setting):
   judge = RewardModel(model=str(folder))
   judge.prepare()
   with jax.set_mesh(mesh):
-    found = dict(judge.replies([Question("x", talk) for talk in conversations], setting))
+    found = dict(judge.open(setting)([Question("x", talk) for talk in conversations]))
   return [found[i]["reward"] for i in range(len(conversations))]
 
 
@@ -136,7 +136,7 @@ def test_a_model_without_one_score_is_refused(tmp_path, make_model):
                  lambda: load_classifier(tmp_path / "none")):
     with pytest.raises(UserError, match=r"none: no tensor 'score.weight'; a reward model is a seq"):
       refuse()
-  with pytest.raises(UserError, match="--judge_model=nowhere: no such folder"):
+  with pytest.raises(UserError, match="reward model nowhere: no such folder"):
     RewardModel(model="nowhere").prepare()
 
 

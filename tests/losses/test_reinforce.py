@@ -81,6 +81,24 @@ def test_the_external_score_comes_after_the_transforms_and_before_the_kl(rng):
   np.testing.assert_allclose(batch.advantages, expected, atol=1e-5)
 
 
+def test_a_rollout_without_an_external_score_is_masked_and_the_others_are_standardized(rng):
+  r = _rollout(rng)  # Row 1 is a filler.
+  scores = rng.normal(3, 5, 6).astype(np.float32)
+  scores[[1, 4]] = np.nan
+  batch, metrics = jax.jit(lambda r, x: reinforce_batch(
+      r, beta=0.0, returns="full_return", external=x, external_weight=1.0,
+      external_transform=transforms.parse(("zscore", "scale:2", "clip:2.5")),
+  ))(r, scores)
+  rows = [0, 2, 3, 5]
+  expected = np.zeros(6)
+  expected[rows] = np.clip(2 * (scores[rows] - scores[rows].mean()) / scores[rows].std(), -2.5, 2.5)
+  on = np.where(np.isin(np.arange(6), rows)[:, None], r.mask, 0)
+  np.testing.assert_array_equal(batch.mask, on)
+  np.testing.assert_allclose(batch.advantages, expected[:, None] * on, atol=1e-5)
+  assert float(metrics["trained_share"]) == pytest.approx(on.sum() / r.mask.sum())
+  assert all(np.isfinite(x) for x in metrics.values())
+
+
 def test_truncated_rollouts_are_kept_or_masked(rng):
   r = _rollout(rng)
   kept, _ = reinforce_batch(r, beta=1.0, truncated="keep")

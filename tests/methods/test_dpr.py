@@ -7,21 +7,32 @@ import types
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from dpr_jax import sharding
-from dpr_jax.config import debug_config, default_config, resolve
+from dpr_jax import fingerprints, sharding, weights
+from dpr_jax.config import RunConfig, debug_config, default_config, resolve
 from dpr_jax.data.dataset import build_dataset
 from dpr_jax.data.loader import prompt_batches
 from dpr_jax.data.templates import encode_response
+from dpr_jax.errors import UserError
 from dpr_jax.evaluation.benchmarks.tasks import Tasks
+from dpr_jax.evaluation.judges import Judge
+from dpr_jax.evaluation.judges.log_ratio import LogRatio
+from dpr_jax.evaluation.judges.reward_model import RewardModel, conversation_ids
+from dpr_jax.main import parse
 from dpr_jax.methods import DPR
 from dpr_jax.methods.dpr import DEFAULTS
+from dpr_jax.methods.programs import Shapes
+from dpr_jax.models import ModelConfig, Transformer
 from dpr_jax.references.ensemble import Ensemble
 from dpr_jax.references.midrun import Midrun
 from dpr_jax.rewards import BaselineRelative, Endogenous, LogLikelihood
 from dpr_jax.rewards.base import Reward
+from dpr_jax.run import set_up
 from dpr_jax.training.stopping import last_step, read_stopped
+from dpr_jax.weights import save_pretrained
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
+from dpr_jax.workdir import Workdir
 
 EARLY = Midrun(fraction=0.1)
 
@@ -156,7 +167,7 @@ def test_right_answers_score_one_whatever_the_step(rng, samples_per_prompt):
   batches = prompt_batches(
       data.prompts.tokens, 8 // samples_per_prompt, config.data.prompt_length, 3
   )
-  verify = DPR(samples_per_prompt=samples_per_prompt)._verifier(run, batches)
+  verify = DPR(samples_per_prompt=samples_per_prompt)._verifier(run, "dpr", batches)
   new = 24
   for step in rng.integers(0, 200, 3).tolist():
     tokens = np.full((8, new), 5, np.int32)  # garbage past the end.
@@ -174,3 +185,160 @@ def test_right_answers_score_one_whatever_the_step(rng, samples_per_prompt):
     )
     with jax.set_mesh(mesh):
       np.testing.assert_array_equal(verify(step, rollout), right.astype(np.float32))
+
+
+# --- A judge as the verifier ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def classifier(tmp_path, make_model):
+  """classifier(seed, max_length) -> the folder of a random Qwen3 with a score head."""
+  def make(seed, max_length=256):
+    folder = tmp_path / f"{seed}_{max_length}"
+    tokenizer = byte_tokenizer()
+    model, variables = make_model(
+        seed, vocab_size=len(tokenizer), max_length=max_length, qk_norm=True
+    )
+    save_pretrained(folder, model.cfg, variables["params"], tokenizer=tokenizer)
+    tensors = load_file(folder / "model.safetensors")
+    score = np.random.default_rng(seed).normal(size=(1, model.cfg.hidden_size))
+    tensors["score.weight"] = score.astype(np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+  return make
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Brevity(Judge):
+  """A user's judge."""
+
+  rewards = True
+
+  def replies(self, questions, setting):
+    for i in reversed(range(len(questions))):
+      yield i, {"reward": -len(questions[i].messages[-1]["content"])}
+
+
+def test_judges_score_every_rollout_of_a_stage(dpr, trained, classifier, monkeypatch):
+  torch = pytest.importorskip("torch")
+  from transformers import Qwen3ForSequenceClassification
+
+  seen, loads, load = [], [], weights.load_classifier
+  monkeypatch.setattr(weights, "load_classifier", lambda *a, **k: loads.append(a) or load(*a, **k))
+
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Recorded(DPR):
+    """Notes the rollouts of each step, and their scores."""
+
+    def _verifier(self, run, name, batches):
+      verify = super()._verifier(run, name, batches)
+
+      def noted(step, rollout):
+        scores = verify(step, rollout)
+        seen.append((jax.device_get(rollout), np.asarray(scores), batches.item_indices(step)))
+        return scores
+
+      return noted
+
+  given = dict(verifier_weight=0.5, verifier_transforms=("zscore",))
+  lines = dpr(Recorded(verifier=RewardModel(model=str(classifier(1))), **given))
+  assert len(loads) == 1 and len(seen) == len(lines) == 3  # Loaded once for all steps.
+
+  # The same conversations, scored by transformers.
+  tokenizer, demos = trained.tokenizer, trained.data.prompts.demos
+  theirs = Qwen3ForSequenceClassification.from_pretrained(
+      classifier(1), num_labels=1, dtype=torch.float32, attn_implementation="eager"
+  ).eval()
+  sizes, texts = [], []
+  for line, (rollout, scores, items) in zip(lines, seen, strict=True):
+    expected = []
+    for row, item in enumerate(items):
+      tokens = rollout.response_tokens[row, : rollout.lengths[row] - rollout.hit_eos[row]]
+      texts.append(tokenizer.decode(tokens))
+      talk = (*demos[item].prompt, {"role": "assistant", "content": texts[-1]})
+      ids = conversation_ids(talk, tokenizer).astype(np.int64)
+      sizes.append(len(ids))
+      with torch.no_grad():
+        expected.append(theirs(torch.tensor(ids[None])).logits[0, 0].item())
+    assert np.std(expected) > 0.05
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
+    assert line["verifier_score"] == pytest.approx(np.mean(expected), abs=1e-4)
+    assert line["verifier_unscored"] == 0 and line["trained_share"] == 1
+
+  rollout, scores, _ = seen[0]
+  sizes, texts = sizes[: len(scores)], texts[: len(scores)]
+
+  def scored(judge):
+    method = DPR(verifier=judge, verifier_weight=0.5)
+    batches = method._prompts(trained.config, trained.data.prompts.tokens)
+    return np.asarray(method._verifier(trained, "dpr", batches)(0, rollout))
+
+  # A conversation that is too long for a model has no score.
+  limit = int(np.median(sizes))
+  fits = np.array(sizes) <= limit
+  tight = scored(RewardModel(model=str(classifier(1, limit))))
+  assert 0 < fits.mean() < 1
+  np.testing.assert_allclose(tight, np.where(fits, scores, np.nan), atol=1e-4)
+  with pytest.raises(UserError, match="dpr.verifier: it can score none of the rollouts of step 1;"):
+    scored(RewardModel(model=str(classifier(1, 8))))
+  # Other judges: a user's, and the likelihood of the very tokens that were sampled.
+  np.testing.assert_array_equal(scored(Brevity()), [-len(text) for text in texts])
+  logps = np.where(rollout.mask > 0, rollout.sft_logp, 0).sum(axis=1)
+  sft = str(trained.workdir.stage("sft"))
+  np.testing.assert_allclose(scored(LogRatio(sft=sft)), logps, atol=1e-3)
+
+
+def test_a_run_remembers_its_reward_model(train_sft, classifier):
+  folder, other, config = classifier(1), classifier(2), []
+
+  def change(c):
+    c.methods.dpr = DPR(verifier=RewardModel(model=str(folder)), verifier_weight=0.5)
+    config.append(c)
+
+  run = train_sft(change, steps=False)
+  resume = lambda: set_up(run.config, run.workdir, run.mesh)
+  record = run.workdir.read_config()
+  assert resolve(record["config"]) == run.config == resume().config
+  kept = folder / "model.safetensors"
+  before = kept.read_bytes()
+  kept.write_bytes((other / kept.name).read_bytes())
+  fingerprints._of_version.cache_clear()
+  with pytest.raises(UserError, match=r"dpr.verifier: model.safetensors: the file has changed"):
+    set_up(resolve(record["config"]), run.workdir, run.mesh)
+  kept.write_bytes(before)
+  folder.rename(f"{folder}_moved")
+  set_up(resolve(record["config"]), run.workdir, run.mesh)  # It may be needed no more.
+  config[0].methods.dpr.verifier.model = str(other)
+  with pytest.raises(UserError, match=r"another config \(config.methods.dpr.verifier.model: "):
+    set_up(resolve(config[0]), run.workdir, run.mesh)
+  tokenizer = str(run.workdir.tokenizer)
+  for model, message in ((str(folder), "no such folder"), (tokenizer, "config.json")):
+    config[0].methods.dpr.verifier.model = model
+    with pytest.raises(UserError, match=f"config.methods.dpr.verifier: .*{message}"):
+      set_up(resolve(config[0]), Workdir(run.workdir.path.parent / "new"), run.mesh)
+
+
+def test_a_verifier_is_set_on_the_command_line(classifier):
+  folder, flags = str(classifier(1)), ["--config=configs/smoke.py:debug", "--workdir=x"]
+  field = "--config.methods.dpr.verifier"
+  given = [f"{field}.kind=reward_model", f"{field}.model={folder}", f"{field}_weight=0.2"]
+  found = parse([*flags, *given])
+  config = next(x for x in found if isinstance(x, RunConfig))
+  assert config.methods["dpr"].verifier == RewardModel(model=folder)
+  shapes = Shapes(config, Transformer(ModelConfig(vocab_size=272)), sharding.make_mesh())
+  plain = dataclasses.replace(config.methods["dpr"], verifier=None).programs(shapes, "dpr")
+  held = config.methods["dpr"].programs(shapes, "dpr")
+  size = sum(x.nbytes for name, x in load_file(f"{folder}/model.safetensors").items()
+             if name not in ("score.weight", "lm_head.weight"))
+  for a, b in zip(plain, held, strict=True):
+    assert b.resident_bytes - a.resident_bytes == size
+  for bad, message in (
+      ([f"{field}.kind=endpoint"], "verifier=endpoint answers in words"),
+      ([f"{field}.kind=reward_model", f"{field}_weight=0.2"], "verifier: model is missing"),
+      (given[:2], "verifier_weight=0 takes nothing"),
+      ([*given, f"{field}_transforms=center"], "a score has no expected_rewards"),
+      ([*given, f"{field}_transforms=double"], "verifier_transforms: "),
+  ):
+    with pytest.raises(UserError, match=message):
+      parse([*flags, *bad])

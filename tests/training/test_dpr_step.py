@@ -178,7 +178,7 @@ def test_a_verifier_sees_each_row_with_its_prompt_and_enters_the_reward(stage, t
   def make_verify(batches):
     def verify(step, rollout):
       first = np.asarray(rollout.tokens)[:, 3]  # rewards a first token of 2.
-      scores = (first == 2).astype(np.float32)
+      scores = np.where(first == 0, np.nan, first == 2).astype(np.float32)  # None for a 0.
       calls.append((step, batches.item_indices(step), np.asarray(rollout.prompt_lengths), scores))
       return scores
     return verify
@@ -192,7 +192,9 @@ def test_a_verifier_sees_each_row_with_its_prompt_and_enters_the_reward(stage, t
       assert lengths.setdefault(item, length) == length  # the row's own prompt.
   assert len(set(lengths.values())) > 1
   for line, call in zip(lines, calls, strict=True):
-    assert line["verifier_score"] == pytest.approx(call[3].mean(), abs=1e-6)
+    assert line["verifier_score"] == pytest.approx(np.nanmean(call[3]), abs=1e-6)
+    assert line["verifier_unscored"] == pytest.approx(np.isnan(call[3]).mean())
+  assert 0 < np.mean([np.isnan(call[3]).any() for call in calls])
   whole = list(calls)
   calls.clear()
   with pytest.raises(Killed):

@@ -1,6 +1,7 @@
 """What a judge is: it answers questions about responses, or gives conversations a reward.
 
-A file of this package, or of a user (`--judge=my_file.py:Mine`), declares one:
+A file of this package, or of a user (`--judge=my_file.py:Mine`), declares one. Those that give
+rewards serve judged benchmarks, `generate --best_of` and DPR, as its `verifier`.
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Brevity(Judge):
@@ -48,29 +49,49 @@ class Setting:
   template: str = ""
 
 
+Replies = Iterator[tuple[int, dict[str, Any]]]
+
+
 class Judge(Value):
   """A frozen dataclass; its fields are its settings."""
 
   rewards: ClassVar[bool] = False  # gives a conversation a number, instead of answering in words.
   everywhere: ClassVar[bool] = False  # every process of a run must take part; else process 0 asks.
 
-  def prepare(self) -> None:
-    """Raises UserError, before anything is generated, where it could not judge."""
+  def check(self, config: Any) -> None:
+    """Raises ValueError where its fields are wrong.
 
-  def identity(self) -> Any:
-    """What decides its replies besides the question, as JSON."""
+    Args:
+      config: a `RunConfig` that it is part of; None outside of a run.
+    """
+
+  def prepare(self, tokenizer: Any = None) -> None:
+    """Raises UserError, before anything is generated, where it could not judge.
+
+    Args:
+      tokenizer: of the model that writes what is judged, where it is known.
+    """
+
+  def identity(self) -> dict[str, Any]:
+    """What decides its replies besides the question, as JSON; a run that goes on must find it."""
     module = type(self).__module__
     own = "" if module.startswith("dpr_jax.") else inspect.getsourcefile(type(self))
-    return [to_json(self), own and fingerprints.of_file(own)]
+    return {"settings": to_json(self), "source": own and fingerprints.of_file(own)}
+
+  def held(self, mesh: Any, dtype: str) -> Any:
+    """A tree of ShapeDtypeStructs: the weights that `open` loads, for planning."""
+    return ()
 
   def key(self, question: Question) -> str:
     """Names a question in judgments.jsonl; the reply to an equal one is not asked for again."""
     asked = dataclasses.asdict(dataclasses.replace(question, part=""))
     return fingerprints.of_bytes(repr([self.identity(), asked]).encode())
 
-  def replies(
-      self, questions: Sequence[Question], setting: Setting
-  ) -> Iterator[tuple[int, dict[str, Any]]]:
+  def open(self, setting: Setting) -> Callable[[Sequence[Question]], Replies]:
+    """`replies` of this setting; a judge that is a model loads it here, once for all calls."""
+    return lambda questions: self.replies(questions, setting)
+
+  def replies(self, questions: Sequence[Question], setting: Setting) -> Replies:
     """Yields (index of a question, reply), in any order, each as soon as it is known.
 
     A reply is JSON: {"reward": a number, or None for a conversation that cannot be scored}, or

@@ -66,7 +66,7 @@ class Endpoint(Judge):
   attempts: int = setting(10, "requests for one question at most", low=1)
   backoff: float = setting(1.0, "seconds before the second request; doubled each time", above=0)
 
-  def __post_init__(self):
+  def check(self, config):
     parts = urllib.parse.urlsplit(self.url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
       raise ValueError(f"url={self.url!r} must be an address such as http://localhost:8000/v1")
@@ -133,7 +133,7 @@ class Endpoint(Judge):
     return UserError(f"--judge_url={self.url} wants a key, and the environment variable "
                      f"{self.key_variable} {has}; set it to a key of that endpoint")
 
-  def prepare(self):
+  def prepare(self, tokenizer=None):
     try:
       self._call("models", None, min(self.timeout, 20.0))
     except urllib.error.HTTPError as e:

@@ -19,6 +19,7 @@ from dpr_jax.errors import UserError
 from dpr_jax.evaluation.judges.base import Judge
 from dpr_jax.evaluation.scoring import Scorer
 from dpr_jax.models import Transformer
+from dpr_jax.models.variables import abstract_variables
 from dpr_jax.weights.hf import open_classifier, read_json
 
 _CHUNK = 64  # batches between two looks at whether to stop.
@@ -50,16 +51,19 @@ class RewardModel(Judge):
   rewards = everywhere = True
   model: str = setting("", "Hugging Face folder")
 
-  def __post_init__(self):
+  def check(self, config):
     if not self.model:
       raise ValueError("model is missing; a Hugging Face folder")
 
-  def prepare(self):
+  def _config(self):
     folder = pathlib.Path(self.model).expanduser()
     if not folder.is_dir():
-      raise UserError(f"--judge_model={self.model}: no such folder; name that of a reward model, "
-                      "or set --judge_url for the name of a model at an endpoint")
-    open_classifier(folder)
+      raise UserError(f"reward model {self.model}: no such folder; name a Hugging Face folder (a "
+                      "model at an endpoint needs its url, too)")
+    return open_classifier(folder)[0]
+
+  def prepare(self, tokenizer=None):
+    self._config()
 
   @functools.cached_property
   def _files(self):
@@ -68,24 +72,31 @@ class RewardModel(Judge):
   def identity(self):
     return self._files
 
-  def replies(self, questions, setting):
+  def held(self, mesh, dtype):
+    return abstract_variables(self._config(), mesh, dtype)
+
+  def open(self, setting):
     cfg, params, score_D = weights.load_classifier(self.model, setting.dtype, setting.mesh)
     model = Transformer(dataclasses.replace(cfg, dtype=setting.dtype))
     tokenizer = weights.load_tokenizer(self.model)
-    rows = [conversation_ids(q.messages, tokenizer) for q in questions]
     padding = read_json(pathlib.Path(self.model).expanduser() / "config.json").get("pad_token_id")
     score = functools.partial(token_rewards, model, params, jnp.asarray(score_D))
     scorer = Scorer(model, setting.mesh, setting.batch_size)
-    fits = [i for i, row in enumerate(rows) if 0 < len(row) <= cfg.max_length]
-    yield from ((i, {"reward": None}) for i in sorted({*range(len(rows))} - {*fits}))
-    # The longest first, as within a chunk.
-    fits.sort(key=lambda i: -len(rows[i]))
-    for start in range(0, len(fits), _CHUNK * setting.batch_size):
-      if setting.stopping():
-        return
-      chosen = fits[start : start + _CHUNK * setting.batch_size]
-      found = scorer.per_response(score, [rows[i][:0] for i in chosen], [rows[i] for i in chosen])
-      for i, rewards_T in zip(chosen, found, strict=True):
-        own = np.flatnonzero(rows[i] != padding) if padding is not None else ()
-        last = own[-1] if len(own) else -1
-        yield i, {"reward": float(rewards_T[last])}
+
+    def replies(questions):
+      rows = [conversation_ids(q.messages, tokenizer) for q in questions]
+      fits = [i for i, row in enumerate(rows) if 0 < len(row) <= cfg.max_length]
+      yield from ((i, {"reward": None}) for i in sorted({*range(len(rows))} - {*fits}))
+      # The longest first, as within a chunk.
+      fits.sort(key=lambda i: -len(rows[i]))
+      for start in range(0, len(fits), _CHUNK * setting.batch_size):
+        if setting.stopping():
+          return
+        chosen = fits[start : start + _CHUNK * setting.batch_size]
+        found = scorer.per_response(score, [rows[i][:0] for i in chosen], [rows[i] for i in chosen])
+        for i, rewards_T in zip(chosen, found, strict=True):
+          own = np.flatnonzero(rows[i] != padding) if padding is not None else ()
+          last = own[-1] if len(own) else -1
+          yield i, {"reward": float(rewards_T[last])}
+
+    return replies
