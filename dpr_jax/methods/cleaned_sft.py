@@ -25,12 +25,12 @@ from dpr_jax.config.fields import overlay, setting
 from dpr_jax.data.packing import PackedRows, pack
 from dpr_jax.data.templates import Example
 from dpr_jax.errors import UserError, naming
+from dpr_jax.evaluation.cleaning import FILE
 from dpr_jax.methods.base import TrainedMethod
 from dpr_jax.methods.sft import fine_tune, sft_programs
 from dpr_jax.paths import is_link
 from dpr_jax.workdir import read_lines
 
-FILE = "judged.jsonl"  # in the folder of the stage: a line for each demonstration.
 _REDUCE = {"sum": np.sum, "mean": np.mean, "min": np.min}
 _SCORES = ("reward", "logp_sft", "random", "oracle")
 
@@ -54,6 +54,10 @@ class CleanedSFT(TrainedMethod):
   )
   like: str = setting("", "method whose folds and rewards are used, and how many it kept")
 
+  @property
+  def subject(self):
+    return not self.like
+
   def refers(self):
     return (self.like,) if self.like else ()
 
@@ -71,6 +75,9 @@ class CleanedSFT(TrainedMethod):
     if self._reference_step(config) == self.budget(config).steps:
       raise ValueError(f"reference_fraction={self.reference_fraction} is the last step: ref would "
                        "be sft, and every reward 0")
+    if self.score == "oracle" and not config.data.corrupt:
+      raise ValueError("score='oracle' needs built-in tasks of which some are wrong: "
+                       "config.data.corrupt above 0")
     if self.like:
       other = config.methods.get(self.like)
       order = [n for n in config.compare if n == self.like or config.methods[n] is self]
@@ -158,9 +165,6 @@ class CleanedSFT(TrainedMethod):
     """
     judged = np.array([line["judged"] for line in lines])
     if self.score == "oracle":
-      if not any("wrong" in line for line in lines):
-        raise UserError("config.methods: score=oracle needs a benchmark that tells wrong "
-                        "demonstrations, and some that are wrong")
       return judged & ~np.array([line.get("wrong", False) for line in lines])
     if self.score == "random":
       scores = np.random.default_rng([run.config.seed, 2]).random(len(lines))
