@@ -138,7 +138,8 @@ class Run:
     """Trains the stage `name` on other `PackedRows` as SFT trains on the run's."""
     from dpr_jax.methods.sft import fine_tune
 
-    fine_tune(self, name, rows, steps)
+    section = dataclasses.replace(self.config.sft, steps=steps, milestones=())
+    fine_tune(self, name, lambda: rows, section)
 
   def hold(self, name: str, load: Callable[[], Any]) -> Any:
     """What `load` gives, held under a name until `release`."""

@@ -12,7 +12,7 @@ from dpr_jax.data.loader import Prompts, make_prompts
 from dpr_jax.data.packing import PackedRows, pack
 from dpr_jax.data.records import data_files
 from dpr_jax.data.tasks import TASKS, make_demos
-from dpr_jax.data.templates import encode_demo
+from dpr_jax.data.templates import Example, encode_demo
 from dpr_jax.paths import as_path
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ HOLDOUT_SEED = 0
 class Dataset:
   """Tokenised demonstrations and prompts; training and held-out prompts are disjoint."""
 
-  rows: PackedRows  # training demonstrations, packed; for SFT.
+  demos: list[Demo]  # training demonstrations.
+  examples: list[Example]  # the same, tokenised.
+  rows: PackedRows  # the same, packed; for SFT.
   prompts: Prompts  # training prompts within the budget; for rollouts.
   heldout: Prompts  # prompts never trained on; for evaluation.
   benchmark: str  # kind of the benchmark that fits the demonstrations.
@@ -107,4 +109,4 @@ def build_dataset(section: DataSection, tokenizer: "PreTrainedTokenizerFast", se
       "heldout": len(held.tokens),
       "dropped_heldout": held.dropped_overlong,
   }
-  return Dataset(rows=rows, prompts=prompts, heldout=held, benchmark=benchmark, summary=summary)
+  return Dataset(train, examples, rows, prompts, held, benchmark, summary)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dpr_jax.evaluation import corruption, frontier
+from dpr_jax.evaluation import cleaning, corruption, frontier
 from dpr_jax.evaluation.expert import equal_length_logp
 from dpr_jax.evaluation.metrics import Column
 from dpr_jax.evaluation.statistics import compare, interval
@@ -95,7 +95,8 @@ def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dic
     is; comparisons: pair, metric, difference, ci95, p (paired over prompts); frontier: see
     `evaluation.frontier.summarize`; stages: steps, seconds, tokens and budget of each, of the first
     seed; notes: sentences for the reader; corruption: see `evaluation.corruption.summarize`;
-    corruption_titles: of its kinds and rewards. What no seed has is absent.
+    corruption_titles: of its kinds and rewards; cleaning: method -> `cleaning.summarize`. What no
+    seed has is absent.
   """
   dirs = [Workdir(w) for w in workdirs]
   described = dirs[0].read_config()["described"]
@@ -138,6 +139,12 @@ def build_results(workdirs: Sequence[pathlib.Path], seeds: Sequence[int]) -> dic
   if all(w.corruption_file.exists() for w in dirs):
     lines = [read_lines(w.corruption_file) for w in dirs]
     results |= {"corruption": corruption.summarize(lines), "corruption_titles": corruption.titles()}
+  judged = {name: [w.stage(name) / cleaning.FILE for w in dirs] for name in names}
+  found = {name: files for name, files in judged.items() if all(f.exists() for f in files)}
+  if found:
+    results["cleaning"] = {
+        name: cleaning.summarize([read_lines(f) for f in files]) for name, files in found.items()
+    }
   return results
 
 

@@ -1,7 +1,8 @@
 """What a method is: a way to answer that a run compares with the others, by its name.
 
 A method that trains starts at the last SFT checkpoint and has a budget: that of `config.budget`,
-which all share so that comparisons are fair, or its own where its fields say so.
+which all share so that comparisons are fair, or its own where its fields say so. (`cleaned_sft`
+starts before SFT, and has the budget of SFT.)
 """
 
 import dataclasses

@@ -14,6 +14,7 @@ from typing import Any
 from dpr_jax.errors import UserError
 from dpr_jax.paths import as_path, write_atomically
 from dpr_jax.report import figures, frontier, heatmap, sweeps, tables
+from dpr_jax.report.cleaning import cleaning_table
 from dpr_jax.report.corruption import corruption_tables
 from dpr_jax.report.monitors import monitors
 from dpr_jax.report.render import (
@@ -67,6 +68,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     "sweep": sweeps.sweep_table(results, links=not seeds),
     "sweep_plot": figures.sweep_plot(folder, results),
     "corruption": corruption_tables(results),
+    "cleaning": cleaning_table(results),
     "results": tables.results_table(results),
     "more": tables.more_metrics(results),
     "comparisons": tables.comparisons_table(results),

@@ -1,4 +1,4 @@
-"""Every method of the package on one short SFT stage: it trains, its result loads, its programs are
+"""Every method of the package that starts at SFT, on one short SFT stage: it trains, its result loads, its programs are
 those that it trains with.
 """
 
@@ -12,13 +12,15 @@ from dpr_jax.config.fields import package_defaults
 from dpr_jax.config.run_config import RunConfig
 from dpr_jax.losses import make_sft_loss
 from dpr_jax.methods import DPR, DemoMethod
+from dpr_jax.methods.cleaned_sft import CleanedSFT
 from dpr_jax.methods.programs import RolloutWork, Shapes, TrainWork
 from dpr_jax.methods.sft import sft_programs
 from dpr_jax.run import labels_of
 from dpr_jax.training.steps import TrainStep
 
 METHODS = package_defaults("dpr_jax.methods")
-TRAINED = sorted(name for name, method in METHODS.items() if method.trained)
+TRAINED = sorted(name for name, method in METHODS.items()
+                 if method.trained and not isinstance(method, CleanedSFT))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

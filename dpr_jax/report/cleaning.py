@@ -1,0 +1,23 @@
+"""results.json -> the table of demonstrations that were left out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpr_jax.report.tables import cell, label
+
+_COLUMNS = {
+    "kept": "Kept", "wrong": "Wrong among all", "wrong_kept": "Wrong among the kept",
+    "wrong_cut": "Wrong among the others", "auc_reward_sum": "AUC, sum of r",
+    "auc_reward_min": "AUC, least r", "auc_logp_sft_sum": "AUC, log p",
+    "auc_logp_sft_min": "AUC, least log p",
+}
+
+
+def cleaning_table(results: Mapping[str, Any]) -> dict[str, Any] | None:
+  """Methods by shares of demonstrations, those columns that any of them has."""
+  found = results.get("cleaning") or {}
+  columns = {n: text for n, text in _COLUMNS.items() if any(n in of for of in found.values())}
+  rows = [{"name": label(results, name), "cells": [cell(of.get(c), "%") for c in columns]}
+          for name, of in found.items()]
+  heads = [{"label": text, "unit": "%"} for text in columns.values()]
+  return {"head": "Method", "columns": heads, "rows": rows} if rows else None
