@@ -8,6 +8,9 @@ class of your own: module:Class or path/to/file.py:Class. Its fields are flags t
 no --data. lm_eval:TASK,... runs tasks of lm-evaluation-harness; --data is then a folder of task
 YAMLs, or left out for the tasks of the harness, whose data must be local.
 
+preference generates nothing either: it scores both responses of each pair of --data, with
+--benchmark.ref=CKPT for pi_ref.
+
 --metrics=file.py:Class,... measures something else of each response.
 
 Prompts that are among the demonstrations that a stage of a workdir was trained on are counted in
