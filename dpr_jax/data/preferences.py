@@ -21,6 +21,7 @@ from dpr_jax.data.formats import dialogue_problem, parse_demo
 from dpr_jax.data.records import iter_records, kind_of
 from dpr_jax.errors import UserError
 
+SAME = "the two responses are the same"
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -70,7 +71,7 @@ def _problem(chosen: Demo, rejected: Demo) -> str:
   if chosen.prompt != rejected.prompt:
     return "the dialogues differ before the last response"
   if chosen.messages == rejected.messages:
-    return "the two responses are the same"
+    return SAME
   return dialogue_problem(chosen) or dialogue_problem(rejected)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dpr_jax.data.limits import check_length
+from dpr_jax.data.preferences import SAME
 from dpr_jax.data.templates import encode_response, render_prompt
 from dpr_jax.errors import UserError
 from dpr_jax.evaluation.benchmark_run import BenchmarkRun, digest
@@ -49,6 +50,8 @@ class PreferenceRun(BenchmarkRun):
     responses = [
         encode_response(d.messages[-1], d.prompt, *how, demo.source, d.ended) for d in sides
     ]
+    if np.array_equal(*responses):  # By a template that trims, for example.
+      return SAME
     return too_long if len(prompt) + max(map(len, responses)) > limit else (prompt, *responses)
 
   @property

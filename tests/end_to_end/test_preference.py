@@ -174,12 +174,16 @@ def test_what_was_stopped_goes_on_to_the_same_files_and_other_settings_do_not(
   assert "other contents of --data" in capsys.readouterr().err
 
 
-def test_a_file_of_which_no_pair_can_be_scored_is_refused(models, tmp_path, capsys):
-  path = tmp_path / "pairs.jsonl"
-  path.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"}) + "\n")
+@pytest.mark.parametrize("rejected", ["b", "b "])
+def test_a_file_of_which_no_pair_can_be_scored_is_refused(models, tmp_path, capsys, rejected):
+  path, template = tmp_path / "pairs.jsonl", tmp_path / "trims.jinja"
+  path.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": rejected}) + "\n")
+  template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
+                      "{% if add_generation_prompt %}assistant: {% endif %}")
   with pytest.raises(SystemExit) as exit_info:
     call(evaluate, f"--model={models['sft'][0]}", "--benchmark=preference", f"--data={path}",
-         f"--benchmark.ref={models['ref'][0]}", f"--output={tmp_path}/out")
+         f"--benchmark.ref={models['ref'][0]}", f"--template={template}",
+         f"--output={tmp_path}/out")
   assert exit_info.value.code == 2
   assert "1 of 1 pairs are not scored: the two responses are the same" in capsys.readouterr().err
   assert not (tmp_path / "out" / "config.json").exists()
