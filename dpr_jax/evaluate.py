@@ -8,6 +8,9 @@ class of your own: module:Class or path/to/file.py:Class. Its fields are flags t
 no --data. lm_eval:TASK,... runs tasks of lm-evaluation-harness; --data is then a folder of task
 YAMLs, or left out for the tasks of the harness, whose data must be local.
 
+preference generates nothing either: it scores both responses of each pair of --data, with
+--benchmark.ref=CKPT for pi_ref.
+
 --metrics=file.py:Class,... measures something else of each response.
 
 Prompts that are among the demonstrations that a stage of a workdir was trained on are counted in
@@ -220,7 +223,7 @@ def main(argv: Sequence[str]) -> None:
       generation = {name: getattr(values, name) for name in _GENERATION}
       settings |= {**generation, "max_new_tokens": run.max_new_tokens}
     contents = {
-        "data": "" if benchmark.own_requests or not values.data else fingerprint(values.data),
+        "data": fingerprint(values.data) if values.data and benchmark.needs_data else "",
         "benchmark": _sources(benchmark),
         "metrics": _sources(*metrics.values()),
         "model": digest(fingerprint_arrays(loaded.variables)),
@@ -265,6 +268,10 @@ def summary(results: Mapping[str, Any], output: str) -> str:
     scale, unit = (100, "%") if column["unit"] == "%" else (1, column["unit"])
     low, high = (f"{scale * x:.4g}" for x in figure["ci95"])
     lines.append(f"  {column['label']:<34}{scale * figure['mean']:>10.4g} [{low}, {high}] {unit}")
+  for c in results.get("comparisons", ()):
+    low, high = (f"{100 * x:+.4g}" for x in c["ci95"])
+    lines.append(f"  {' - '.join(c['pair']):<34}{100 * c['difference']:>+10.4g} [{low}, {high}] "
+                 f"points, p = {c['p']:.2g}")
   return "\n".join([*lines, f"results: {output}/results.json"])
 
 

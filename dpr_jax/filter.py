@@ -5,8 +5,8 @@ r"""Cuts a file of scored demonstrations or responses by their token rewards.
     python -m dpr_jax.filter --input=SCORED.jsonl --kept=KEPT.jsonl --cut=CUT.jsonl --keep=0.75
 
 Each line gets a "filter_score": --reduce (sum, mean or min) over its tokens of --by: the reward
-log pi_sft - log pi_ref, or what it is compared with: log pi_sft, log pi_ref, the length, a random
-number. --above keeps the lines above a score, in nats; --keep the share with the highest scores.
+log pi_sft - log pi_ref, or what it is compared with: log pi_sft, log pi_ref, the endogenous reward,
+the length, a random number. --above keeps the lines above a score, in nats; --keep the share with the highest scores.
 KEPT.jsonl has the lines in the order of the input, and `dpr_jax.main` reads it as demonstrations;
 CUT.jsonl the others, the lowest first; --html shows these, token by token.
 
@@ -24,7 +24,8 @@ from dpr_jax import cli
 from dpr_jax.cli import models as models_cli
 from dpr_jax.errors import UserError
 
-_FIELDS = {"reward": "token_rewards", "logp_sft": "logp_sft", "logp_ref": "logp_ref"}
+_FIELDS = {"reward": "token_rewards", "logp_sft": "logp_sft", "logp_ref": "logp_ref",
+           "endogenous": "endogenous"}
 _LARGEST = 1e6  # nats per token.
 _REDUCE = {"sum": np.sum, "mean": np.mean, "min": np.min}
 

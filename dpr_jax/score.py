@@ -4,10 +4,10 @@
 
 Reads lines {"prompt": str, "response": str}, {"messages": [...]} that end with the assistant, or of
 any other format in docs/data.md, and adds to each "tokens", "token_rewards", "logp_sft", "logp_ref"
-(over the response tokens, EOS included) and "reward", their sum. The order of lines is kept. Of
-lines that dpr_jax.generate wrote, "response" is the answer, and may be empty. A line with
-"hit_eos": false was cut off: its response has no EOS. A line with "token_ids" is scored on exactly
-those.
+(over the response tokens, EOS included), "endogenous", the endogenous reward of each, and "reward",
+the sum of "token_rewards". The order of lines is kept. Of lines that dpr_jax.generate wrote,
+"response" is the answer, and may be empty. A line with "hit_eos": false was cut off: its response
+has no EOS. A line with "token_ids" is scored on exactly those.
 """
 
 from collections.abc import Mapping, Sequence

@@ -40,7 +40,7 @@ CARRIED = frozenset("""
     title hash_id motivation_app instruction_id_list kwargs ground_truth reference
     toxic redacted openai_moderation detoxify_moderation state country hashed_ip header turn_id
     parallel_tool_calls skip_prompt_formatting custom_instruction
-    token_ids tokens token_rewards logp_sft logp_ref reward filter_score sample
+    token_ids tokens token_rewards logp_sft logp_ref endogenous reward filter_score sample
     """.split())
 
 

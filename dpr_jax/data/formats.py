@@ -369,6 +369,24 @@ def read_demos(
   return DemoSet(demos, empty, format, disordered)
 
 
+def parse_demo(record: Mapping[str, Any], where: str, format: str) -> Demo:
+  """One record of a format of `read_demos`; whether it is a dialogue, `dialogue_problem` says.
+
+  Raises:
+    UserError: as `read_demos`.
+  """
+  return _parse(record, format, ("*",), where, demo=True)
+
+
+def dialogue_problem(demo: Demo) -> str:
+  """Why `read_demos` would not take a demonstration as it is, "" if it would."""
+  try:
+    _check_roles(demo.messages, demo.source, last=("assistant",))
+  except UserError:
+    return "roles out of order"
+  return "empty turn" if _empty_turn(demo.messages) else ""
+
+
 def parse_prompt(record: Mapping[str, Any], where: str, format: str = "") -> Demo:
   """One record of a format of `read_demos`, with or without a response; see `read_prompts`.
 

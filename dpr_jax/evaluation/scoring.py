@@ -30,6 +30,11 @@ class TokenScores:
     """log pi_sft - log pi_ref; they sum to the log-ratio of the response."""
     return self.logp_sft - self.logp_ref
 
+  @property
+  def endogenous(self) -> np.ndarray:
+    """log pi_sft + V(s_t) - V(s_{t+1}), as `rewards.endogenous` defines it."""
+    return self.logp_sft + self.logsumexp_sft - np.append(self.logsumexp_sft[1:], np.float32(0))
+
 
 def fitting(
     prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], length: int
@@ -121,5 +126,6 @@ def score_record(tokenizer: Any, tokens: Sequence[int], scores: TokenScores) -> 
       "token_rewards": rounded(scores.token_rewards),
       "logp_sft": rounded(scores.logp_sft),
       "logp_ref": rounded(scores.logp_ref),
+      "endogenous": rounded(scores.endogenous),
       "reward": round(float(scores.token_rewards.astype(np.float64).sum()), 6),
   }

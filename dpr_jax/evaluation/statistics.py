@@ -65,6 +65,16 @@ def interval(per_seed: Sequence[np.ndarray]) -> dict[str, Any]:
   return out
 
 
+def share(values: np.ndarray) -> dict[str, Any]:
+  """Mean of values in [0, 1], such as wins with ties of 1/2, with Wilson's interval: see `interval`.
+
+  p (1 - p) is the variance of values of 0 or 1, and above that of others: it is never too narrow.
+  """
+  values, = _checked([values], "values")
+  mean = float(values.mean())
+  return {"mean": mean, "ci95": _wilson(mean, [values]), "n": len(values)}
+
+
 def ratio_interval(numerator: np.ndarray, denominator: np.ndarray) -> dict[str, Any]:
   """sum(numerator) / sum(denominator) over prompts, [P] each, with its 95% interval.
 

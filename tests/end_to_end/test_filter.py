@@ -29,6 +29,7 @@ def scored(tmp_path):
     records.append({
         "prompt": f"p{i}", "response": "r" * n, "tokens": ["r"] * n, "logp_sft": sft.tolist(),
         "logp_ref": ref.tolist(), "token_rewards": (sft - ref).tolist(),
+        "endogenous": rng.normal(size=n).tolist(),
         "reward": float((sft - ref).sum()),
     })
   path = tmp_path / "scored.jsonl"
@@ -37,7 +38,8 @@ def scored(tmp_path):
 
 
 @pytest.mark.parametrize("by, field", [
-    ("reward", "token_rewards"), ("logp_sft", "logp_sft"), ("logp_ref", "logp_ref")])
+    ("reward", "token_rewards"), ("logp_sft", "logp_sft"), ("logp_ref", "logp_ref"),
+    ("endogenous", "endogenous")])
 @pytest.mark.parametrize("reduce, function", [
     ("sum", sum), ("mean", lambda x: sum(x) / len(x)), ("min", min)])
 def test_a_share_with_the_highest_scores_is_kept_in_order(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpr_jax.evaluation import statistics
-from dpr_jax.evaluation.statistics import compare, interval
+from dpr_jax.evaluation.statistics import compare, interval, share
 
 
 def table(rng, seeds, prompts, seed_sd=0.0, prompt_sd=0.0, shared=True):
@@ -31,6 +31,17 @@ def coverage(make, truth, draws=4_000):
 def test_one_seed_of_scores_is_covered(p):
   rng = np.random.default_rng(int(100 * p))
   assert 0.93 <= coverage(lambda: binary_table(rng, 1, 100, p), p) <= 0.97
+
+
+def test_a_share_has_wilsons_interval_also_with_ties(rng):
+  """A bound is a share that the score test, (p - b)^2 = z^2 b (1 - b) / n, just does not reject."""
+  values = rng.choice([0.0, 0.5, 1.0], 50)
+  found, p = share(values), values.mean()
+  for b in found["ci95"]:
+    assert (p - b) ** 2 == pytest.approx(1.959964**2 * b * (1 - b) / 50, rel=1e-5)
+  assert found["mean"] == p and found["ci95"][0] < p < found["ci95"][1] and found["n"] == 50
+  binary = np.floor(values)
+  assert share(binary) == interval([binary])
 
 
 def test_one_seed_of_lengths_is_covered():

@@ -50,11 +50,16 @@ def test_two_processes_go_on_with_what_one_wrote(model, tmp_path):
     assert (two / name).read_bytes() == (one / name).read_bytes(), name
 
 
-def test_two_processes_score_like_one(model, tmp_path):
+@pytest.mark.parametrize("benchmark", [
+    "perplexity", pytest.param("preference", marks=pytest.mark.slow)])
+def test_two_processes_score_like_one(model, tmp_path, benchmark):
   data = tmp_path / "data.jsonl"
   records = [{"prompt": "say " + "x" * i, "response": "y" * (i + 1)} for i in range(7)]
+  flags = [f"--model={model}", f"--benchmark={benchmark}", f"--data={data}"]
+  if benchmark == "preference":
+    records = [{"prompt": r["prompt"], "chosen": r["response"], "rejected": "z"} for r in records]
+    flags.append(f"--benchmark.ref={model}")
   data.write_text("".join(json.dumps(r) + "\n" for r in records))
-  flags = [f"--model={model}", "--benchmark=perplexity", f"--data={data}"]
   figures = []
   for n in (1, 2):
     run(n, tmp_path / str(n), *flags)
