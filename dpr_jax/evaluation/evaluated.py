@@ -24,6 +24,7 @@ class Evaluated:
 
   path: Path
   system: str
+  model: str
   benchmark: str
   settings: Mapping[str, Any]  # flag -> value; those of a judge as judge.NAME.
   versions: Mapping[str, str]  # of libraries, and of files that a user wrote.
@@ -35,6 +36,9 @@ class Evaluated:
   samples: int
   has_texts: bool  # The model wrote the responses to prompts, rather than scored them.
   overlap: Mapping[str, Any]
+
+  def called(self, system: str) -> "Evaluated":
+    return dataclasses.replace(self, system=system)
 
   def first(self, index: int) -> Mapping[str, Any]:
     """The line of the first response to a prompt."""
@@ -77,7 +81,7 @@ def read_evaluation(path: Path, system: str) -> Evaluated:
     columns.setdefault(name, metric.column())
   judge, contents = results.get("judge") or {}, config.get("contents", {})
   return Evaluated(
-      path, system, str(results["benchmark"]),
+      path, system, str(results.get("model", "")), str(results["benchmark"]),
       {**settings, **{f"judge.{name}": value for name, value in judge.items()}},
       {**results.get("versions", {}), **contents.get("benchmark", {}),
        **contents.get("metrics", {})},
