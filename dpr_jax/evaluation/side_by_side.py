@@ -86,7 +86,7 @@ def side_by_side(folders: Sequence[Evaluated]) -> dict[str, Any]:
   Returns:
     systems, columns and comparisons as in the results.json of a run, whose metrics are called
     COLUMN: NAME here; labels; baseline; main (the last system); benchmarks: label, metric (the id
-    of its main one), prompts and folders of each column; wins: of each column with scores per
+    of its main one), prompts, texts (whether models wrote some) and folders of each column; wins: of each column with scores per
     prompt benchmark, metric and cells: system -> other -> {mean, ci95, n, wins, ties, losses};
     judged: of each judged benchmark name, references, cells: system -> reference -> figure;
     frontiers: benchmark -> `frontier.compare_curves`; examples: benchmark, metric and index of
@@ -135,7 +135,7 @@ def _groups(folders: Sequence[Evaluated]) -> list[tuple[str, list[Evaluated]]]:
     own = {k: v for k, v in folder.settings.items() if k.partition(".")[0] == "benchmark"}
     of.setdefault(json.dumps(own, sort_keys=True), []).append(folder)
   kinds = Counter(group[0].benchmark for group in of.values())
-  groups, taken = [], Counter()
+  groups, taken, written = [], Counter(), _written(folders)
   for group in of.values():
     kind = group[0].benchmark
     label = kind.rpartition("/")[2]
@@ -144,7 +144,7 @@ def _groups(folders: Sequence[Evaluated]) -> list[tuple[str, list[Evaluated]]]:
     parts = [
         f"{name.partition('.')[2]} {shown}" for name in fields
         if kinds[kind] > 1 and len({str(s.get(name)) for s in others}) > 1
-        and (shown := _shown(group[0].settings[name]))
+        and (shown := _shown(group[0].settings[name], written))
     ]
     label = f"{label} ({', '.join(parts)})" if parts else label
     taken[label] += 1
@@ -152,12 +152,19 @@ def _groups(folders: Sequence[Evaluated]) -> list[tuple[str, list[Evaluated]]]:
   return groups
 
 
-def _shown(value: Any) -> str:
-  """The value of a setting, of a path its last part."""
+def _written(folders: Sequence[Evaluated]) -> dict[str, str]:
+  """Path of a responses.jsonl -> its system."""
+  return {str(folder.path / "responses.jsonl"): folder.system for folder in folders}
+
+
+def _shown(value: Any, written: Mapping[str, str]) -> str:
+  """The value of a setting; of a path its last part, or the system that wrote it."""
   if isinstance(value, list):
-    return ", ".join(map(str, value))
+    return ", ".join(map(str, value)).replace("/", "-")
   path = pathlib.PurePath(str(value))
-  return path.parent.name if path.name == "responses.jsonl" else path.name
+  if path.name != "responses.jsonl":
+    return path.name
+  return written.get(str(pathlib.Path(path).absolute()), path.parent.name)
 
 
 def _ways(folder: Evaluated) -> dict[str, Any]:
@@ -192,7 +199,7 @@ def _split(label: str, folders: Sequence[Evaluated]) -> list[Benchmarked]:
 def _way(name: str, value: Any) -> str:
   if name == "temperature":
     return f"temperature {value:g}" if value else "greedy"
-  return f"{name.replace('_', ' ')} {_shown(value)}"
+  return f"{name.replace('_', ' ')} {_shown(value, {})}"
 
 
 def _check(column: Benchmarked) -> None:
@@ -223,6 +230,7 @@ def _check(column: Benchmarked) -> None:
 def _described(column: Benchmarked) -> dict[str, Any]:
   return {
       "label": column.label, "metric": column.id(column.figure), "prompts": column.all[0].prompts,
+      "texts": _texts(column),
       "folders": {s: [str(r.path) for r in runs] for s, runs in column.runs.items()},
   }
 
@@ -297,14 +305,12 @@ def _wins(column: Benchmarked, systems: Sequence[str]) -> dict[str, Any] | None:
 def _judged(columns: Sequence[Benchmarked]) -> list[dict[str, Any]]:
   """Win rates against references, a table for each judged benchmark."""
   tables: dict[str, dict[str, Any]] = {}
-  written = {str(f.path / "responses.jsonl"): f.system for c in columns for f in c.all}
+  written = _written([folder for column in columns for folder in column.all])
   for column in columns:
     first = column.all[0]
     if "benchmark.reference" not in first.settings or column.figure != "win_rate":
       continue
-    given = first.settings["benchmark.reference"]
-    path = str(pathlib.Path(given).absolute()) if given and "://" not in given else given
-    reference = written.get(path) or _shown(given) or "the data's own"
+    reference = _shown(first.settings["benchmark.reference"], written) or "the data's own"
     table = tables.setdefault(first.benchmark, {"name": first.benchmark, "references": [],
                                                 "cells": {}})
     if reference in table["references"]:

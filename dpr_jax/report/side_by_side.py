@@ -46,9 +46,7 @@ def side_by_side_page(results: Results, scored: Scored, title: str) -> str:
       view for name, found in results["frontiers"].items()
       if (view := figures.frontier_view(None, {**results, "frontier": found}, name))
     ],
-    texts=tables.table(results, [
-      m for m in results["columns"] if m.rpartition(": ")[2] in ("length", "repetition")
-    ]),
+    texts=[table for name in ("length", "repetition") if (table := _of_texts(results, name))],
     examples=examples,
     legend=heatmap.legend(scale) if scale else None,
     facts=[
@@ -86,6 +84,17 @@ def _more(results: Results, benchmark: Mapping[str, Any]) -> dict[str, Any] | No
     about["label"] = about["label"].removeprefix(prefix)
   chosen = {s: v for s, v in results["systems"].items() if any(m in v for m in names)}
   return tables.table({**results, "systems": chosen, "columns": own}, names) if names else None
+
+
+def _of_texts(results: Results, name: str) -> dict[str, Any] | None:
+  """Systems by a figure of their texts, in each column of the page that has some."""
+  metrics = {f"{b['label']}: {name}": b["label"] for b in results["benchmarks"] if b["texts"]}
+  columns = {m: {**tables.column(results, m)} for m in metrics}
+  title = next((about["label"].rpartition(": ")[2] for about in columns.values()), "")
+  for metric, label in metrics.items():
+    columns[metric]["label"] = label
+  found = tables.table({**results, "columns": columns}, list(metrics))
+  return found and {**found, "name": title}
 
 
 def _matrix(results: Results, cells, others: Sequence[str], name: str) -> dict[str, Any]:
@@ -130,8 +139,8 @@ def _examples(results: Results, scored: Scored) -> tuple[list[dict[str, Any]], f
         "map": maps[0] if maps else None,
       })
     out.append({
-      "benchmark": visible(example["benchmark"]), "prompt": cut(example["prompt"]),
+      "prompt": cut(example["prompt"]),
       "answer": cut(example["answer"]) if example["answer"] is not None else "",
-      "metric": about["label"], "responses": shown,
+      "metric": visible(about["label"]), "responses": shown,
     })
   return out, scale
