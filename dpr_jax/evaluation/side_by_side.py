@@ -86,8 +86,9 @@ def side_by_side(folders: Sequence[Evaluated]) -> dict[str, Any]:
   Returns:
     systems, columns and comparisons as in the results.json of a run, whose metrics are called
     COLUMN: NAME here; labels; baseline; main (the last system); benchmarks: label, metric (the id
-    of its main one), prompts, texts (whether models wrote some) and folders of each column; wins: of each column with scores per
-    prompt benchmark, metric and cells: system -> other -> {mean, ci95, n, wins, ties, losses};
+    of its main one), prompts, texts (whether models wrote some) and folders of each column; wins:
+    of each column with scores per prompt benchmark, metric and cells: system -> other -> {mean,
+    ci95, n, wins, ties, losses};
     judged: of each judged benchmark name, references, cells: system -> reference -> figure;
     frontiers: benchmark -> `frontier.compare_curves`; examples: benchmark, metric and index of
     prompts, the largest disagreement first; notes: sentences for the reader.
@@ -254,9 +255,13 @@ def _notes(column: Benchmarked) -> list[str]:
   if not column.score and len(column.runs) > 1:
     out.append(f"{column.label}: its files have no scores per prompt, so there are no paired "
                "differences.")
-  elif column.score != column.figure:
-    out.append(f"{column.label}: differences between prompts are of "
-               f"{column.columns[column.score].label}.")
+  elif column.score and column.score != column.figure:
+    out.append(f"{column.label}: win rates by prompt are of {column.columns[column.score].label}.")
+  for folder in (f for f in folders if column.score in {*f.figures} & {*f.values}):
+    mean, figure = np.nanmean(folder.values[column.score]), folder.figures[column.score]["mean"]
+    if not math.isclose(mean, figure, rel_tol=1e-6, abs_tol=1e-9):
+      out.append(f"{column.label}: {column.columns[column.score].label} does not weigh all prompts "
+                 "alike; paired differences do.")
   for folder in folders:
     if folder.overlap.get("count"):
       out.append(f"{column.label}: {folder.overlap['count']} of its {folder.prompts} prompts are "

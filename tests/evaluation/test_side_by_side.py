@@ -106,7 +106,8 @@ def test_examples_begin_with_the_largest_disagreement(make, tmp_path):
   found, page = call(tmp_path, f"A={a}", f"B={b}")
   spreads = [e["spread"] for e in found["examples"]]
   assert spreads == sorted(spreads, reverse=True) and spreads[0] == 1
-  firsts = [[json.loads(line) for line in (f / "responses.jsonl").open()][::SAMPLES] for f in (a, b)]
+  read = lambda folder: [json.loads(line) for line in (folder / "responses.jsonl").open()]
+  firsts = [read(folder)[::SAMPLES] for folder in (a, b)]
   for e in found["examples"]:
     x, y = (records[e["index"]] for records in firsts)
     assert e["spread"] == abs(accuracy(x) - accuracy(y))
@@ -154,6 +155,9 @@ def test_verdicts_that_are_missing_leave_their_prompt_out(make, tmp_path):
   (wins,) = found["wins"]
   cell = wins["cells"]["a"]["b"]  # called as their models
   assert (cell["wins"], cell["ties"], cell["losses"]) == (PROMPTS // 2 - 1, PROMPTS // 2, 0)
+  (tmp_path / "b" / "judged.jsonl").unlink()  # A folder of before there was one.
+  found, _ = call(tmp_path, tmp_path / "a", tmp_path / "b", name="old")
+  assert not found["wins"] and found["systems"]["b"]["lima: win_rate"]["mean"] == 0.5
 
 
 def test_token_rewards_colour_the_responses(make, tmp_path):
@@ -164,6 +168,27 @@ def test_token_rewards_colour_the_responses(make, tmp_path):
   ])
   _, page = call(tmp_path, f"A={a}", flags=[f"--token_rewards={tmp_path}/scored.jsonl"])
   assert "&lt;i&gt;tok" in page and "<i>tok" not in page
+
+
+def test_figures_without_scores_per_prompt_are_shown_alone(make, tmp_path):
+  for i, name in enumerate("ab"):
+    folder = make(name, i, samples=1)
+    results = json.loads((folder / "results.json").read_text())
+    results |= {
+        "metrics": {"arc/acc": {"mean": 0.25 + i / 2, "ci95": [None, None], "n": PROMPTS}},
+        "columns": {"arc/acc": {**vars(ACCURACY), "label": "arc/acc"}},
+        "settings": {"benchmark": "lm_eval", "benchmark.tasks": ["arc"], "data": ""},
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    put_lines(folder / "responses.jsonl", [
+        seal({"index": j, "sample": 0, "task": "arc", "doc": j, "logp": -1.0, "is_greedy": True})
+        for j in range(4 * PROMPTS)
+    ])
+    found, page = call(tmp_path, f"A={tmp_path}/a", *([f"B={folder}"] if i else []), name=f"p{i}")
+  assert found["systems"]["B"]["tasks: arc/acc"]["mean"] == 0.75 and "75.0" in page
+  assert not found["comparisons"] and not found["wins"] and not found["examples"]
+  assert found["notes"] == [
+      "tasks: its files have no scores per prompt, so there are no paired differences."]
 
 
 def cut(folder):

@@ -126,7 +126,7 @@ class JudgedBenchmark(Benchmark):
   def judged(self, record: Mapping[str, Any]) -> dict[str, float | None]:
     """Of one response what the main figure of `summaries` is made of, by its name.
 
-    None where a judge gave no verdict. A line of judged.jsonl, which pairs systems prompt by prompt.
+    None where a judge gave no verdict. A line of judged.jsonl, by which systems are paired.
 
     Args:
       record: as of `summarize`.
