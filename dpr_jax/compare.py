@@ -44,13 +44,14 @@ def find_folders(spec: str) -> tuple[str, list[Path]]:
   Raises:
     UserError: there are none.
   """
-  name, _, pattern = spec.rpartition("=") if not as_path(spec).exists() else ("", "", spec)
+  whole = in_bucket(spec.partition("=")[0]) or pathlib.Path(spec).exists()
+  name, _, pattern = ("", "", spec) if whole else spec.rpartition("=")
   places = [pattern] if in_bucket(pattern) or as_path(pattern).exists() else sorted(
       glob.glob(pattern, recursive=True))
   found = []
   for place in map(absolute, places):
-    whole = (place / _FILE).exists()
-    found += [place] if whole else sorted(p.parent for p in place.glob(f"**/{_FILE}"))
+    below = lambda place=place: sorted(p.parent for p in place.glob(f"**/{_FILE}"))
+    found += [place] if (place / _FILE).exists() else below()
   if not found:
     raise UserError(f"--results={spec}: no folder there that dpr_jax.evaluate has filled; expected "
                     f"NAME=FOLDER, with a {_FILE} in it or below")
