@@ -24,7 +24,7 @@ A judge scores what no program can (alpaca_eval, arena_hard, lima, mt_bench): a 
 OpenAI-compatible endpoint (--judge_url with --judge_model, the key in OPENAI_API_KEY), a local
 reward model (--judge_model=FOLDER), or a class of your own (--judge=file.py:Class). Its fields are
 flags too, as in --judge.concurrency=32. DIR/judgments.jsonl has its replies; no question is asked
-twice.
+twice. DIR/judged.jsonl has what they amount to for each response.
 
 --stop=STRING, which may be repeated, ends a response before STRING, for example
 --stop=$'\n\nQuestion:'.
@@ -180,7 +180,7 @@ def main(argv: Sequence[str]) -> None:
   from dpr_jax.rollout import Sampling
   from dpr_jax.sharding import barrier
   from dpr_jax.training.integrity import fingerprint as fingerprint_arrays
-  from dpr_jax.workdir import versions, write_json
+  from dpr_jax.workdir import versions, write_json, write_lines
 
   asking = {}
   if not (benchmark.likelihood or benchmark.own_requests):
@@ -251,6 +251,11 @@ def main(argv: Sequence[str]) -> None:
         "settings": {"data": values.data, **settings},
         "versions": versions(*benchmark.packages),
     } if lead else {}
+    if judge is not None:
+      write_lines(folder.judged_file, [
+          {"index": r["index"], "sample": r["sample"], "scores": benchmark.judged(r)}
+          for r in records
+      ])
     write_json(folder.results_file, results)  # Of process 0.
     barrier("results")  # The scores of some benchmarks take it a while.
   if not lead:

@@ -3,6 +3,7 @@
     config.json      settings and contents that decide the responses
     responses.jsonl  one line per prompt and sample, in the order of the data
     results.json     means and intervals; a function of responses.jsonl
+    judged.jsonl     scores of each response, where a judge gave them
 
 The random key of a response depends on the seed, its prompt and its number alone, and the lines of
 a block are appended as a whole. So an evaluation that was interrupted anywhere resumes, yields the
@@ -54,6 +55,7 @@ class EvaluationFolder:
     self.config_file = self.path / "config.json"
     self.responses_file = self.path / "responses.jsonl"
     self.results_file = self.path / "results.json"
+    self.judged_file = self.path / "judged.jsonl"
 
   def _record(self) -> dict[str, Any] | None:
     try:

@@ -33,7 +33,7 @@ seeds the difference is the mean of theirs, and their spread counts as in
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,7 +97,7 @@ def measure(evaluation: Any, system: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Counts:
+class Counts:
   """A system in one seed; the temperatures fall, and greedy decoding, if there, is the last."""
 
   temperatures: tuple[float, ...]
@@ -109,9 +109,10 @@ class _Counts:
   unique_P: np.ndarray  # whether it counts for pass@k.
 
   @classmethod
-  def read(cls, path: pathlib.Path) -> "_Counts":
-    rows: dict[float, list[dict[str, Any]]] = {}
-    for record in read_lines(path):
+  def of(cls, records: Iterable[Mapping[str, Any]]) -> "Counts":
+    """Of the lines of samples/frontier/SYSTEM.jsonl."""
+    rows: dict[float, list[Mapping[str, Any]]] = {}
+    for record in records:
       rows.setdefault(record["temperature"], []).append(record)
     temperatures = tuple(sorted(rows, reverse=True))
     table = [sorted(rows[t], key=lambda r: r["prompt"]) for t in temperatures]
@@ -189,48 +190,61 @@ def _interpolate(at: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def summarize(folders: Sequence[pathlib.Path], names: Sequence[str]) -> dict[str, Any]:
-  """Curves of systems, and their differences to SFT.
+  """Curves of systems, and their differences to SFT: what `compare_curves` returns, {} without any.
 
   Args:
     folders: samples/frontier of each seed.
     names: systems; those count that every seed has.
+  """
+  paths = {n: [f / f"{n}.jsonl" for f in folders] for n in names}
+  found = {
+      n: [Counts.of(read_lines(p)) for p in of] for n, of in paths.items()
+      if all(p.exists() for p in of)
+  }
+  return compare_curves(found, "sft", "SFT") if found else {}
+
+
+def compare_curves(
+    found: Mapping[str, Sequence[Counts]], baseline: str, called: str
+) -> dict[str, Any]:
+  """Curves of systems, and their differences to one of them.
+
+  Args:
+    found: system -> counts of each seed.
+    baseline: the system that others are compared with, where it is there.
+    called: its name, in reasons.
 
   Returns:
-    {} without any, else k; prompts (of each seed); temperatures; curves: system -> temperature,
+    k; prompts (of each seed); temperatures; curves: system -> temperature,
     accuracy, coverage and pass_at_k ({mean, ci95, n}) of each temperature, greedy (0) last; and for
-    every system but sft
+    every system but the baseline
 
     equal_accuracy: difference (of coverage), ci95, p, accuracy (the range it is the mean over);
     equal_coverage: likewise difference (of accuracy), coverage;
       where it cannot be known, difference is None and reason says why;
     equal_temperature: temperature (the first), accuracy and coverage ({difference, ci95, p}).
   """
-  paths = {n: [f / f"{n}.jsonl" for f in folders] for n in names}
-  found = {
-      n: [_Counts.read(p) for p in of] for n, of in paths.items() if all(p.exists() for p in of)
-  }
-  if not found:
-    return {}
   first = next(iter(found.values()))[0]
   out = {
       "k": first.samples, "prompts": first.accuracy_TxP.shape[1],
       "temperatures": list(first.temperatures),
       "curves": {name: _points(seeds) for name, seeds in found.items()},
   }
-  sft = found.pop("sft", None)
-  if sft is not None:
+  if baseline in found:
     out |= {"equal_accuracy": {}, "equal_coverage": {}, "equal_temperature": {}}
-  for name, seeds in found.items() if sft is not None else ():
-    out["equal_accuracy"][name] = _at_equal("accuracy", seeds, sft)
-    out["equal_coverage"][name] = _at_equal("coverage", seeds, sft)
+  for name, seeds in found.items() if baseline in found else ():
+    if name == baseline:
+      continue
+    out["equal_accuracy"][name] = _at_equal("accuracy", seeds, found[baseline], called)
+    out["equal_coverage"][name] = _at_equal("coverage", seeds, found[baseline], called)
     out["equal_temperature"][name] = {"temperature": first.temperatures[0], **{
-        key: compare(*([c.values(0)[key] for c in side] for side in (seeds, sft)))
+        key: compare(*([c.values(0)[key] for c in side] for side in (seeds, found[baseline])))
         for key in ("accuracy", "coverage")
     }}
   return out
 
 
-def _points(seeds: Sequence[_Counts]) -> list[dict[str, Any]]:
+def _points(seeds: Sequence[Counts]) -> list[dict[str, Any]]:
   out = []
   for t, temperature in enumerate(seeds[0].temperatures):
     values, point = [seed.values(t) for seed in seeds], {"temperature": temperature}
@@ -250,11 +264,13 @@ def _weights(prompts: int) -> np.ndarray:
   return np.concatenate([np.ones((1, prompts)), resampled])
 
 
-def _at_equal(what: str, system: Sequence[_Counts], sft: Sequence[_Counts]) -> dict[str, Any]:
-  """The difference to SFT in coverage at equal accuracy, or the other way round."""
+def _at_equal(
+    what: str, system: Sequence[Counts], other: Sequence[Counts], called: str
+) -> dict[str, Any]:
+  """The difference to another in coverage at equal accuracy, or the other way round."""
   prompts = system[0].accuracy_TxP.shape[1]
   sides = [
-      [c.curve(_weights(c.accuracy_TxP.shape[1])) for c in side] for side in (system, sft)
+      [c.curve(_weights(c.accuracy_TxP.shape[1])) for c in side] for side in (system, other)
   ]
   if what == "coverage":
     sides = [[(y, x) for x, y in curves] for curves in sides]
@@ -266,7 +282,7 @@ def _at_equal(what: str, system: Sequence[_Counts], sft: Sequence[_Counts]) -> d
     below = all(a[0][0].max() < b[0][0].min() for a, b in zip(*sides))
     where = "above" if above else "below" if below else ""
     return unknown(
-        f"its {what} is {where} that of SFT at every temperature" if where
+        f"its {what} is {where} that of {called} at every temperature" if where
         else f"the two have no range of {what} in common"
     )
   shared = np.isfinite(gaps_SxB).all(axis=0).mean()

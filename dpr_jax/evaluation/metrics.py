@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dpr_jax.config.fields import Value, kind_of, title_of
+from dpr_jax.config.fields import Value, kind_of, setting, title_of
 from dpr_jax.errors import UserError
 
 MODES = ("sampled", "greedy")  # of answering; a column of each response has one of each.
@@ -212,6 +212,24 @@ class EosRate(ResponseMetric):
 
   def score(self, record):
     return float(record["hit_eos"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Repetition(ResponseMetric):
+  """Share of the word n-grams of a response that it has had before; 0 of one without any.
+
+  The seq-rep-n of Welleck et al. (2020, arXiv 1908.04319), over words, because systems may have
+  different tokens.
+  """
+
+  kind = "repetition"
+  title, unit = "Repeated word n-grams", "%"
+  n: int = setting(4, "words of an n-gram", low=1)
+
+  def score(self, record):
+    words = record["response"].split()
+    grams = list(zip(*(words[i:] for i in range(self.n))))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _nll(logps: Sequence[np.ndarray]) -> list[float]:

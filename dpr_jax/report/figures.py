@@ -3,6 +3,7 @@
 import base64
 import math
 import pathlib
+from typing import Any
 
 from dpr_jax.paths import write_atomically
 from dpr_jax.report import frontier, plots, sweeps, tables
@@ -20,10 +21,11 @@ _CURVES = (
 )
 
 
-def _images(folder: pathlib.Path, name: str, alt: str, draw) -> dict[str, str]:
-  """Draws a plot for light and dark pages; the light one is also a file."""
+def _images(folder: pathlib.Path | None, name: str, alt: str, draw) -> dict[str, str]:
+  """Draws a plot for light and dark pages; the light one is also a file, in a folder."""
   light = draw(dark=False)
-  write_atomically(folder / f"{name}.png", light)
+  if folder is not None:
+    write_atomically(folder / f"{name}.png", light)
   uris = [
     "data:image/png;base64," + base64.b64encode(image).decode("ascii")
     for image in (light, draw(dark=True))
@@ -58,31 +60,38 @@ def _curve(parts, key: str, title: str, axis: str, seeds):
   return lambda dark: plots.curve(series, title, axis, dark)
 
 
-def results_plot(folder: pathlib.Path, results: Results) -> dict[str, str] | None:
-  """The first three of the main metrics that are compared."""
+def results_plot(
+  folder: pathlib.Path | None, results: Results, first: int = 0
+) -> dict[str, str] | None:
+  """Three of the main metrics that are compared, from the given one on."""
   about = {m: tables.column(results, m) for m in tables.main_metrics(results) if "/" not in m}
   metrics = [
-    (m, tables.heading(results, m), 100.0 if c["unit"] == "%" else 1.0)
+    (m, visible(tables.heading(results, m)), 100.0 if c["unit"] == "%" else 1.0)
     for m, c in about.items() if c.get("compared")
-  ][:3]
+  ][first : first + 3]
   if not metrics:
     return None
-  shown = {tables.label(results, name): v for name, v in results["systems"].items()}
+  shown = {visible(tables.label(results, name)): v for name, v in results["systems"].items()}
   return _images(
     folder, "results", "Systems with their 95% intervals",
     lambda dark: plots.results_plot(shown, metrics, dark),
   )
 
 
-def frontier_plot(folder: pathlib.Path, results: Results) -> dict[str, str] | None:
+def frontier_view(
+  folder: pathlib.Path | None, results: Results, name: str = ""
+) -> dict[str, Any] | None:
+  """What the template shows of a frontier: of a benchmark, where a page has several."""
   series = frontier.series(results)
   if not series:
     return None
   axis = f"distinct right answers in {results['frontier']['k']} samples"
-  return _images(
+  plot = _images(
     folder, "frontier", "Accuracy and coverage of each system over temperatures",
     lambda dark: plots.frontier_plot(series, axis, dark),
   )
+  return {"name": name, "table": frontier.table(results), "plot": plot,
+          "facts": results["frontier"], "baseline": tables.baseline_label(results)}
 
 
 def sweep_plot(folder: pathlib.Path, results: Results) -> dict[str, str] | None:

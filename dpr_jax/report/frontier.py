@@ -51,14 +51,14 @@ def table(results: Results) -> dict[str, Any] | None:
   found = results.get("frontier") or {}
   if not found:
     return None
-  first = plain(found["temperatures"][0])
+  first, other = plain(found["temperatures"][0]), tables.baseline_label(results)
   count = f"of {found['k']} samples"
   heads = [
     (f"Accuracy, temperature {first}", "%"), (f"Coverage, temperature {first}", count),
     (f"Pass@{found['k']}, temperature {first}", "%"),
-    ("Coverage minus SFT at equal accuracy", count),
-    ("Accuracy minus SFT at equal coverage", "points"),
-    (f"Coverage minus SFT at temperature {first}", count),
+    (f"Coverage minus {other} at equal accuracy", count),
+    (f"Accuracy minus {other} at equal coverage", "points"),
+    (f"Coverage minus {other} at temperature {first}", count),
   ]
   rows = []
   for name, points in found["curves"].items():
@@ -73,10 +73,10 @@ def table(results: Results) -> dict[str, Any] | None:
 
 def series(results: Results) -> dict[str, list[tuple[float, float, float]]]:
   """Label -> (temperature, accuracy, coverage) of its points, greedy last; the main system and SFT
-  come first. The base model, which seldom answers, would only stretch the axes."""
+  come first. The base model of a run, which seldom answers, would only stretch the axes."""
   curves = (results.get("frontier") or {}).get("curves") or {}
-  order = [n for n in dict.fromkeys([results.get("main"), "sft", *curves])
-           if n in curves and n != "base"]
+  order = [n for n in dict.fromkeys([results.get("main"), tables.baseline(results), *curves])
+           if n in curves and (n != "base" or "baseline" in results)]
   return {
     tables.label(results, n): [
       (p["temperature"], p["accuracy"]["mean"], p["coverage"]["mean"]) for p in curves[n]

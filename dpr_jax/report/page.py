@@ -58,9 +58,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     "title": f"Run {visible(root.resolve().name)}",
     "headline": [t for t in (tables.headline(results), *frontier.sentences(results)) if t],
     "lead": (verdicts.get(results.get("main")) or {}).get("text", ""),
-    "frontier": frontier.table(results),
-    "frontier_plot": figures.frontier_plot(folder, results),
-    "frontier_facts": results.get("frontier"),
+    "frontiers": [f for f in [figures.frontier_view(folder, results)] if f],
     "facts": _facts(record, results, stages, list(seeds))
     + _reference_facts(described, _read_json(parts[0] / "reference.json")),
     "stages": _stage_rows(results, stages, list(seeds)),

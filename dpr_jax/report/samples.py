@@ -40,8 +40,8 @@ def samples_view(
     "prompts": [
       {
         "task": visible(key[0]),
-        "prompt": _cut(key[1]),
-        "answer": "" if prompts[key]["answer"] is None else _cut(prompts[key]["answer"]),
+        "prompt": cut(key[1]),
+        "answer": "" if prompts[key]["answer"] is None else cut(prompts[key]["answer"]),
         "responses": [
           {"system": tables.label(results, name), **_response(prompts[key]["responses"][name])}
           for name in order if name in prompts[key]["responses"]
@@ -65,13 +65,13 @@ def _in_turn(keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
 def _response(record: Mapping[str, Any]) -> dict[str, Any]:
   correct = record.get("correct")
   return {
-    "text": _cut(record["response"]),
+    "text": cut(record["response"]),
     "correct": correct if isinstance(correct, bool) else None,
     "cut": record.get("hit_eos") is False,
   }
 
 
-def _cut(text: Any) -> str:
+def cut(text: Any) -> str:
   text = str(text)
   more = len(text) - MAX_CHARACTERS
   shown = visible(text[:MAX_CHARACTERS])

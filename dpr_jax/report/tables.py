@@ -14,6 +14,15 @@ def label(results: Results, name: str) -> str:
   return (results.get("labels") or {}).get(name) or name.replace("_", " ")
 
 
+def baseline(results: Results) -> str:
+  """The system that the others are compared with: SFT in a run."""
+  return results.get("baseline") or "sft"
+
+
+def baseline_label(results: Results) -> str:
+  return label(results, results["baseline"]) if "baseline" in results else "SFT"
+
+
 def column(results: Results, metric: str) -> Mapping[str, Any]:
   """The fields of `evaluation.metrics.Column`."""
   unknown = {"label": metric.replace("_", " "), "unit": "", "better": 0, "main": False}
@@ -61,14 +70,14 @@ def of_difference(unit: str) -> str:
 
 
 def results_table(results: Results) -> dict[str, Any] | None:
-  """Systems by main metrics; `sign` where the interval of the difference to SFT excludes 0."""
-  return _table(results, main_metrics(results))
+  """Systems by main metrics; see `table`."""
+  return table(results, main_metrics(results))
 
 
 def more_metrics(results: Results) -> dict[str, Any] | None:
   """Whatever else was measured, groups of prompts apart."""
   main = main_metrics(results)
-  return _table(results, [m for m in _metrics(results) if m not in main and "/" not in m])
+  return table(results, [m for m in _metrics(results) if m not in main and "/" not in m])
 
 
 def task_tables(results: Results) -> list[dict[str, Any]]:
@@ -248,7 +257,8 @@ def _metrics(results: Results) -> list[str]:
   return list(dict.fromkeys(m for metrics in _systems(results).values() for m in metrics))
 
 
-def _table(results: Results, metrics: Sequence[str]) -> dict[str, Any] | None:
+def table(results: Results, metrics: Sequence[str]) -> dict[str, Any] | None:
+  """Systems by metrics; `sign` where the interval of the difference to the baseline excludes 0."""
   systems = _systems(results)
   if not systems or not metrics:
     return None
@@ -257,7 +267,7 @@ def _table(results: Results, metrics: Sequence[str]) -> dict[str, Any] | None:
   for name, values in systems.items():
     cells = [cell(values.get(m), c["unit"]) for m, c in zip(metrics, about)]
     for metric, shown in zip(metrics, cells):
-      found = difference(results, name, "sft", metric)
+      found = difference(results, name, baseline(results), metric)
       shown["sign"] = resolved(found) if found else 0
     rows.append({"name": label(results, name), "cells": cells})
   notes = " ".join(dict.fromkeys(c["note"] for c in about if c.get("note")))

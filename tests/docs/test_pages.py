@@ -15,7 +15,7 @@ from dpr_jax.config.run_config import RunConfig
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Flags without a config file: what the page writes about them alone.
-_OTHERS = ("score", "generate", "export", "evaluate", "filter")
+_OTHERS = ("score", "generate", "export", "evaluate", "filter", "compare")
 
 _spec = importlib.util.spec_from_file_location(
     "make_configuration", ROOT / "docs" / "make_configuration.py"

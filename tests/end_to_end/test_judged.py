@@ -83,6 +83,8 @@ def test_an_endpoint_judges_by_logprobs_and_nothing_is_asked_twice(
   found = results(out)
   metrics = {name: figure["mean"] for name, figure in found["metrics"].items()}
   assert metrics["win_rate"] == pytest.approx(0.5)  # Whichever is first: both orders.
+  judged = [line["scores"]["win_rate"] for line in read_lines(out / "judged.jsonl")]
+  assert len(judged) == 6 and np.mean(judged) == pytest.approx(metrics["win_rate"])
   assert metrics["position_consistency"] == 0 and metrics["unparsable"] == 0
   assert metrics["pairs"] == 6 and metrics["judgments"] == 12 and metrics["length"] > 0
   assert metrics["judge_tokens_in"] == 600 and metrics["judge_tokens_out"] == 12

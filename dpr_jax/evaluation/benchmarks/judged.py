@@ -123,6 +123,16 @@ class JudgedBenchmark(Benchmark):
     """What gets a reward."""
     raise NotImplementedError
 
+  def judged(self, record: Mapping[str, Any]) -> dict[str, float | None]:
+    """Of one response what the main figure of `summaries` is made of, by its name.
+
+    None where a judge gave no verdict. A line of judged.jsonl, by which systems are paired.
+
+    Args:
+      record: as of `summarize`.
+    """
+    return {}
+
   def summarize(self, records):
     """The `summaries`.
 

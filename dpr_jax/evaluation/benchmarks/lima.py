@@ -38,6 +38,9 @@ class Lima(PairBenchmark):
       return None
     return _FIRST[verdict] if part == "ab" else 1 - _FIRST[verdict]
 
+  def judged(self, record):
+    return {"win_rate": _decided(list(self._preferences(record).values()))}
+
   def outcomes(self, records, found):
     decided = [_decided(list(f.values())) for f in found]
     rate = lambda p: over_prompts(records, [None if d is None else float(d == p) for d in decided])

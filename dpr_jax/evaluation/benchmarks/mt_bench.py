@@ -123,6 +123,12 @@ class MTBench(JudgedBenchmark):
     found = self.verdict(reply["text"])
     return float(found) if found and 1 <= float(found) <= 10 else None
 
+  def judged(self, record):
+    replies = record["replies"].values()
+    known = [grade for reply in replies if (grade := self._grade(reply)) is not None]
+    what = "reward" if "reward" in record["replies"]["turn_1"] else "score"
+    return {what: sum(known) / len(known) if known else None}
+
   def summarize(self, records):
     grades = [{part: self._grade(r) for part, r in rec["replies"].items()} for rec in records]
     what = "reward" if "reward" in records[0]["replies"]["turn_1"] else "score"

@@ -144,10 +144,13 @@ class PairBenchmark(JudgedBenchmark):
     margin = _margin(record)
     return {"reward": None if margin is None else (np.sign(margin) + 1) / 2}
 
+  def judged(self, record):
+    known = [p for p in self._preferences(record).values() if p is not None]
+    return {"win_rate": float(np.mean(known)) if known else None}
+
   def summarize(self, records):
     found = [self._preferences(record) for record in records]
-    judged = [[p for p in f.values() if p is not None] for f in found]
-    means = [float(np.mean(p)) if p else None for p in judged]
+    means = [PairBenchmark.judged(self, record)["win_rate"] for record in records]
     both = [(f["ab"], f["ba"]) for f in found if None not in (f.get("ab"), f.get("ba"))]
     ours, theirs = (
         np.array([len(text) for text in texts], np.float64)
@@ -164,7 +167,7 @@ class PairBenchmark(JudgedBenchmark):
       ratio = ours.sum() / theirs.sum()
       linear = interval([ratio + (ours - ratio * theirs) / theirs.mean()])
       figures["length_ratio"] = {**linear, "mean": float(ratio)}
-    figures["pairs"] = exactly(sum(map(bool, judged)), len(records))
+    figures["pairs"] = exactly(sum(m is not None for m in means), len(records))
     figures |= self.counts(records, [p for f in found for p in f.values()])
     return {name: figure for name, figure in figures.items() if figure}
 
