@@ -30,7 +30,8 @@ def _optimizers(config: config_lib.RunConfig) -> dict[str, tuple[str, int, Any]]
   for name, method in config.compared().items():
     if method.trained:
       budget = method.budget(config)
-      out[name] = f"methods.{name}.optimizer", budget.steps, budget.optimizer
+      for stage in method.stages(name):
+        out[stage] = f"methods.{name}.optimizer", budget.steps, budget.optimizer
   return out
 
 

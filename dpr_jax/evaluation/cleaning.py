@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from dpr_jax.evaluation.auc import auc
+from dpr_jax.evaluation.auc import auc_interval
 from dpr_jax.evaluation.statistics import interval
 
 FILE = "judged.jsonl"  # in the folder of the stage: a line for each demonstration.
-SCORES = tuple(f"{what}_{reduce}" for what in ("reward", "logp_sft")
-               for reduce in ("sum", "mean", "min"))
+REDUCE = {"sum": np.sum, "mean": np.mean, "min": np.min}  # over the trained tokens.
+SCORES = {f"{what}_{name}": f"AUC, {name} of {text}"
+          for what, text in (("reward", "r"), ("logp_sft", "log p")) for name in REDUCE}
 
 
 def summarize(per_seed: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
@@ -20,13 +21,16 @@ def summarize(per_seed: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]
     per_seed: for each seed the lines of its file.
 
   Returns:
-    name -> {"mean", "ci95", "n"}: `kept`, of all; `wrong`, of all, `wrong_kept`, of the kept,
-    `wrong_cut`, of those that were cut; and `auc_SCORE`, the probability that a wrong
-    demonstration has a lower score than a right one: its interval is over seeds.
+    name -> {"mean", "ci95", "n"}: `kept`, `cut` and `unjudged`, of all; `wrong`, of those that were
+    judged, `wrong_kept`, of the kept, and `wrong_cut`, of the cut; and `auc_SCORE`, the probability
+    that a wrong demonstration has a lower score than a right one. What no seed, or only some, can
+    have is absent.
   """
-  judged = [[line for line in lines if line["judged"]] for lines in per_seed]
   flags = lambda lines, name: np.array([line[name] for line in lines], np.float64)
-  out = {"kept": interval([flags(lines, "kept") for lines in judged])}
+  judged = [[line for line in lines if line["judged"]] for lines in per_seed]
+  out = {"kept": interval([flags(lines, "kept") for lines in per_seed])}
+  out["unjudged"] = interval([1 - flags(lines, "judged") for lines in per_seed])
+  out["cut"] = interval([flags(x, "judged") - flags(x, "kept") for x in per_seed])
   if not all("wrong" in line for lines in judged for line in lines):
     return out
   wrong = [flags(lines, "wrong") for lines in judged]
@@ -34,8 +38,14 @@ def summarize(per_seed: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]
   of = {"wrong": wrong, "wrong_kept": [w[k] for w, k in zip(wrong, kept)],
         "wrong_cut": [w[~k] for w, k in zip(wrong, kept)]}
   out |= {name: interval(values) for name, values in of.items() if all(map(len, values))}
+  if not all(0 < w.sum() < len(w) for w in wrong):
+    return out
+  # Seeds have demonstrations of their own; that some are longer than others decides nothing.
+  size = min(map(len, judged))
   for name in SCORES:
-    scores = [flags(lines, name) for lines in judged]
-    areas = [auc(s[w > 0], s[w == 0]) for s, w in zip(scores, wrong)]
-    out[f"auc_{name}"] = interval([np.array([area]) for area in areas])
+    groups = [
+        [(s[i : i + 1], s[:0]) if w[i] else (s[:0], s[i : i + 1]) for i in range(size)]
+        for s, w in ((flags(lines, name), w) for lines, w in zip(judged, wrong))
+    ]
+    out[f"auc_{name}"] = auc_interval(groups)
   return out

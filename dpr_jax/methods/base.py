@@ -46,6 +46,10 @@ class Method(Value):
     """Names of other methods of the config whose settings this one reads."""
     return ()
 
+  def stages(self, name: str) -> tuple[str, ...]:
+    """Folders of the workdir in which it trains; the first has its result."""
+    return (name,)
+
   def optimum_strength(
       self, config: Any, name: str, lines: Sequence[Mapping[str, Any]] = ()
   ) -> float | None:

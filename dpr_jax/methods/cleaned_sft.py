@@ -25,13 +25,11 @@ from dpr_jax.config.fields import overlay, setting
 from dpr_jax.data.packing import PackedRows, pack
 from dpr_jax.data.templates import Example
 from dpr_jax.errors import UserError, naming
-from dpr_jax.evaluation.cleaning import FILE
+from dpr_jax.evaluation.cleaning import FILE, REDUCE
 from dpr_jax.methods.base import TrainedMethod
 from dpr_jax.methods.sft import fine_tune, sft_programs
-from dpr_jax.paths import is_link
 from dpr_jax.workdir import read_lines
 
-_REDUCE = {"sum": np.sum, "mean": np.mean, "min": np.min}
 _SCORES = ("reward", "logp_sft", "random", "oracle")
 
 
@@ -47,12 +45,14 @@ class CleanedSFT(TrainedMethod):
       0.1, "of the steps of that SFT, where its ref is; 0: the model before SFT", low=0, below=1
   )
   score: str = setting("reward", "what decides", choices=_SCORES)
-  reduce: str = setting("sum", "over the trained tokens", choices=tuple(_REDUCE))
+  reduce: str = setting("sum", "over the trained tokens", choices=tuple(REDUCE))
   keep: float | None = setting(
       None, "share of the demonstrations to keep; None: those with a reward of at least 0",
       above=0, high=1,
   )
-  like: str = setting("", "method whose folds and rewards are used, and how many it kept")
+  like: str = setting("", "method whose folds and rewards are used, and how many it kept where keep is None")
+
+  reads_benchmark = True  # It tells which demonstrations are wrong.
 
   @property
   def subject(self):
@@ -72,9 +72,13 @@ class CleanedSFT(TrainedMethod):
 
   def check(self, config):
     super().check(config)
-    if self._reference_step(config) == self.budget(config).steps:
-      raise ValueError(f"reference_fraction={self.reference_fraction} is the last step: ref would "
-                       "be sft, and every reward 0")
+    self._check_fields()
+    if not self.like and self.reference_fraction and not (
+        0 < self._reference_step(config) < self.budget(config).steps
+    ):
+      raise ValueError(f"reference_fraction={self.reference_fraction} of "
+                       f"{self.budget(config).steps} steps must leave at least one on both sides "
+                       "of ref; 0 takes the model before SFT")
     if self.score == "oracle" and not config.data.corrupt:
       raise ValueError("score='oracle' needs built-in tasks of which some are wrong: "
                        "config.data.corrupt above 0")
@@ -84,22 +88,41 @@ class CleanedSFT(TrainedMethod):
       if not isinstance(other, CleanedSFT) or other.like or order[:1] != [self.like]:
         raise ValueError(f"like={self.like!r} must be a method of this kind, without `like`, that "
                          "config.compare lists before this one")
-    elif self.keep is None and self.score in ("logp_sft", "random"):
+
+  def _check_fields(self) -> None:
+    """Raises ValueError where a field would be passed over, or a number is missing."""
+    plain = {f.name: f.default for f in dataclasses.fields(CleanedSFT)}
+    unused = []
+    if self.score in ("random", "oracle"):
+      unused.append("reduce")
+    if self.score == "oracle":
+      unused.append("keep")
+    if self.like:
+      unused += ["folds", "reference_fraction"]
+    for name in unused:
+      if getattr(self, name) != plain[name]:
+        because = f"like={self.like!r}" if name.startswith(("folds", "ref")) else (
+            f"score={self.score!r}")
+        raise ValueError(f"{name}={getattr(self, name)!r} has no effect with {because}; leave it "
+                         "out")
+    if not self.like and self.keep is None and self.score in ("logp_sft", "random"):
       raise ValueError(f"score={self.score!r} has no zero; set keep, or like")
 
   def programs(self, shapes, name):
     return sft_programs(shapes, name, self.budget(shapes.config))
 
+  def stages(self, name):
+    return (name, *(_stage(name, fold) for fold in range(0 if self.like else self.folds)))
+
   def train(self, run, name):
-    budget = self.budget(run.config)
-    linked = is_link(run.workdir.stage(name))  # Of a finished stage, which has all it needs.
-    if not linked and not self.like:
-      for fold in range(self.folds):
-        fine_tune(run, _stage(name, fold), lambda fold=fold: self._others(run, fold), budget,
+    budget, file = self.budget(run.config), run.workdir.stage(name) / FILE
+    if not sharding.broadcast(file.exists()):  # One process decides: it may be there just now.
+      for fold in range(0 if self.like else self.folds):
+        fine_tune(run, _stage(name, fold), lambda fold=fold: self._others(run, name, fold), budget,
                   tuple(filter(None, (self._reference_step(run.config),))))
         sharding.barrier(f"{name} fold {fold}")
-    if not linked:
       self._judge(run, name)
+      sharding.barrier(f"{name} judged")
     fine_tune(run, name, lambda: self._kept(run, name), budget)
 
   def _reference_step(self, config) -> int:
@@ -107,22 +130,26 @@ class CleanedSFT(TrainedMethod):
 
   # --- Folds -------------------------------------------------------------------------------------
 
-  def _others(self, run: Any, fold: int) -> PackedRows:
-    of_example = fold_of(run.data.examples, self.folds, run.config.seed)
-    return _pack(run, [e for e, f in zip(run.data.examples, of_example, strict=True) if f != fold])
+  def _folds(self, run: Any, name: str) -> np.ndarray:
+    with naming(f"config.methods.{name}"):
+      return fold_of(
+          [e.tokens[: run.config.data.row_length] for e in run.data.examples], self.folds,
+          run.config.seed,
+      )
+
+  def _others(self, run: Any, name: str, fold: int) -> PackedRows:
+    of_example = self._folds(run, name)
+    chosen = [e for e, f in zip(run.data.examples, of_example, strict=True) if f != fold]
+    return _pack(run, f"{name}: fold {fold}", chosen)
 
   def _judge(self, run: Any, name: str) -> None:
     """Writes what is known of each demonstration, and whether it is kept."""
-    file = run.workdir.stage(name) / FILE
-    if file.exists():
-      return
     source = run.workdir.stage(self.like) / FILE if self.like else None
     lines = read_lines(source) if source else self._rewards(run, name)
     size = sum(line["kept"] for line in lines) if self.like else None
     kept = self._choose(lines, size, run)
     lines = [{**line, "kept": bool(k)} for line, k in zip(lines, kept, strict=True)]
-    run.workdir.write(file, lines)
-    sharding.barrier(f"{name} judged")
+    run.workdir.write(run.workdir.stage(name) / FILE, lines)
     cut = sum(line["judged"] and not line["kept"] for line in lines)
     unjudged = sum(not line["judged"] for line in lines)
     run.log(f"{name}: {sum(kept)} demonstrations kept, {cut} cut, {unjudged} not judged")
@@ -131,7 +158,7 @@ class CleanedSFT(TrainedMethod):
     examples, length = run.data.examples, run.config.data.row_length
     cut = run.config.data.overlong == "truncate"
     fits = [(cut or len(e.tokens) <= length) and bool(e.loss_mask[:length].any()) for e in examples]
-    of_example = fold_of(examples, self.folds, run.config.seed)
+    of_example = self._folds(run, name)
     lines: list[dict[str, Any]] = [
         {"source": e.source, "demo": i, "fold": int(f), "judged": fit}
         for i, (e, f, fit) in enumerate(zip(examples, of_example, fits, strict=True))
@@ -151,7 +178,7 @@ class CleanedSFT(TrainedMethod):
       for i, sft_T, ref_T, mask_T in zip(chosen, under["sft"], under["ref"], masks, strict=True):
         sft, reward = (x.astype(np.float64)[mask_T] for x in (sft_T, sft_T - ref_T))
         for what, values in (("reward", reward), ("logp_sft", sft)):
-          lines[i] |= {f"{what}_{n}": float(reduce(values)) for n, reduce in _REDUCE.items()}
+          lines[i] |= {f"{what}_{n}": float(reduce(values)) for n, reduce in REDUCE.items()}
     wrong = [run.benchmark.is_wrong(demo, demo.response) for demo in run.data.demos]
     if any(wrong):  # Else it cannot tell, or there is nothing to tell.
       lines = [{**line, "wrong": bool(w)} for line, w in zip(lines, wrong, strict=True)]
@@ -165,6 +192,9 @@ class CleanedSFT(TrainedMethod):
     """
     judged = np.array([line["judged"] for line in lines])
     if self.score == "oracle":
+      if not any("wrong" in line for line in lines):
+        raise UserError("config.eval.benchmark: it tells of no demonstration that it is wrong, "
+                        "which score='oracle' needs")
       return judged & ~np.array([line.get("wrong", False) for line in lines])
     if self.score == "random":
       scores = np.random.default_rng([run.config.seed, 2]).random(len(lines))
@@ -182,27 +212,30 @@ class CleanedSFT(TrainedMethod):
     chosen = [e for e, line in zip(run.data.examples, lines, strict=True) if line["kept"]]
     if not chosen:
       raise UserError(f"config.methods.{name}: no demonstration is kept; set keep to a share")
-    return _pack(run, chosen)
+    return _pack(run, name, chosen)
 
 
 def _stage(name: str, fold: int) -> str:
   return f"{name}/fold{fold}"
 
 
-def _pack(run: Any, examples: Sequence[Example]) -> PackedRows:
+def _pack(run: Any, name: str, examples: Sequence[Example]) -> PackedRows:
   data = run.config.data
-  with naming("config.data"):
+  with naming(f"config.methods.{name}"):
     return pack(examples, data.row_length, data.overlong, run.config.seed)
 
 
-def fold_of(examples: Sequence[Example], folds: int, seed: int) -> np.ndarray:
-  """The fold of each example, int [N]: random, equally large, copies of one conversation together.
+def fold_of(examples: Sequence[np.ndarray], folds: int, seed: int) -> np.ndarray:
+  """The fold of each example, int [N]: random, equally large, copies of one together.
+
+  Args:
+    examples: their tokens, int32 [T_i].
 
   Raises:
     UserError: fewer different examples than folds.
   """
   numbers: dict[bytes, int] = {}
-  of_example = np.array([numbers.setdefault(e.tokens.tobytes(), len(numbers)) for e in examples])
+  of_example = np.array([numbers.setdefault(e.tobytes(), len(numbers)) for e in examples])
   if len(numbers) < folds:
     raise UserError(f"folds={folds} exceeds the {len(numbers)} different demonstrations")
   return (np.random.default_rng([seed, 1]).permutation(len(numbers)) % folds)[of_example]

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dpr_jax.evaluation.cleaning import SCORES
 from dpr_jax.report.tables import cell, label
 
 _COLUMNS = {
-    "kept": "Kept", "wrong": "Wrong among all", "wrong_kept": "Wrong among the kept",
-    "wrong_cut": "Wrong among the others", "auc_reward_sum": "AUC, sum of r",
-    "auc_reward_min": "AUC, least r", "auc_logp_sft_sum": "AUC, log p",
-    "auc_logp_sft_min": "AUC, least log p",
+    "kept": "Kept", "cut": "Cut", "unjudged": "Not judged", "wrong": "Wrong among the judged",
+    "wrong_kept": "Wrong among the kept", "wrong_cut": "Wrong among the cut",
+    **{f"auc_{score}": text for score, text in SCORES.items()},
 }
 
 

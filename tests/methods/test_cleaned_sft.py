@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 
 from dpr_jax.config.fields import package_defaults
 from dpr_jax.data.packing import pack
-from dpr_jax.data.templates import Example
 from dpr_jax.errors import UserError
 from dpr_jax.evaluation.cleaning import FILE, summarize
 from dpr_jax.methods import cleaned_sft
@@ -44,28 +44,27 @@ def judged(run, name):
 
 def test_the_folds_are_random_and_equally_large_and_copies_stay_together(rng):
   texts = [rng.integers(0, 9, rng.integers(2, 5)) for _ in range(200)]
-  examples = [Example(np.asarray(t, np.int32), np.ones(len(t), np.float32)) for t in texts]
-  found = fold_of(examples, 4, seed=3)
+  found = fold_of(texts, 4, seed=3)
   of_text = collections.defaultdict(set)
   for text, fold in zip(texts, found):
     of_text[tuple(text)].add(int(fold))
   assert all(len(folds) == 1 for folds in of_text.values()) and len(of_text) < 200
   counts = collections.Counter(fold for (fold,) in of_text.values())
   assert sorted(counts) == [0, 1, 2, 3] and max(counts.values()) - min(counts.values()) <= 1
-  np.testing.assert_array_equal(found, fold_of(examples, 4, seed=3))
-  assert (found != fold_of(examples, 4, seed=4)).any()
+  np.testing.assert_array_equal(found, fold_of(texts, 4, seed=3))
+  assert (found != fold_of(texts, 4, seed=4)).any()
   with pytest.raises(UserError, match="folds=3 exceeds the 2 different demonstrations"):
-    fold_of([examples[0]] * 5 + [Example(np.zeros(9, np.int32), np.ones(9))], 3, seed=0)
+    fold_of([texts[0]] * 5 + [np.zeros(9, np.int32)], 3, seed=0)
 
 
 def test_each_demonstration_is_judged_by_models_that_have_not_seen_it(cleaned, monkeypatch):
   examples, folds = cleaned.data.examples, FOLDS
-  of_example = fold_of(examples, folds, cleaned.config.seed)
+  of_example = fold_of([e.tokens for e in examples], folds, cleaned.config.seed)
   trained, packed = [], pack
   monkeypatch.setattr(cleaned_sft, "pack", lambda chosen, *args: (
       trained.append([e.tokens.tobytes() for e in chosen]), packed(chosen, *args))[1])
   for fold in range(folds):
-    METHODS["cleaned_sft"].__class__(folds=folds)._others(cleaned, fold)
+    CleanedSFT(folds=folds)._others(cleaned, "cleaned_sft", fold)
     own = {e.tokens.tobytes() for e, f in zip(examples, of_example) if f == fold}
     assert own and not own & set(trained[fold])
     assert len(trained[fold]) == int((of_example != fold).sum())
@@ -73,7 +72,7 @@ def test_each_demonstration_is_judged_by_models_that_have_not_seen_it(cleaned, m
 
 def test_the_rewards_are_those_of_the_fold_and_their_sign_is_the_cut(cleaned):
   model, lines = cleaned.model, judged(cleaned, "cleaned_sft")
-  of_example = fold_of(cleaned.data.examples, FOLDS, cleaned.config.seed)
+  of_example = fold_of([e.tokens for e in cleaned.data.examples], FOLDS, cleaned.config.seed)
   assert [line["demo"] for line in lines] == list(range(60))
   params = {fold: [cleaned.checkpoint(f"cleaned_sft/fold{fold}", step, "float32")
                    for step in (12, 6)] for fold in range(FOLDS)}
@@ -131,16 +130,29 @@ def test_sft_starts_again_on_what_is_kept(cleaned):
   assert METHODS["cleaned_sft"].own_budget() == "that of SFT, from the model before it"
 
 
-def test_a_share_is_kept_and_what_is_judged_already_stays(cleaned, with_config):
+def test_a_share_is_kept(cleaned, with_config):
   method = CleanedSFT(like="cleaned_sft", keep=0.25, reduce="mean")
   run = with_config(cleaned, quarter=method)
   method._judge(run, "quarter")
-  lines = judged(run, "quarter")
-  order = sorted(lines, key=lambda x: -x["reward_mean"])
+  order = sorted(judged(run, "quarter"), key=lambda x: -x["reward_mean"])
   assert [x["kept"] for x in order] == [True] * 15 + [False] * 45
-  written = (run.workdir.stage("quarter") / FILE).stat().st_mtime_ns
-  method._judge(run, "quarter")
-  assert (run.workdir.stage("quarter") / FILE).stat().st_mtime_ns == written
+
+
+def test_what_is_finished_is_not_made_again_even_without_its_folds(cleaned):
+  folder = cleaned.workdir.stage("cleaned_sft")
+  state = lambda: {p: p.stat().st_mtime_ns for p in folder.rglob("*") if "fold" not in str(p)}
+  before = state()
+  for fold in range(FOLDS):
+    shutil.move(folder / f"fold{fold}", folder.parent.parent / f"fold{fold}")
+  try:
+    cleaned.config.methods["cleaned_sft"].train(cleaned, "cleaned_sft")
+    assert {p.name for p in folder.iterdir()} >= {"checkpoints", "metrics.jsonl", FILE}
+    assert not list(folder.glob("fold*"))
+  finally:
+    for fold in range(FOLDS):
+      shutil.move(folder.parent.parent / f"fold{fold}", folder / f"fold{fold}")
+  assert {p: t for p, t in state().items() if p.is_file()} == {
+      p: t for p, t in before.items() if p.is_file()}
 
 
 def test_what_is_too_long_is_not_judged_and_not_kept(cleaned, with_config):
@@ -162,20 +174,27 @@ def test_the_summary_is_that_of_the_lines():
            line(False, True, -1.0), {"judged": False, "kept": False, "wrong": True}]
   found = summarize([lines, lines])
   means = {name: found[name]["mean"] for name in found}
-  assert means["kept"] == 0.75 and means["wrong"] == 0.5
+  assert (means["kept"], means["cut"], means["unjudged"]) == (0.6, 0.2, 0.2)
+  assert means["wrong"] == 0.5
   assert means["wrong_kept"] == pytest.approx(1 / 3) and means["wrong_cut"] == 1.0
   assert means["auc_reward_sum"] == 0.75  # Of four pairs one is the wrong way round.
   bare = [{k: v for k, v in x.items() if k != "wrong"} for x in lines]
-  assert list(summarize([bare])) == ["kept"]
+  assert list(summarize([bare])) == ["kept", "unjudged", "cut"]
+  no_wrong = [x for x in lines if not (x["wrong"] and x["judged"])]
+  assert "auc_reward_sum" not in summarize([lines, no_wrong])
 
 
 @pytest.mark.parametrize("fields, pattern", [
   ({"score": "random"}, "score='random' has no zero; set keep, or like"),
   ({"score": "logp_sft"}, "score='logp_sft' has no zero"),
-  ({"score": "oracle", "keep": 0.5}, "score='oracle' needs built-in tasks of which some are"),
+  ({"score": "oracle"}, "score='oracle' needs built-in tasks of which some are"),
   ({"like": "dpr"}, "like='dpr' must be a method of this kind"),
   ({"like": "other"}, "like='other' must be a method of this kind"),
-  ({"reference_fraction": 0.9999}, "reference_fraction=0.9999 is the last step"),
+  ({"reference_fraction": 0.9999}, "reference_fraction=0.9999 of 600 steps must leave"),
+  ({"reference_fraction": 0.0005}, "reference_fraction=0.0005 of 600 steps must leave"),
+  ({"score": "random", "keep": 0.5, "reduce": "min"}, "reduce='min' has no effect with score="),
+  ({"score": "oracle", "keep": 0.5}, "keep=0.5 has no effect with score='oracle'"),
+  ({"like": "cleaned_sft", "folds": 3}, "folds=3 has no effect with like='cleaned_sft'"),
 ])
 def test_what_cannot_be_is_refused(fields, pattern):
   from dpr_jax.config import default_config, resolve

@@ -58,7 +58,8 @@ class LogRatio(Judge):
     sft = load_checkpoint(self.sft, setting.mesh, setting.dtype)
     ref = self.ref and load_checkpoint(self.ref, setting.mesh, setting.dtype, beside=sft)
     self._check_vocabularies(sft.tokenizer, ref and ref.tokenizer, setting.tokenizer)
-    how = sft.tokenizer, setting.template or sft.template
+    # As the model that is judged was prompted: the vocabularies are the same, templates may not be.
+    how = setting.tokenizer or sft.tokenizer, setting.template or sft.template
     models = [sft, ref] if ref else [sft]
     length = min(m.model.cfg.max_length for m in models)
 
