@@ -400,7 +400,8 @@ def _read(
       name = f"config.{path}"
       try:
         with naming(name):
-          judge.prepare(tokenizer)
+          if judge.everywhere or jax.process_index() == 0:  # Others may not reach it, and need not.
+            judge.prepare(tokenizer)
         found[name] = judge.identity()
       except UserError:
         if name not in then:

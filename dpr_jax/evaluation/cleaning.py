@@ -42,7 +42,8 @@ def summarize(per_seed: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]
     return out
   # Seeds have demonstrations of their own; that some are longer than others decides nothing.
   size = min(map(len, judged))
-  for name in SCORES:
+  has = lambda name: all(name in line for lines in judged for line in lines)
+  for name in filter(has, SCORES):
     groups = [
         [(s[i : i + 1], s[:0]) if w[i] else (s[:0], s[i : i + 1]) for i in range(size)]
         for s, w in ((flags(lines, name), w) for lines, w in zip(judged, wrong))

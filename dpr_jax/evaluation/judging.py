@@ -126,8 +126,11 @@ def open_rewards(judge: Judge, **where: Any) -> Callable[..., list[float | None]
   Args:
     where: of `Setting`: also the tokenizer and template of the model that writes the responses.
   """
-  asks = judge.everywhere or jax.process_index() == 0
-  replies = judge.open(Setting(stopping=lambda: False, **where)) if asks else None
+  begin = lambda: judge.open(Setting(stopping=lambda: False, **where))
+  if judge.everywhere:
+    replies = begin()
+  else:  # An error of process 0 ends all of them.
+    replies = agree(lambda: begin() if jax.process_index() == 0 else None, seconds=600.0)
   say = lambda text: {"role": "assistant", "content": text}
 
   def ask(questions: Sequence[Question]) -> list[float | None]:
@@ -149,7 +152,7 @@ def open_rewards(judge: Judge, **where: Any) -> Callable[..., list[float | None]
     if judge.everywhere:
       return ask(questions)
     # An error of process 0 ends all of them.
-    return broadcast(agree(lambda: ask(questions) if asks else None, seconds=_LONG))
+    return broadcast(agree(lambda: ask(questions) if replies else None, seconds=_LONG))
 
   return rewards
 

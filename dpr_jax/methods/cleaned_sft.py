@@ -25,7 +25,7 @@ from dpr_jax.config.fields import overlay, setting
 from dpr_jax.data.packing import PackedRows, pack
 from dpr_jax.data.templates import Example
 from dpr_jax.errors import UserError, naming
-from dpr_jax.evaluation.cleaning import FILE, REDUCE
+from dpr_jax.evaluation.cleaning import FILE, REDUCE, SCORES
 from dpr_jax.methods.base import TrainedMethod
 from dpr_jax.methods.sft import fine_tune, sft_programs
 from dpr_jax.workdir import read_lines
@@ -148,7 +148,12 @@ class CleanedSFT(TrainedMethod):
     lines = read_lines(source) if source else self._rewards(run, name)
     size = sum(line["kept"] for line in lines) if self.like else None
     kept = self._choose(lines, size, run)
-    lines = [{**line, "kept": bool(k)} for line, k in zip(lines, kept, strict=True)]
+    # The others' scores are in the file of the method that has made them.
+    left_out = {*SCORES} - {f"{self.score}_{self.reduce}"} if self.like else ()
+    lines = [
+        {**{n: v for n, v in line.items() if n not in left_out}, "kept": bool(k)}
+        for line, k in zip(lines, kept, strict=True)
+    ]
     run.workdir.write(run.workdir.stage(name) / FILE, lines)
     cut = sum(line["judged"] and not line["kept"] for line in lines)
     unjudged = sum(not line["judged"] for line in lines)
