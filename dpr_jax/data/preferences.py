@@ -1,6 +1,7 @@
 """Preference data: two responses to one prompt, of which one was preferred.
 
-    HH-RLHF   {"chosen", "rejected"}: whole dialogues as text, "\\n\\nHuman: ...\\n\\nAssistant: ...".
+    HH-RLHF   {"chosen", "rejected"}: whole dialogues as text,
+              "\\n\\nHuman: ...\\n\\nAssistant: ...".
               A "prompt" that begins with "\\n\\nHuman:" is the beginning of both.
     TRL       {"prompt", "chosen", "rejected"}, each text or a list of messages; or "chosen" and
               "rejected" alone, lists of messages that begin with the prompt. A text "prompt" beside

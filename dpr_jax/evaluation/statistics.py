@@ -66,7 +66,7 @@ def interval(per_seed: Sequence[np.ndarray]) -> dict[str, Any]:
 
 
 def share(values: np.ndarray) -> dict[str, Any]:
-  """Mean of values in [0, 1], such as wins with ties of 1/2, with Wilson's interval: see `interval`.
+  """Mean of values in [0, 1], such as wins with ties of 1/2, with the interval of Wilson.
 
   p (1 - p) is the variance of values of 0 or 1, and above that of others: it is never too narrow.
   """

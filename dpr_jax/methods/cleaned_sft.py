@@ -50,7 +50,9 @@ class CleanedSFT(TrainedMethod):
       None, "share of the demonstrations to keep; None: those with a reward of at least 0",
       above=0, high=1,
   )
-  like: str = setting("", "method whose folds and rewards are used, and how many it kept where keep is None")
+  like: str = setting(
+      "", "method whose folds and rewards are used, and how many it kept where keep is None"
+  )
 
   reads_benchmark = True  # It tells which demonstrations are wrong.
 

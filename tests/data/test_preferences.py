@@ -1,4 +1,4 @@
-"""Every layout of preference data, what is wrong with a pair, and every complaint about a record."""
+"""Every layout of preference data, what is wrong with a pair, every complaint about a record."""
 
 import collections
 import gzip
@@ -15,7 +15,8 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 ASK = {"role": "user", "content": "Who?"}
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("Me.", "You."))
 MORE = {"role": "user", "content": "Why?\n\nTell me: Human: or not?"}
-DIALOGUE = "\n\nHuman: Who?\n\nAssistant: Me.\n\nHuman: Why?\n\nTell me: Human: or not?\n\nAssistant:"
+DIALOGUE = ("\n\nHuman: Who?\n\nAssistant: Me."
+            "\n\nHuman: Why?\n\nTell me: Human: or not?\n\nAssistant:")
 
 # (record, prompt, chosen, rejected)
 LAYOUTS = [

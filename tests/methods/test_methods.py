@@ -1,5 +1,5 @@
-"""Every method of the package that starts at SFT, on one short SFT stage: it trains, its result loads, its programs are
-those that it trains with.
+"""Every method of the package that starts at SFT, on one short SFT stage: it trains, its result
+loads, its programs are those that it trains with.
 """
 
 import dataclasses
