@@ -2,10 +2,10 @@ r"""Puts systems side by side: one page of folders that dpr_jax.evaluate has fil
 
     python -m dpr_jax.compare --results=SFT=evals/sft --results=DPR=evals/dpr --output=PAGE.html
 
-A value of --results is NAME=FOLDER or a FOLDER alone, whose systems are then called as their
-models. FOLDER is an evaluation, or holds some, at any depth; it may be a pattern such as
-'evals/*'. The first system is the baseline. Several evaluations of one system that differ in
-nothing but the model or the seed are its runs.
+A value of --results is NAME=FOLDER, with no / in NAME, or a FOLDER alone, whose systems are then
+called as their models. FOLDER is an evaluation, or holds some, at any depth; it may be a pattern
+such as 'evals/*'. The first system is the baseline. Several evaluations of one system that differ
+in nothing but the model or the seed are its runs.
 
 PAGE.html has figures with 95% intervals, paired differences, win rates, accuracy against coverage
 over temperatures, length and repetition, and responses side by side: with their token rewards where
@@ -38,14 +38,20 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string("title", "Systems side by side", "Heading of the page.", flag_values=values)
 
 
+def split_name(spec: str) -> tuple[str, str]:
+  """(name or "", pattern) of a value of --results; folders of a sweep have a = in their paths."""
+  name, equals, pattern = spec.partition("=")
+  whole = not equals or "/" in name or pathlib.Path(spec).exists()
+  return ("", spec) if whole else (name, pattern)
+
+
 def find_folders(spec: str) -> tuple[str, list[Path]]:
   """(name or "", evaluations) of a value of --results.
 
   Raises:
     UserError: there are none.
   """
-  whole = in_bucket(spec.partition("=")[0]) or pathlib.Path(spec).exists()
-  name, _, pattern = ("", "", spec) if whole else spec.rpartition("=")
+  name, pattern = split_name(spec)
   places = [pattern] if in_bucket(pattern) or as_path(pattern).exists() else sorted(
       glob.glob(pattern, recursive=True))
   found = []

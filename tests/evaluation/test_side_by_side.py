@@ -266,3 +266,19 @@ def test_repetition_is_the_share_of_repeated_n_grams():
   assert score("a b a b") == pytest.approx(1 / 3)  # ab, ba, ab
   assert score("a a a a a") == 0.75 and score("a") == score("") == 0.0
   assert score("a b c d a b c d", 4) == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize("spec, name, pattern", [
+    ("DPR=runs/ev", "DPR", "runs/ev"), ("runs/ev", "", "runs/ev"),
+    ("DPR=runs/beta=0.5/ev", "DPR", "runs/beta=0.5/ev"),
+    ("runs/beta=*/ev", "", "runs/beta=*/ev"), ("gs://b/beta=0.5/x", "", "gs://b/beta=0.5/x"),
+    ("DPR=gs://b/beta=0.5/x", "DPR", "gs://b/beta=0.5/x"),
+], ids=["name", "bare", "name_sweep", "bare_sweep", "bucket", "name_bucket"])
+def test_the_name_ends_at_the_first_equals_sign_before_any_slash(spec, name, pattern):
+  assert compare.split_name(spec) == (name, pattern)
+
+
+def test_folders_of_a_sweep_are_found(make, tmp_path):
+  beta = make("beta=0.5/ev", 1)
+  assert compare.find_folders(f"DPR={beta}") == ("DPR", [beta])
+  assert compare.find_folders(f"{tmp_path}/beta=*/ev") == ("", [beta])
