@@ -282,3 +282,51 @@ def test_folders_of_a_sweep_are_found(make, tmp_path):
   beta = make("beta=0.5/ev", 1)
   assert compare.find_folders(f"DPR={beta}") == ("DPR", [beta])
   assert compare.find_folders(f"{tmp_path}/beta=*/ev") == ("", [beta])
+
+
+def rewrite(folder, change):
+  """Other responses.jsonl, whose lines `change` has edited."""
+  records = [json.loads(line) for line in (folder / "responses.jsonl").open()]
+  for r in records:
+    del r["checksum"]
+    change(r)
+  put_lines(folder / "responses.jsonl", map(seal, records))
+
+
+@pytest.mark.parametrize("prompts", [5, PROMPTS])
+def test_temperatures_of_other_prompts_are_no_frontier(make, tmp_path, prompts):
+  for seed, name in enumerate("ab"):
+    make(f"{name}/1", seed)
+    other = make(f"{name}/half", 9 + seed, 0.5, prompts=prompts)
+    rewrite(other, lambda r: r.update(prompt=r["prompt"] + "!" * (prompts == PROMPTS)))
+  found, page = call(tmp_path, f"A={tmp_path}/a", f"B={tmp_path}/b")
+  (note,) = [n for n in found["notes"] if "no frontier" in n]
+  assert not found["frontiers"] and "are of different prompts" in note and note in page
+
+
+def test_what_a_frontier_leaves_out_is_said(make, tmp_path):
+  make("a/t2", 1, 2.0), make("a/k5", 2, samples=5), make("c/t1", 3)
+  for seed, name in enumerate("ab"):
+    for t in (1.0, 0.5):
+      make(f"{name}/r1/{t:g}", 10 + 2 * seed + int(t), t)
+  make("a/r0/1", 20)
+  found, _ = call(tmp_path, *(f"{n.upper()}={tmp_path}/{n}" for n in "abc"))
+  frontier = found["frontiers"]["tasks"]
+  assert frontier["temperatures"] == [1.0, 0.5] and set(frontier["curves"]) == {"A", "B"}
+  first = values(tmp_path / "a/r0/1", accuracy).mean()  # The run whose path comes first.
+  assert frontier["curves"]["A"][0]["accuracy"]["mean"] == pytest.approx(first)
+  said = [n.partition("leaves out ")[2] for n in found["notes"] if "leaves out" in n]
+  assert sorted(said) == sorted([
+      f"{tmp_path}/a/r1/1: not all systems and temperatures have more than 1 run.",
+      f"{tmp_path}/a/t2: not all systems have temperature 2.",
+      f"{tmp_path}/a/k5: evaluated in another way than most, which have {SAMPLES} samples.",
+      f"{tmp_path}/c/t1: C has no two temperatures.",
+  ])
+
+
+def test_systems_without_common_temperatures_have_no_frontier(make, tmp_path):
+  for seed, (name, other) in enumerate((("a", 0.5), ("b", 0.7))):
+    make(f"{name}/1", seed), make(f"{name}/other", 9 + seed, other)
+  found, _ = call(tmp_path, f"A={tmp_path}/a", f"B={tmp_path}/b")
+  assert not found["frontiers"]
+  assert any("do not have two temperatures in common" in n for n in found["notes"])
