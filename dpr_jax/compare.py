@@ -113,6 +113,11 @@ def main(argv: Sequence[str]) -> None:
 
   folders = [read_evaluation(path, name) for name, path in named]
   names = short_names([f.model for f in folders])
+  for f in folders:
+    if not f.system and names[f.model] in {name for name, _ in named}:
+      raise UserError(f"--results={f.path}: would be called {names[f.model]}, as its model is, and "
+                      "other folders have that name; expected NAME=FOLDER here, with the same name "
+                      "if it is a run of that system")
   results = side_by_side([f.called(f.system or names[f.model]) for f in folders])
   scored = read_scored(values.token_rewards)
   shown = {(e["prompt"], r["response"]) for e in results["examples"]

@@ -116,7 +116,7 @@ def side_by_side(folders: Sequence[Evaluated]) -> dict[str, Any]:
       for b, a in itertools.combinations(systems, 2) if about.compared else ():
         if sides := column.pair(a, b, name):
           out["comparisons"].append({"pair": [a, b], "metric": column.id(name), **compare(*sides),
-                                     "n": len(sides[0][0])})
+                                     "n": sum(map(len, sides[0]))})
   out["wins"] = [w for column in columns if (w := _wins(column, systems))]
   out["judged"] = _judged(columns)
   frontiers = {label: _frontier(label, of, systems[0]) for label, of in groups}
@@ -251,6 +251,7 @@ def _notes(column: Benchmarked) -> list[str]:
   for name in dict.fromkeys(k for f in folders for k in f.versions):
     words = f"version of {pathlib.PurePath(name).name}"
     out += _differing(column, words, lambda f, name=name: f.versions.get(name))
+  out += _differing(column, "the number of prompts that were scored", lambda f: f.prompts)
   counts = {s: len(runs) for s, runs in column.runs.items()}
   if len(set(counts.values())) > 1:
     said = ", ".join(f"{s}: {n}" for s, n in counts.items())

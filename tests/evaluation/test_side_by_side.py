@@ -145,7 +145,7 @@ def test_runs_of_a_system_are_its_seeds(make, tmp_path):
   assert figure["ci95"] == pytest.approx(interval(per_run[:3])["ci95"])
   (c,) = [c for c in found["comparisons"] if c["metric"] == "tasks: accuracy"]
   assert c["ci95"] == pytest.approx(statistics.compare(per_run[3:], per_run[:3])["ci95"])
-  assert "3 runs of each system" in page
+  assert c["n"] == 3 * PROMPTS and "3 runs of each system" in page
 
 
 def test_verdicts_that_are_missing_leave_their_prompt_out(make, tmp_path):
@@ -330,3 +330,41 @@ def test_systems_without_common_temperatures_have_no_frontier(make, tmp_path):
   found, _ = call(tmp_path, f"A={tmp_path}/a", f"B={tmp_path}/b")
   assert not found["frontiers"]
   assert any("do not have two temperatures in common" in n for n in found["notes"])
+
+
+def test_a_model_that_is_called_as_another_system_is_refused(make, tmp_path, capsys):
+  a, b = make("a", 1), make("b", 2)
+  for specs in ((f"b={a}", b), (b, f"b={a}")):
+    with pytest.raises(SystemExit) as e:
+      call(tmp_path, *specs)
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and f"--results={b}: would be called b" in error
+    assert error.count("\n") == 1
+
+
+def put_pairs(folder, pairs, skipped):
+  """A folder of the benchmark `preference`, whose n counts the pairs that were scored."""
+  results = json.loads((folder / "results.json").read_text())
+  n = pairs - len(skipped)
+  results |= {
+      "benchmark": "preference", "n": n, "settings": {"benchmark": "preference", "data": ""},
+      "metrics": {"accuracy": {"mean": 0.5, "ci95": [0.1, 0.9], "n": n}},
+  }
+  (folder / "results.json").write_text(json.dumps(results))
+  put_lines(folder / "responses.jsonl", [
+      seal({"index": i, "sample": 0, "prompt": f"ask {i}", **({"skipped": "long"} if i in skipped
+            else {"chosen": {"scores": {}}, "rejected": {"scores": {}}})}) for i in range(pairs)
+  ])
+
+
+def test_preference_folders_are_of_the_same_pairs_scored_or_not(make, tmp_path, capsys):
+  for i, name in enumerate("ab"):
+    put_pairs(make(name, i), 6, range(i))
+  found, _ = call(tmp_path, f"A={tmp_path}/a", f"B={tmp_path}/b")
+  assert found["systems"]["B"]["preference: accuracy"]["n"] == 5
+  assert ("preference: systems differ in the number of prompts that were scored: 6 for A; 5 for B."
+          in found["notes"])
+  put_pairs(tmp_path / "b", 7, [3])  # As many as A has are scored.
+  with pytest.raises(SystemExit):
+    call(tmp_path, f"A={tmp_path}/a", f"B={tmp_path}/b", name="other")
+  assert f"{tmp_path}/b: 7 prompts, and {tmp_path}/a has 6" in capsys.readouterr().err
