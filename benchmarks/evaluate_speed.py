@@ -43,14 +43,15 @@ def flags():
 
 def write_problems(path: pathlib.Path, n: int) -> None:
   """Word problems of very different lengths, in the format of GSM8K."""
-  draw, lines = random.Random(0), []
+  sample, lines = random.Random(0), []
   for _ in range(n):
-    steps, total, text = draw.randint(1, 9), draw.randint(2, 90), []
-    text.append(f"{draw.choice(['Ada', 'Bo', 'Carla', 'Dmitri'])} has {total} apples.")
+    steps, total, text = sample.randint(1, 9), sample.randint(2, 90), []
+    text.append(f"{sample.choice(['Ada', 'Bo', 'Carla', 'Dmitri'])} has {total} apples.")
     for _ in range(steps):
-      more = draw.randint(2, 40)
+      more = sample.randint(2, 40)
       total += more
-      text.append(f"On the next day, {more} more are {draw.choice(['bought', 'found', 'picked'])}.")
+      how = sample.choice(["bought", "found", "picked"])
+      text.append(f"On the next day, {more} more are {how}.")
     text.append("How many apples are there in the end?")
     lines.append(json.dumps({"question": " ".join(text), "answer": f"#### {total}"}) + "\n")
   path.write_text("".join(lines))

@@ -5,9 +5,10 @@
 #
 # Environment: PYTHON (ours), PEER_PYTHON (has torch, transformers, trl, lm_eval), TUNIX_PYTHON (has
 # google-tunix), each "" to leave those peers out; MODEL (a CKPT; default: random weights of
-# SmolLM2-135M's shape; evaluate_speed needs one); DATA (its prompts, a file of GSM8K); REPEATS (5); REMAT of the SFT step ("dots full", with ACCELERATOR dots);
-# ACCELERATOR (1: instead, the shape of a model of 1.2 billion parameters in bfloat16, rows of 2,048
-# tokens, for a GPU or TPU); EXTRA (flags of every benchmark, such as --sequential).
+# SmolLM2-135M's shape; evaluate_speed needs one); DATA (its prompts, a file of GSM8K); REPEATS (5);
+# REMAT of the SFT step ("dots full", with ACCELERATOR dots); ACCELERATOR (1: instead, the shape of
+# a model of 1.2 billion parameters in bfloat16, rows of 2,048 tokens, for a GPU or TPU); EXTRA
+# (flags of every benchmark, such as --sequential).
 # Then: python -m benchmarks.render RESULTS.jsonl docs/performance.md
 set -euo pipefail
 results=${1:?usage: benchmarks/run_all.sh RESULTS.jsonl}

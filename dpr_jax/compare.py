@@ -2,10 +2,10 @@ r"""Puts systems side by side: one page of folders that dpr_jax.evaluate has fil
 
     python -m dpr_jax.compare --results=SFT=evals/sft --results=DPR=evals/dpr --output=PAGE.html
 
-A value of --results is NAME=FOLDER or a FOLDER alone, whose systems are then called as their
-models. FOLDER is an evaluation, or holds some, at any depth; it may be a pattern such as
-'evals/*'. The first system is the baseline. Several evaluations of one system that differ in
-nothing but the model or the seed are its runs.
+A value of --results is NAME=FOLDER, with no / in NAME, or a FOLDER alone, whose systems are then
+called as their models. FOLDER is an evaluation, or holds some, at any depth; it may be a pattern
+such as 'evals/*'. The first system is the baseline. Several evaluations of one system that differ
+in nothing but the model or the seed are its runs.
 
 PAGE.html has figures with 95% intervals, paired differences, win rates, accuracy against coverage
 over temperatures, length and repetition, and responses side by side: with their token rewards where
@@ -38,14 +38,20 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string("title", "Systems side by side", "Heading of the page.", flag_values=values)
 
 
+def split_name(spec: str) -> tuple[str, str]:
+  """(name or "", pattern) of a value of --results; folders of a sweep have a = in their paths."""
+  name, equals, pattern = spec.partition("=")
+  whole = not equals or "/" in name or pathlib.Path(spec).exists()
+  return ("", spec) if whole else (name, pattern)
+
+
 def find_folders(spec: str) -> tuple[str, list[Path]]:
   """(name or "", evaluations) of a value of --results.
 
   Raises:
     UserError: there are none.
   """
-  whole = in_bucket(spec.partition("=")[0]) or pathlib.Path(spec).exists()
-  name, _, pattern = ("", "", spec) if whole else spec.rpartition("=")
+  name, pattern = split_name(spec)
   places = [pattern] if in_bucket(pattern) or as_path(pattern).exists() else sorted(
       glob.glob(pattern, recursive=True))
   found = []
@@ -107,6 +113,11 @@ def main(argv: Sequence[str]) -> None:
 
   folders = [read_evaluation(path, name) for name, path in named]
   names = short_names([f.model for f in folders])
+  for f in folders:
+    if not f.system and names[f.model] in {name for name, _ in named}:
+      raise UserError(f"--results={f.path}: would be called {names[f.model]}, as its model is, and "
+                      "other folders have that name; expected NAME=FOLDER here, with the same name "
+                      "if it is a run of that system")
   results = side_by_side([f.called(f.system or names[f.model]) for f in folders])
   scored = read_scored(values.token_rewards)
   shown = {(e["prompt"], r["response"]) for e in results["examples"]

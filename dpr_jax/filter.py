@@ -6,9 +6,9 @@ r"""Cuts a file of scored demonstrations or responses by their token rewards.
 
 Each line gets a "filter_score": --reduce (sum, mean or min) over its tokens of --by: the reward
 log pi_sft - log pi_ref, or what it is compared with: log pi_sft, log pi_ref, the endogenous reward,
-the length, a random number. --above keeps the lines above a score, in nats; --keep the share with the highest scores.
-KEPT.jsonl has the lines in the order of the input, and `dpr_jax.main` reads it as demonstrations;
-CUT.jsonl the others, the lowest first; --html shows these, token by token.
+the length, a random number. --above keeps the lines above a score, in nats; --keep the share with
+the highest scores. KEPT.jsonl has the lines in the order of the input, and `dpr_jax.main` reads it
+as demonstrations; CUT.jsonl the others, the lowest first; --html shows these, token by token.
 
 A model that was trained on a demonstration likes it better: for a cut of its own training data,
 score each half with a model that was trained on the other.

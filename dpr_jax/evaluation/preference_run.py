@@ -64,11 +64,14 @@ class PreferenceRun(BenchmarkRun):
     return {why: {"count": len(at), "first": at[:_SHOWN]} for why, at in found.items()}
 
   def check(self):
-    n = len(self.demos)
-    for why, what in self.skipped.items():
-      line = f"{what['count']} of {n} pairs are not scored: {why} ({', '.join(what['first'])})"
-      if what["count"] == n:
-        raise UserError(line)
+    n, skipped = len(self.demos), self.skipped
+    lines = [
+        f"{what['count']} of {n} pairs are not scored: {why} ({', '.join(what['first'])})"
+        for why, what in skipped.items()
+    ]
+    if lines and sum(what["count"] for what in skipped.values()) == n:
+      raise UserError("; ".join(lines))
+    for line in lines:
       _log.warning("%s", line)
 
   def fingerprint(self):

@@ -116,13 +116,15 @@ def side_by_side(folders: Sequence[Evaluated]) -> dict[str, Any]:
       for b, a in itertools.combinations(systems, 2) if about.compared else ():
         if sides := column.pair(a, b, name):
           out["comparisons"].append({"pair": [a, b], "metric": column.id(name), **compare(*sides),
-                                     "n": len(sides[0][0])})
+                                     "n": sum(map(len, sides[0]))})
   out["wins"] = [w for column in columns if (w := _wins(column, systems))]
   out["judged"] = _judged(columns)
-  out["frontiers"] = {label: f for label, of in groups if (f := _frontier(of, systems[0]))}
+  frontiers = {label: _frontier(label, of, systems[0]) for label, of in groups}
+  out["frontiers"] = {label: curves for label, (curves, _) in frontiers.items() if curves}
   shown = [c for c in (_widest(columns, of) for _, of in groups) if c.score and _texts(c)]
   out["examples"] = [e for c in shown for e in _examples(c, max(2, _EXAMPLES // len(shown)))]
   out["notes"] = [note for column in columns for note in _notes(column)]
+  out["notes"] += [note for _, notes in frontiers.values() for note in notes]
   return out
 
 
@@ -203,16 +205,21 @@ def _way(name: str, value: Any) -> str:
   return f"{name.replace('_', ' ')} {_shown(value, {})}"
 
 
+def _asked(folder: Evaluated) -> list[tuple[Any, Any]]:
+  """(prompt, answer) of each prompt."""
+  return [(r.get("prompt"), r.get("answer")) for r in folder.records[:: folder.samples]]
+
+
 def _check(column: Benchmarked) -> None:
   """Raises UserError for folders that are not of the same prompts and judge, or twice the same."""
   first, *rest = column.all
-  prompts = lambda f: [(r.get("prompt"), r.get("answer")) for r in f.records[:: f.samples]]
-  expected = prompts(first)
+  expected = _asked(first)
   for folder in rest:
-    if folder.prompts != first.prompts:
-      raise UserError(f"{folder.path}: {folder.prompts} prompts, and {first.path} has "
-                      f"{first.prompts}; evaluate both with the same --data and --max_prompts")
-    for i, (a, b) in enumerate(zip(prompts(folder), expected)):
+    found = _asked(folder)  # `Evaluated.prompts` counts only those that were scored.
+    if len(found) != len(expected):
+      raise UserError(f"{folder.path}: {len(found)} prompts, and {first.path} has "
+                      f"{len(expected)}; evaluate both with the same --data and --max_prompts")
+    for i, (a, b) in enumerate(zip(found, expected)):
       if a != b:
         raise UserError(f"{folder.path}: prompt {i + 1}, {str(a[0])[:60]!r}, or its answer is not "
                         f"that of {first.path}; evaluate both with the same --data")
@@ -244,6 +251,7 @@ def _notes(column: Benchmarked) -> list[str]:
   for name in dict.fromkeys(k for f in folders for k in f.versions):
     words = f"version of {pathlib.PurePath(name).name}"
     out += _differing(column, words, lambda f, name=name: f.versions.get(name))
+  out += _differing(column, "the number of prompts that were scored", lambda f: f.prompts)
   counts = {s: len(runs) for s, runs in column.runs.items()}
   if len(set(counts.values())) > 1:
     said = ", ".join(f"{s}: {n}" for s, n in counts.items())
@@ -330,26 +338,37 @@ def _judged(columns: Sequence[Benchmarked]) -> list[dict[str, Any]]:
 # --- Frontier -------------------------------------------------------------------------------------
 
 
-def _frontier(folders: Sequence[Evaluated], baseline: str) -> dict[str, Any]:
-  """Curves over the temperatures that systems have in common; {} without two of them."""
+def _frontier(
+    label: str, folders: Sequence[Evaluated], baseline: str
+) -> tuple[dict[str, Any], list[str]]:
+  """(curves over the temperatures that systems have in common, what was left out of them).
+
+  There are none without two such temperatures, or where prompts differ, which are paired.
+  """
   scored = [f for f in folders if f.has_texts and "accuracy" in f.values
             and all(r["scores"]["accuracy"] in (0, 1) for r in f.records)]
   way = lambda f: str({k: v for k, v in _ways(f).items() if k not in ("temperature", "samples")})
   sampled = [f for f in scored if f.samples > 1 and f.settings["temperature"]]
   kinds = Counter((f.samples, way(f)) for f in sampled)
   if not kinds:
-    return {}
+    return {}, []
   samples, same = max(kinds, key=kinds.get)
+  alike = [f for f in scored if way(f) == same
+           and (not f.settings["temperature"] or f.samples == samples)]
   of: dict[str, dict[float, list[Evaluated]]] = {}
-  for folder in scored:
-    temperature = folder.settings["temperature"]
-    if way(folder) == same and (not temperature or folder.samples == samples):
-      of.setdefault(folder.system, {}).setdefault(temperature, []).append(folder)
-  of = {s: found for s, found in of.items() if len(set(found) - {0}) > 1}
-  common = set.intersection(*map(set, of.values())) if of else set()
+  for folder in sorted(alike, key=lambda f: str(f.path)):
+    of.setdefault(folder.system, {}).setdefault(folder.settings["temperature"], []).append(folder)
+  of = {s: of[s] for f in folders if len(set(of.get(s := f.system, ())) - {0}) > 1}
+  if not of:
+    return {}, []
+  common = set.intersection(*map(set, of.values()))
   if len(common - {0}) < 2:
-    return {}
+    return {}, [f"{label}: no frontier, because systems do not have two temperatures in common."]
   runs = min(len(found[t]) for found in of.values() for t in common)
+  kept = [f for found in of.values() for t in common for f in found[t][:runs]]
+  if any(_asked(f) != _asked(kept[0]) for f in kept):
+    return {}, [f"{label}: no frontier, because temperatures are of different prompts; evaluate "
+                "all with the same --data and --max_prompts."]
   counts = {
       system: [
           frontier.Counts.of(r for t in common for r in _counted(found[t][run]))
@@ -357,7 +376,23 @@ def _frontier(folders: Sequence[Evaluated], baseline: str) -> dict[str, Any]:
       ]
       for system, found in of.items()
   }
-  return frontier.compare_curves(counts, baseline, baseline)
+
+  def reason(folder):
+    temperature = folder.settings["temperature"]
+    if folder not in alike:
+      return f"evaluated in another way than most, which have {samples} samples"
+    if folder.system not in of:
+      return f"{folder.system} has no two temperatures"
+    if temperature not in common:
+      return f"not all systems have temperature {temperature:g}"
+    return f"not all systems and temperatures have more than {runs} run{'s' * (runs > 1)}"
+
+  left: dict[str, list[str]] = {}
+  for folder in (f for f in scored if f not in kept):
+    left.setdefault(reason(folder), []).append(str(folder.path))
+  return frontier.compare_curves(counts, baseline, baseline), [
+      f"{label}: the frontier leaves out {', '.join(paths)}: {why}." for why, paths in left.items()
+  ]
 
 
 def _counted(folder: Evaluated) -> list[dict[str, Any]]:

@@ -189,6 +189,18 @@ def test_a_file_of_which_no_pair_can_be_scored_is_refused(models, tmp_path, caps
   assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_a_file_without_a_pair_for_several_reasons_is_refused(models, tmp_path, capsys):
+  path = tmp_path / "pairs.jsonl"
+  path.write_text("".join(json.dumps({"prompt": "a", "chosen": "b", "rejected": r}) + "\n"
+                          for r in ("b", "x" * 150)))
+  with pytest.raises(SystemExit) as exit_info:
+    call(evaluate, f"--model={models['sft'][0]}", "--benchmark=preference", f"--data={path}",
+         f"--benchmark.ref={models['ref'][0]}", f"--output={tmp_path}/out")
+  error = capsys.readouterr().err
+  assert exit_info.value.code == 2 and error.count("1 of 2 pairs are not scored") == 2
+  assert error.count("\n") == 1 and not (tmp_path / "out" / "config.json").exists()
+
+
 def test_score_writes_the_endogenous_reward_and_filter_cuts_by_it(models, tmp_path, rng):
   """By its definition: Q(s_t, y_t) - V(s_{t+1}), the logit less the next state's logsumexp."""
   words = [rng.choice(list("abcdef"), n).tolist() for n in rng.integers(1, 9, 5)]

@@ -145,7 +145,7 @@ def test_runs_of_a_system_are_its_seeds(make, tmp_path):
   assert figure["ci95"] == pytest.approx(interval(per_run[:3])["ci95"])
   (c,) = [c for c in found["comparisons"] if c["metric"] == "tasks: accuracy"]
   assert c["ci95"] == pytest.approx(statistics.compare(per_run[3:], per_run[:3])["ci95"])
-  assert "3 runs of each system" in page
+  assert c["n"] == 3 * PROMPTS and "3 runs of each system" in page
 
 
 def test_verdicts_that_are_missing_leave_their_prompt_out(make, tmp_path):
@@ -266,3 +266,105 @@ def test_repetition_is_the_share_of_repeated_n_grams():
   assert score("a b a b") == pytest.approx(1 / 3)  # ab, ba, ab
   assert score("a a a a a") == 0.75 and score("a") == score("") == 0.0
   assert score("a b c d a b c d", 4) == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize("spec, name, pattern", [
+    ("DPR=runs/ev", "DPR", "runs/ev"), ("runs/ev", "", "runs/ev"),
+    ("DPR=runs/beta=0.5/ev", "DPR", "runs/beta=0.5/ev"),
+    ("runs/beta=*/ev", "", "runs/beta=*/ev"), ("gs://b/beta=0.5/x", "", "gs://b/beta=0.5/x"),
+    ("DPR=gs://b/beta=0.5/x", "DPR", "gs://b/beta=0.5/x"),
+], ids=["name", "bare", "name_sweep", "bare_sweep", "bucket", "name_bucket"])
+def test_the_name_ends_at_the_first_equals_sign_before_any_slash(spec, name, pattern):
+  assert compare.split_name(spec) == (name, pattern)
+
+
+def test_folders_of_a_sweep_are_found(make, tmp_path):
+  beta = make("beta=0.5/ev", 1)
+  assert compare.find_folders(f"DPR={beta}") == ("DPR", [beta])
+  assert compare.find_folders(f"{tmp_path}/beta=*/ev") == ("", [beta])
+
+
+def rewrite(folder, change):
+  """Other responses.jsonl, whose lines `change` has edited."""
+  records = [json.loads(line) for line in (folder / "responses.jsonl").open()]
+  for r in records:
+    del r["checksum"]
+    change(r)
+  put_lines(folder / "responses.jsonl", map(seal, records))
+
+
+@pytest.mark.parametrize("prompts", [5, PROMPTS])
+def test_temperatures_of_other_prompts_are_no_frontier(make, tmp_path, prompts):
+  for seed, name in enumerate("ab"):
+    make(f"{name}/1", seed)
+    other = make(f"{name}/half", 9 + seed, 0.5, prompts=prompts)
+    rewrite(other, lambda r: r.update(prompt=r["prompt"] + "!" * (prompts == PROMPTS)))
+  found, page = call(tmp_path, f"A={tmp_path}/a", f"B={tmp_path}/b")
+  (note,) = [n for n in found["notes"] if "no frontier" in n]
+  assert not found["frontiers"] and "are of different prompts" in note and note in page
+
+
+def test_what_a_frontier_leaves_out_is_said(make, tmp_path):
+  make("a/t2", 1, 2.0), make("a/k5", 2, samples=5), make("c/t1", 3)
+  for seed, name in enumerate("ab"):
+    for t in (1.0, 0.5):
+      make(f"{name}/r1/{t:g}", 10 + 2 * seed + int(t), t)
+  make("a/r0/1", 20)
+  found, _ = call(tmp_path, *(f"{n.upper()}={tmp_path}/{n}" for n in "abc"))
+  frontier = found["frontiers"]["tasks"]
+  assert frontier["temperatures"] == [1.0, 0.5] and set(frontier["curves"]) == {"A", "B"}
+  first = values(tmp_path / "a/r0/1", accuracy).mean()  # The run whose path comes first.
+  assert frontier["curves"]["A"][0]["accuracy"]["mean"] == pytest.approx(first)
+  said = [n.partition("leaves out ")[2] for n in found["notes"] if "leaves out" in n]
+  assert sorted(said) == sorted([
+      f"{tmp_path}/a/r1/1: not all systems and temperatures have more than 1 run.",
+      f"{tmp_path}/a/t2: not all systems have temperature 2.",
+      f"{tmp_path}/a/k5: evaluated in another way than most, which have {SAMPLES} samples.",
+      f"{tmp_path}/c/t1: C has no two temperatures.",
+  ])
+
+
+def test_systems_without_common_temperatures_have_no_frontier(make, tmp_path):
+  for seed, (name, other) in enumerate((("a", 0.5), ("b", 0.7))):
+    make(f"{name}/1", seed), make(f"{name}/other", 9 + seed, other)
+  found, _ = call(tmp_path, f"A={tmp_path}/a", f"B={tmp_path}/b")
+  assert not found["frontiers"]
+  assert any("do not have two temperatures in common" in n for n in found["notes"])
+
+
+def test_a_model_that_is_called_as_another_system_is_refused(make, tmp_path, capsys):
+  a, b = make("a", 1), make("b", 2)
+  for specs in ((f"b={a}", b), (b, f"b={a}")):
+    with pytest.raises(SystemExit) as e:
+      call(tmp_path, *specs)
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and f"--results={b}: would be called b" in error
+    assert error.count("\n") == 1
+
+
+def put_pairs(folder, pairs, skipped):
+  """A folder of the benchmark `preference`, whose n counts the pairs that were scored."""
+  results = json.loads((folder / "results.json").read_text())
+  n = pairs - len(skipped)
+  results |= {
+      "benchmark": "preference", "n": n, "settings": {"benchmark": "preference", "data": ""},
+      "metrics": {"accuracy": {"mean": 0.5, "ci95": [0.1, 0.9], "n": n}},
+  }
+  (folder / "results.json").write_text(json.dumps(results))
+  put_lines(folder / "responses.jsonl", [
+      seal({"index": i, "sample": 0, "prompt": f"ask {i}", **({"skipped": "long"} if i in skipped
+            else {"chosen": {"scores": {}}, "rejected": {"scores": {}}})}) for i in range(pairs)
+  ])
+
+
+def test_preference_folders_are_of_the_same_pairs_scored_or_not(make, tmp_path, capsys):
+  for i, name in enumerate("ab"):
+    put_pairs(make(name, i), 6, range(i))
+  found, _ = call(tmp_path, f"A={tmp_path}/a", f"B={tmp_path}/b")
+  assert found["systems"]["B"]["preference: accuracy"]["n"] == 5
+  assert ("preference: systems differ in the number of prompts that were scored: 6 for A; 5 for B."
+          in found["notes"])
+  put_pairs(tmp_path / "b", 7, [3])  # As many as A has are scored.
+  with pytest.raises(SystemExit):
+    call(tmp_path, f"A={tmp_path}/a", f"B={tmp_path}/b", name="other")
+  assert f"{tmp_path}/b: 7 prompts, and {tmp_path}/a has 6" in capsys.readouterr().err
