@@ -44,7 +44,7 @@ class Peers:
     self._seen: dict[int, tuple[str, str, float, float]] = {}  # report, name, changed, progressed.
     self._ended: dict[int, tuple[int, str]] = {}
     self._heard = time.monotonic()  # The coordinator answered last.
-    self._service, self._gone = service, False
+    self._service, self._gone, self._exiting = service, False, threading.Lock()
     self._closed = threading.Event()
     for work in (self._watch, self._end_if_lost, *([self._watch_service] if service else [])):
       threading.Thread(target=work, daemon=True).start()
@@ -110,9 +110,9 @@ class Peers:
   def _end_if_lost(self) -> None:
     """A thread of its own: a request to a coordinator that is stuck does not return."""
     while not self._closed.wait(0.5):
-      # Time to say what failed here, and to hear more of the others.
-      if (lost := self._lost()) and not self._closed.wait(3):
-        self._exit(*(self._lost() or lost))
+      if (lost := self._lost()) and not self._closed.wait(3):  # Time to say what failed here.
+        # Why the coordinator has gone may have been told by then.
+        self._exit(*((self._lost() or lost) if self._gone else lost))
 
   def _watch(self) -> None:
     tick, progress, looked = 0, 0, None
@@ -203,6 +203,8 @@ class Peers:
     return None
 
   def _exit(self, code: int, line: str) -> None:
+    if not self._exiting.acquire(blocking=False):
+      return  # Another thread has said why.
     try:
       print(f"error: {line}; process {self.index} ends", file=sys.stderr, flush=True)
       self.end(code, line)

@@ -150,7 +150,8 @@ def start_three():
     environ = {**os.environ, "JAX_PLATFORMS": "cpu", "DPR_COORDINATOR": address,
                "DPR_NUM_PROCESSES": str(len(programs)), **more}
     for index, program in enumerate(programs):
-      whole = ("import time; from dpr_jax import distributed; distributed.initialize(); "
+      whole = ("import time; from dpr_jax import distributed, peers; peers._GONE_SECONDS = 4.0; "
+               "distributed.initialize(); "
                f"print('up', flush=True); {program}")
       started.append(subprocess.Popen(
         [sys.executable, "-c", whole], env={**environ, "DPR_PROCESS_ID": str(index)}, text=True,
