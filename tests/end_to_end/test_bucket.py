@@ -37,6 +37,7 @@ def assert_same(whole, other, stages, systems):
     assert files[0].read_bytes() == files[1].read_bytes(), system
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_what_the_disk_has(
     entry_point, finished_run, bucket, monkeypatch, capsys
 ):
