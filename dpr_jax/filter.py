@@ -23,11 +23,10 @@ from absl import flags
 from dpr_jax import cli
 from dpr_jax.cli import models as models_cli
 from dpr_jax.errors import UserError
+from dpr_jax.evaluation.token_scores import NAMES, REDUCE
 
-_FIELDS = {"reward": "token_rewards", "logp_sft": "logp_sft", "logp_ref": "logp_ref",
-           "endogenous": "endogenous"}
+_FIELDS = {**NAMES, "logp_ref": "logp_ref"}
 _LARGEST = 1e6  # nats per token.
-_REDUCE = {"sum": np.sum, "mean": np.mean, "min": np.min}
 
 
 def define(values: flags.FlagValues) -> None:
@@ -37,7 +36,7 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string("html", "", "Also write those as a heatmap page.", flag_values=values)
   flags.DEFINE_enum("by", "reward", [*_FIELDS, "length", "random"], "What decides.",
                     flag_values=values)
-  flags.DEFINE_enum("reduce", "sum", [*_REDUCE], "Over the tokens of a response.",
+  flags.DEFINE_enum("reduce", "sum", [*REDUCE], "Over the tokens of a response.",
                     flag_values=values)
   flags.DEFINE_float("above", None, "Keep the lines with a higher score.", flag_values=values)
   flags.DEFINE_float("keep", None, "Keep this share of the lines.", lower_bound=0.0,
@@ -66,7 +65,7 @@ def scores(
     if not numbers or not values or not all(abs(x) < _LARGEST for x in values):
       raise UserError(f"{name}: record {i + 1}: field {field!r} must be a list of numbers below "
                       f"{_LARGEST:g}, one per token, as dpr_jax.score writes it")
-    out[i] = len(values) if by == "length" else _REDUCE[reduce](values)
+    out[i] = len(values) if by == "length" else REDUCE[reduce](values)
   return out
 
 

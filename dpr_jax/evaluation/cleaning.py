@@ -7,11 +7,11 @@ import numpy as np
 
 from dpr_jax.evaluation.auc import auc_interval
 from dpr_jax.evaluation.statistics import interval
+from dpr_jax.evaluation.token_scores import LABELS, REDUCE
 
 FILE = "judged.jsonl"  # in the folder of the stage: a line for each demonstration.
-REDUCE = {"sum": np.sum, "mean": np.mean, "min": np.min}  # over the trained tokens.
-SCORES = {f"{what}_{name}": f"AUC, {name} of {text}"
-          for what, text in (("reward", "r"), ("logp_sft", "log p")) for name in REDUCE}
+SCORES = {f"{name}_{how}": f"AUC, {how} of {label}"
+          for name, label in LABELS.items() for how in REDUCE}
 
 
 def summarize(per_seed: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

@@ -30,8 +30,8 @@ from dpr_jax.evaluation.auc import auc_difference, auc_interval
 from dpr_jax.evaluation.benchmarks.base import Benchmark
 from dpr_jax.evaluation.metrics import GROUPS
 from dpr_jax.evaluation.responses import response_text
-from dpr_jax.evaluation.scoring import TokenScores
 from dpr_jax.evaluation.statistics import interval
+from dpr_jax.evaluation.token_scores import TokenScores
 from dpr_jax.rewards.base import Scores, apply_reward, needs
 
 # What is known of a demonstration under sft and ref, and so what a reward may need to be judged.

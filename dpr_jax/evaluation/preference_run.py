@@ -13,8 +13,9 @@ from dpr_jax.data.preferences import SAME
 from dpr_jax.data.templates import encode_response, render_prompt
 from dpr_jax.errors import UserError
 from dpr_jax.evaluation.benchmark_run import BenchmarkRun, digest
-from dpr_jax.evaluation.scoring import Scorer, TokenScores
+from dpr_jax.evaluation.scoring import Scorer
 from dpr_jax.evaluation.statistics import compare, share
+from dpr_jax.evaluation.token_scores import TokenScores
 from dpr_jax.loading import LoadedModel
 from dpr_jax.training.integrity import fingerprint as fingerprint_arrays
 

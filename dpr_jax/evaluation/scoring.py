@@ -9,31 +9,13 @@ import numpy as np
 
 from dpr_jax import sharding
 from dpr_jax.data.text_ids import token_texts
+from dpr_jax.evaluation.token_scores import TokenScores
 from dpr_jax.models.logprobs import token_logprobs
 from dpr_jax.references.base import Reference, combine_logps
 
 _token_logprobs = jax.jit(token_logprobs, static_argnums=0, static_argnames="with_greedy")
 
 _LENGTH_STEP = 64  # Rows are padded to a multiple of it, so that few programs are compiled.
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenScores:
-  """Scores of one response of T tokens, EOS included. float32 [T] each, nats."""
-
-  logp_sft: np.ndarray
-  logp_ref: np.ndarray
-  logsumexp_sft: np.ndarray | None = None  # V(s_t) of the state in which token t is chosen.
-
-  @property
-  def token_rewards(self) -> np.ndarray:
-    """log pi_sft - log pi_ref; they sum to the log-ratio of the response."""
-    return self.logp_sft - self.logp_ref
-
-  @property
-  def endogenous(self) -> np.ndarray:
-    """log pi_sft + V(s_t) - V(s_{t+1}), as `rewards.endogenous` defines it."""
-    return self.logp_sft + self.logsumexp_sft - np.append(self.logsumexp_sft[1:], np.float32(0))
 
 
 def fitting(

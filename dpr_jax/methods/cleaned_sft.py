@@ -25,12 +25,14 @@ from dpr_jax.config.fields import overlay, setting
 from dpr_jax.data.packing import PackedRows, pack
 from dpr_jax.data.templates import Example
 from dpr_jax.errors import UserError, naming
-from dpr_jax.evaluation.cleaning import FILE, REDUCE, SCORES
+from dpr_jax.evaluation.cleaning import FILE, SCORES
+from dpr_jax.evaluation.token_scores import NAMES, REDUCE
 from dpr_jax.methods.base import TrainedMethod
 from dpr_jax.methods.sft import fine_tune, sft_programs
+from dpr_jax.references.base import Reference
 from dpr_jax.workdir import read_lines
 
-_SCORES = ("reward", "logp_sft", "random", "oracle")
+_DECIDES = (*NAMES, "random", "oracle")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class CleanedSFT(TrainedMethod):
   reference_fraction: float = setting(
       0.1, "of the steps of that SFT, where its ref is; 0: the model before SFT", low=0, below=1
   )
-  score: str = setting("reward", "what decides", choices=_SCORES)
+  score: str = setting("reward", "what decides", choices=_DECIDES)
   reduce: str = setting("sum", "over the trained tokens", choices=tuple(REDUCE))
   keep: float | None = setting(
       None, "share of the demonstrations to keep; None: those with a reward of at least 0",
@@ -107,7 +109,7 @@ class CleanedSFT(TrainedMethod):
             f"score={self.score!r}")
         raise ValueError(f"{name}={getattr(self, name)!r} has no effect with {because}; leave it "
                          "out")
-    if not self.like and self.keep is None and self.score in ("logp_sft", "random"):
+    if not self.like and self.keep is None and self.score not in ("reward", "oracle"):
       raise ValueError(f"score={self.score!r} has no zero; set keep, or like")
 
   def programs(self, shapes, name):
@@ -175,17 +177,13 @@ class CleanedSFT(TrainedMethod):
       chosen = [i for i, line in enumerate(lines) if line["fold"] == fold and line["judged"]]
       tokens = [examples[i].tokens[:length] for i in chosen]
       masks = [examples[i].loss_mask[:length] > 0 for i in chosen]
-      stage, none = _stage(name, fold), [t[:0] for t in tokens]
-      under = {}
-      for model, step in (("sft", steps), ("ref", early)):
-        variables = run.checkpoint(stage, step, run.dtype) if step else (
-            run.initial_variables(run.dtype)
-        )
-        under[model] = run.scorer.logps(variables, none, tokens)
-      for i, sft_T, ref_T, mask_T in zip(chosen, under["sft"], under["ref"], masks, strict=True):
-        sft, reward = (x.astype(np.float64)[mask_T] for x in (sft_T, sft_T - ref_T))
-        for what, values in (("reward", reward), ("logp_sft", sft)):
-          lines[i] |= {f"{what}_{n}": float(reduce(values)) for n, reduce in REDUCE.items()}
+      sft, ref = (
+          run.checkpoint(_stage(name, fold), step, run.dtype) if step else
+          run.initial_variables(run.dtype) for step in (steps, early)
+      )
+      found = run.scorer.score(sft, Reference.of(ref), [t[:0] for t in tokens], tokens)
+      for i, scores, mask_T in zip(chosen, found, masks, strict=True):
+        lines[i] |= scores.of_response(mask_T)
     wrong = [run.benchmark.is_wrong(demo, demo.response) for demo in run.data.demos]
     if any(wrong):  # Else it cannot tell, or there is nothing to tell.
       lines = [{**line, "wrong": bool(w)} for line, w in zip(lines, wrong, strict=True)]

@@ -16,7 +16,7 @@ from dpr_jax.weights.byte_tokenizer import byte_tokenizer
 from dpr_jax.workdir import read_lines
 
 NAMES = ("reward_sum", "reward_mean", "reward_min", "logp_sft_sum", "logp_sft_mean",
-         "endogenous_sum", "endogenous_mean", "length", "random")
+         "logp_sft_min", "endogenous_sum", "endogenous_mean", "endogenous_min", "length", "random")
 
 
 def call(module, *argv):
@@ -79,8 +79,8 @@ def expected(models, index, texts):
     endogenous = [x - v for x, v in zip(q, [*value["sft"][1:], 0.0])]
     n = len(ids)
     out.append(dict(zip(NAMES, (
-        sum(r), sum(r) / n, min(r), sum(logp["sft"]), sum(logp["sft"]) / n, sum(endogenous),
-        sum(endogenous) / n, n, number,
+        sum(r), sum(r) / n, min(r), sum(logp["sft"]), sum(logp["sft"]) / n, min(logp["sft"]),
+        sum(endogenous), sum(endogenous) / n, min(endogenous), n, number,
     ))))
   return out
 

@@ -20,7 +20,7 @@ from dpr_jax.evaluation.corruption import (
     judged_rewards,
     summarize,
 )
-from dpr_jax.evaluation.scoring import TokenScores
+from dpr_jax.evaluation.token_scores import TokenScores
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
 
 

@@ -10,7 +10,7 @@ from dpr_jax import sharding
 from dpr_jax.evaluation import resampling
 from dpr_jax.evaluation.resampling import ResampledSystem
 from dpr_jax.evaluation.responses import Responder, Response
-from dpr_jax.evaluation.scoring import TokenScores
+from dpr_jax.evaluation.token_scores import TokenScores
 from dpr_jax.references.base import Reference
 
 

@@ -9,13 +9,7 @@ from dpr_jax.data.preferences import read_pairs
 from dpr_jax.errors import UserError, naming
 from dpr_jax.evaluation.benchmarks.base import Benchmark
 from dpr_jax.evaluation.metrics import Column
-
-_REDUCE = {"sum": np.sum, "mean": np.mean, "min": np.min}
-_TOKEN_SCORES = {  # A field of `TokenScores` -> its name, its label, and how it is reduced.
-    "token_rewards": ("reward", "log pi_sft - log pi_ref", ("sum", "mean", "min")),
-    "logp_sft": ("logp_sft", "log pi_sft", ("sum", "mean")),
-    "endogenous": ("endogenous", "endogenous reward", ("sum", "mean")),
-}
+from dpr_jax.evaluation.token_scores import LABELS, REDUCE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,8 +23,8 @@ class Preference(Benchmark):
   title = "preference data"
   own_requests = True
   scores = {
-      **{f"{name}_{reduce}": Column(f"{label}, {reduce}", "%", better=1)
-         for name, label, reduces in _TOKEN_SCORES.values() for reduce in reduces},
+      **{f"{name}_{how}": Column(f"{label}, {how}", "%", better=1)
+         for name, label in LABELS.items() for how in REDUCE},
       "length": Column("the longer one", "%", better=1),
       "random": Column("random", "%", better=1),
   }
@@ -51,14 +45,12 @@ class Preference(Benchmark):
       index: of the pair.
       chosen, rejected: their `TokenScores`.
     """
-    out = []
-    for found, luck in zip((chosen, rejected), np.random.default_rng([self.seed, index]).random(2)):
-      scores = {}
-      for field, (name, _, reduces) in _TOKEN_SCORES.items():
-        values = getattr(found, field).astype(np.float64)
-        scores |= {f"{name}_{reduce}": float(_REDUCE[reduce](values)) for reduce in reduces}
-      out.append({**scores, "length": float(len(found.logp_sft)), "random": float(luck)})
-    return out
+    return [
+        {**found.of_response(), "length": float(len(found.logp_sft)), "random": float(luck)}
+        for found, luck in zip(
+            (chosen, rejected), np.random.default_rng([self.seed, index]).random(2)
+        )
+    ]
 
   def run(self, data, limit, **how):
     from dpr_jax.evaluation.preference_run import PreferenceRun
