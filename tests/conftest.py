@@ -1,9 +1,12 @@
 """Settings and small fixtures of every test. The environment is set before jax is imported."""
 
+import atexit
 import http
 import os
+import shutil
 import signal
 import sys
+import tempfile
 
 # Some tests ask for a GPU and skip without one: DPR_JAX_TEST_PLATFORM=cuda pytest tests/models.
 os.environ["JAX_PLATFORMS"] = os.environ.get("DPR_JAX_TEST_PLATFORM", "cpu")
@@ -11,6 +14,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 # Most of the time of these tests is the compiler's: the same programs, hardly optimised, here and
 # in each process that a test starts. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests what users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# And compiled once, for all workers and the processes that they start: as in a run of a user, who
+# has such a folder in the workdir. It ends with the tests.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dpr_jax_compiled_")
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import numpy as np

@@ -12,8 +12,9 @@ from dpr_jax.models.logprobs import token_logprobs
 def make_sft_loss(model):
   """Returns loss_fn(variables, batch, rng) -> (loss_sum, weight, metrics).
 
-  loss_sum: nats summed over trained tokens; weight: their number. The mean is taken once,
-  over all devices and micro-batches, by the train step.
+  loss_sum: nats summed over trained tokens, each times its entry of the loss mask; weight: the sum
+  of those entries, the number of trained tokens where all are 1. The mean is taken once, over all
+  devices and micro-batches, by the train step.
   """
 
   def loss_fn(variables, batch: SFTBatch, rng):
@@ -21,6 +22,6 @@ def make_sft_loss(model):
     out = token_logprobs(model, variables, batch.tokens, batch.segment_ids, rngs=rngs)
     loss_sum = -jnp.sum(out.logp * batch.loss_mask)
     weight = jnp.sum(batch.loss_mask)
-    return loss_sum, weight, {"tokens": weight}
+    return loss_sum, weight, {"tokens": jnp.sum((batch.loss_mask > 0).astype(jnp.float32))}
 
   return loss_fn

@@ -1,38 +1,42 @@
 """SFT again, on the demonstrations that the reward of others does not speak against.
 
-The demonstrations are split into K folds. For each fold an SFT run on the others gives pi_sft, its
-own early checkpoint pi_ref, and so a reward of the demonstrations that it never saw:
+Cross-fitting (`methods.cross_fitting`) gives a reward of each demonstration from SFT on others,
 
     r(x, y) = sum_t m_t [log pi_sft(y_t | s_t) - log pi_ref(y_t | s_t)],   m_t: trained tokens.
 
 Where r < 0, a demonstration became less likely while SFT went on: the others do not explain it. It
 is left out, and SFT starts again on the rest, with the steps that it had. The sign needs no number
-to choose; log pi_sft alone has none. (Cross-fitting: each demonstration is judged by models that
-have not been trained on it, nor on a copy of it.)
+to choose; log pi_sft alone has none. In place of whole demonstrations their tokens can be left out,
+or a demonstration can be given the weight min(cap, exp(r / tau)).
 
-What is compared with it: as many demonstrations chosen at random, by log pi_sft, or by whether they
-are right, where the benchmark can tell.
+What is compared with it: as many demonstrations chosen at random, by log pi_sft, by other measures
+of wrong labels (`evaluation.training_dynamics`), or by whether they are right, where the benchmark
+can tell.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dpr_jax import sharding
 from dpr_jax.config.fields import overlay, setting
-from dpr_jax.data.packing import PackedRows, pack
 from dpr_jax.data.templates import Example
-from dpr_jax.errors import UserError, naming
-from dpr_jax.evaluation.cleaning import FILE, SCORES
+from dpr_jax.errors import UserError
+from dpr_jax.evaluation.cleaning import FILE, RIVALS, SCORES, TOKENS
 from dpr_jax.evaluation.token_scores import NAMES, REDUCE
 from dpr_jax.methods.base import TrainedMethod
+from dpr_jax.methods.cross_fitting import CrossFit, rows_of
 from dpr_jax.methods.sft import fine_tune, sft_programs
-from dpr_jax.references.base import Reference
 from dpr_jax.workdir import read_lines
 
-_DECIDES = (*NAMES, "random", "oracle")
+_REDUCED = (*NAMES, "aum")  # Scores of tokens.
+_PLAIN = ("forgetting", "confident", "random", "oracle")
+_OF_TOKENS = ("reward", "logp_sft")  # kept token by token in `FILE`.
+_ZERO = ("reward", "confident", "oracle")  # Their sign is a cut.
+
+Line = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,14 +50,32 @@ class CleanedSFT(TrainedMethod):
   reference_fraction: float = setting(
       0.1, "of the steps of that SFT, where its ref is; 0: the model before SFT", low=0, below=1
   )
-  score: str = setting("reward", "what decides", choices=_DECIDES)
+  rounds: int = setting(
+      1, "times that this is done; from the second on, folds train on what was kept", low=1
+  )
+  score: str = setting(
+      "reward", "what decides: reward, logp_sft, endogenous, random, oracle (whether it is right), "
+      "or a rival: area under the margin, forgetting, confident learning",
+      choices=(*_REDUCED, *_PLAIN),
+  )
   reduce: str = setting("sum", "over the trained tokens", choices=tuple(REDUCE))
+  treatment: str = setting(
+      "cut", "leave out a demonstration with a low score (cut), its tokens with one (mask), or give "
+      "it the weight min(weight_cap, exp(score / tau)) (weight)", choices=("cut", "mask", "weight"),
+  )
   keep: float | None = setting(
-      None, "share of the demonstrations to keep; None: those with a reward of at least 0",
-      above=0, high=1,
+      None, "share to keep, of the demonstrations (cut) or of their tokens (mask); None: those with "
+      "a score of at least 0", above=0, high=1,
+  )
+  tau: float = setting(1.0, "nats, of treatment=weight", above=0)
+  weight_cap: float = setting(1.0, "largest weight of treatment=weight", above=0)
+  rival_checkpoints: int = setting(
+      0, "checkpoints of each fold from which the scores aum, forgetting and confident are made; 0: "
+      "they are not", low=0,
   )
   like: str = setting(
-      "", "method whose folds and rewards are used, and how many it kept where keep is None"
+      "", "method whose folds and scores are used, and how many it kept where keep is None and the "
+      "score has no zero"
   )
 
   reads_benchmark = True  # It tells which demonstrations are wrong.
@@ -76,13 +98,14 @@ class CleanedSFT(TrainedMethod):
 
   def check(self, config):
     super().check(config)
+    steps = self.budget(config).steps
     self._check_fields()
-    if not self.like and self.reference_fraction and not (
-        0 < self._reference_step(config) < self.budget(config).steps
-    ):
-      raise ValueError(f"reference_fraction={self.reference_fraction} of "
-                       f"{self.budget(config).steps} steps must leave at least one on both sides "
-                       "of ref; 0 takes the model before SFT")
+    if not self.like and self.reference_fraction and not 0 < self.reference_step(config) < steps:
+      raise ValueError(f"reference_fraction={self.reference_fraction} of {steps} steps must leave at "
+                       "least one on both sides of ref; 0 takes the model before SFT")
+    if self.rival_checkpoints == 1 or self.rival_checkpoints > steps:
+      raise ValueError(f"rival_checkpoints={self.rival_checkpoints} must be 2 to {steps}, the steps "
+                       "of SFT; 0 leaves these scores out")
     if self.score == "oracle" and not config.data.corrupt:
       raise ValueError("score='oracle' needs built-in tasks of which some are wrong: "
                        "config.data.corrupt above 0")
@@ -92,164 +115,215 @@ class CleanedSFT(TrainedMethod):
       if not isinstance(other, CleanedSFT) or other.like or order[:1] != [self.like]:
         raise ValueError(f"like={self.like!r} must be a method of this kind, without `like`, that "
                          "config.compare lists before this one")
+      if self.score in RIVALS and not other.rival_checkpoints:
+        raise ValueError(f"score={self.score!r} needs config.methods.{self.like}."
+                         "rival_checkpoints of at least 2")
 
   def _check_fields(self) -> None:
     """Raises ValueError where a field would be passed over, or a number is missing."""
-    plain = {f.name: f.default for f in dataclasses.fields(CleanedSFT)}
-    unused = []
-    if self.score in ("random", "oracle"):
-      unused.append("reduce")
+    unused: dict[str, str] = {}
+    if self.score not in _REDUCED:
+      unused["reduce"] = f"score={self.score!r}"
+    if self.treatment == "mask":
+      unused["reduce"] = "treatment='mask'"
+    if self.treatment != "weight":
+      unused |= {name: f"treatment={self.treatment!r}" for name in ("tau", "weight_cap")}
+    if self.treatment == "weight":
+      unused["keep"] = "treatment='weight'"
     if self.score == "oracle":
-      unused.append("keep")
+      unused["keep"] = "score='oracle'"
     if self.like:
-      unused += ["folds", "reference_fraction"]
-    for name in unused:
+      unused |= {name: f"like={self.like!r}"
+                 for name in ("folds", "reference_fraction", "rounds", "rival_checkpoints")}
+    plain = {f.name: f.default for f in dataclasses.fields(CleanedSFT)}
+    for name, because in unused.items():
       if getattr(self, name) != plain[name]:
-        because = f"like={self.like!r}" if name.startswith(("folds", "ref")) else (
-            f"score={self.score!r}")
         raise ValueError(f"{name}={getattr(self, name)!r} has no effect with {because}; leave it "
                          "out")
-    if not self.like and self.keep is None and self.score not in ("reward", "oracle"):
+    if self.treatment == "mask" and self.score not in _OF_TOKENS:
+      raise ValueError(f"treatment='mask' needs the score of a token: {' or '.join(_OF_TOKENS)}, "
+                       f"not {self.score!r}")
+    if self.treatment == "weight" and self.score not in _REDUCED:
+      raise ValueError(f"treatment='weight' needs a score in nats, not {self.score!r}")
+    if self.score in RIVALS and not self.like and not self.rival_checkpoints:
+      raise ValueError(f"score={self.score!r} needs rival_checkpoints of at least 2")
+    sized = self.keep is not None or self.treatment == "weight"
+    if not sized and self.score not in _ZERO and (not self.like or self.treatment == "mask"):
       raise ValueError(f"score={self.score!r} has no zero; set keep, or like")
 
   def programs(self, shapes, name):
     return sft_programs(shapes, name, self.budget(shapes.config))
 
   def stages(self, name):
-    return (name, *(_stage(name, fold) for fold in range(0 if self.like else self.folds)))
+    rounds = () if self.like else range(1, self.rounds + 1)
+    return (name, *(stage for n in rounds for stage in self._fold_stages(name, n)))
 
-  def train(self, run, name):
-    budget, file = self.budget(run.config), run.workdir.stage(name) / FILE
-    if not sharding.broadcast(file.exists()):  # One process decides: it may be there just now.
-      for fold in range(0 if self.like else self.folds):
-        fine_tune(run, _stage(name, fold), lambda fold=fold: self._others(run, name, fold), budget,
-                  tuple(filter(None, (self._reference_step(run.config),))))
-        sharding.barrier(f"{name} fold {fold}")
-      self._judge(run, name)
-      sharding.barrier(f"{name} judged")
-    fine_tune(run, name, lambda: self._kept(run, name), budget)
+  def _fold_stages(self, name: str, number: int) -> tuple[str, ...]:
+    of_round = name if number == 1 else f"{name}/round{number}"
+    return tuple(f"{of_round}/fold{fold}" for fold in range(self.folds))
 
-  def _reference_step(self, config) -> int:
+  def reference_step(self, config) -> int:
+    """The step of the early checkpoint that is kept as ref, of the folds and of the result."""
     return round(self.reference_fraction * self.budget(config).steps)
 
-  # --- Folds -------------------------------------------------------------------------------------
+  def train(self, run, name):
+    self.judge(run, name)
+    kept = tuple(filter(None, (self.reference_step(run.config),)))
+    fine_tune(run, name, lambda: self._rows(run, name), self.budget(run.config), kept)
 
-  def _folds(self, run: Any, name: str) -> np.ndarray:
-    with naming(f"config.methods.{name}"):
-      return fold_of(
-          [e.tokens[: run.config.data.row_length] for e in run.data.examples], self.folds,
-          run.config.seed,
-      )
+  # --- Judging -----------------------------------------------------------------------------------
 
-  def _others(self, run: Any, name: str, fold: int) -> PackedRows:
-    of_example = self._folds(run, name)
-    chosen = [e for e, f in zip(run.data.examples, of_example, strict=True) if f != fold]
-    return _pack(run, f"{name}: fold {fold}", chosen)
+  def judge(self, run: Any, name: str) -> list[dict[str, Any]]:
+    """Writes what is known of each demonstration and whether it is kept, unless it is there.
 
-  def _judge(self, run: Any, name: str) -> None:
-    """Writes what is known of each demonstration, and whether it is kept."""
-    source = run.workdir.stage(self.like) / FILE if self.like else None
-    lines = read_lines(source) if source else self._rewards(run, name)
-    size = sum(line["kept"] for line in lines) if self.like else None
-    kept = self._choose(lines, size, run)
-    # The others' scores are in the file of the method that has made them.
-    left_out = {*SCORES} - {f"{self.score}_{self.reduce}"} if self.like else ()
-    lines = [
-        {**{n: v for n, v in line.items() if n not in left_out}, "kept": bool(k)}
-        for line, k in zip(lines, kept, strict=True)
-    ]
-    run.workdir.write(run.workdir.stage(name) / FILE, lines)
-    cut = sum(line["judged"] and not line["kept"] for line in lines)
-    unjudged = sum(not line["judged"] for line in lines)
-    run.log(f"{name}: {sum(kept)} demonstrations kept, {cut} cut, {unjudged} not judged")
+    Returns:
+      The lines of the file, one per demonstration of `run.data`.
 
-  def _rewards(self, run: Any, name: str) -> list[dict[str, Any]]:
-    examples, length = run.data.examples, run.config.data.row_length
-    cut = run.config.data.overlong == "truncate"
-    fits = [(cut or len(e.tokens) <= length) and bool(e.loss_mask[:length].any()) for e in examples]
-    of_example = self._folds(run, name)
-    lines: list[dict[str, Any]] = [
-        {"source": e.source, "demo": i, "fold": int(f), "judged": fit}
-        for i, (e, f, fit) in enumerate(zip(examples, of_example, fits, strict=True))
-    ]
-    steps, early = self.budget(run.config).steps, self._reference_step(run.config)
-    for fold in range(self.folds):
-      chosen = [i for i, line in enumerate(lines) if line["fold"] == fold and line["judged"]]
-      tokens = [examples[i].tokens[:length] for i in chosen]
-      masks = [examples[i].loss_mask[:length] > 0 for i in chosen]
-      sft, ref = (
-          run.checkpoint(_stage(name, fold), step, run.dtype) if step else
-          run.initial_variables(run.dtype) for step in (steps, early)
-      )
-      found = run.scorer.score(sft, Reference.of(ref), [t[:0] for t in tokens], tokens)
-      for i, scores, mask_T in zip(chosen, found, masks, strict=True):
-        lines[i] |= scores.of_response(mask_T)
-    wrong = [run.benchmark.is_wrong(demo, demo.response) for demo in run.data.demos]
-    if any(wrong):  # Else it cannot tell, or there is nothing to tell.
-      lines = [{**line, "wrong": bool(w)} for line, w in zip(lines, wrong, strict=True)]
-    return lines
+    Raises:
+      UserError: fewer demonstrations than folds, or a fold without one that can be judged.
+    """
+    folder = run.workdir.stage(name)
+    if not sharding.broadcast((folder / FILE).exists()):  # One decides: it may be there just now.
+      if self.like:
+        source = read_lines(run.workdir.stage(self.like) / FILE)
+        self._write(run, name, FILE, source, sum(line["kept"] for line in source))
+      else:
+        self._cross_fit(run, name)
+    return read_lines(folder / FILE)
 
-  def _choose(self, lines: Sequence[dict[str, Any]], size: int | None, run: Any) -> np.ndarray:
-    """Which demonstrations are kept, bool [N].
+  def _cross_fit(self, run: Any, name: str) -> None:
+    budget, earlier = self.budget(run.config), None
+    for number in range(1, self.rounds + 1):
+      file = FILE if number == self.rounds else f"round{number}_{FILE}"
+      path = run.workdir.stage(name) / file
+      if not sharding.broadcast(path.exists()):
+        fit = CrossFit(run, name, self._fold_stages(name, number), budget,
+                       self.reference_step(run.config), self.rival_checkpoints)
+        fit.train(run.data.examples if earlier is None else self._treated(run, earlier))
+        self._write(run, name, file, _with_labels(run, fit.scores()), None)
+      earlier = read_lines(path)
+
+  def _write(self, run: Any, name: str, file: str, lines: Sequence[Line], size: int | None) -> None:
+    """Writes the lines with what is to be done with each.
 
     Args:
       size: how many the method `like` kept.
     """
+    out = self.decide(lines, size, run.config.seed)
+    if self.like:  # The others' scores are in the file of the method that has made them.
+      own = f"{self.score}_{self.reduce}" if self.score in _REDUCED else self.score
+      dropped = {*SCORES, *TOKENS} - {own}
+      out = [{n: v for n, v in line.items() if n not in dropped} for line in out]
+    run.workdir.write(run.workdir.stage(name) / file, out)
+    kept, judged = (sum(line[n] for line in out) for n in ("kept", "judged"))
+    run.log(f"{name}: {kept} demonstrations kept, {judged - kept} cut, {len(out) - judged} not "
+            "judged")
+    sharding.barrier(f"{name} {file}")
+
+  def decide(self, lines: Sequence[Line], size: int | None, seed: int) -> list[dict[str, Any]]:
+    """The lines with `kept`; and `weight`, or `tokens_kept` (0 or 1 each), by the treatment.
+
+    Args:
+      lines: with `judged`, and the scores where that is true.
+      size: how many to keep, where neither `keep` nor the sign of the score says it.
+      seed: of score=random.
+
+    Raises:
+      UserError: score=oracle where no line says what is wrong.
+    """
     judged = np.array([line["judged"] for line in lines])
+    if self.treatment == "mask":
+      masks = self._token_masks(lines, judged)
+      return [{**line, "kept": bool(sum(m)), **({"tokens_kept": m} if line["judged"] else {})}
+              for line, m in zip(lines, masks, strict=True)]
+    scores = self._scores(lines, seed)
+    if self.treatment == "weight":
+      weights = np.minimum(self.weight_cap, np.exp(np.minimum(scores / self.tau, 80.0)))
+      return [{**line, "kept": bool(j), **({"weight": float(w)} if j else {})}
+              for line, j, w in zip(lines, judged, weights, strict=True)]
+    if self.keep is None and self.score in _ZERO:
+      kept = judged & (scores >= 0)
+    else:
+      number = round(self.keep * judged.sum()) if self.keep is not None else size
+      # Equal scores, as counts have them, in an order of chance and not in that of the file.
+      tie = np.random.default_rng([seed, 3]).random(len(lines))
+      best = np.lexsort((tie, -np.where(judged, scores, -np.inf)))[:number]
+      kept = judged & np.isin(np.arange(len(lines)), best)
+    return [{**line, "kept": bool(k)} for line, k in zip(lines, kept, strict=True)]
+
+  def _scores(self, lines: Sequence[Line], seed: int) -> np.ndarray:
+    """float64 [N], -inf where a line is not judged."""
     if self.score == "oracle":
       if not any("wrong" in line for line in lines):
         raise UserError("config.eval.benchmark: it tells of no demonstration that it is wrong, "
                         "which score='oracle' needs")
-      return judged & ~np.array([line.get("wrong", False) for line in lines])
+      return np.array([-1.0 if line.get("wrong", False) else 0.0 for line in lines])
     if self.score == "random":
-      scores = np.random.default_rng([run.config.seed, 2]).random(len(lines))
-    else:
-      field = f"{self.score}_{self.reduce}"
-      scores = np.array([line.get(field, -np.inf) for line in lines])
-    if size is None and self.keep is None:
-      return judged & (scores >= 0)
-    number = round(self.keep * judged.sum()) if self.keep is not None else size
-    best = np.argsort(-np.where(judged, scores, -np.inf), kind="stable")[:number]
-    return judged & np.isin(np.arange(len(lines)), best)
+      return np.random.default_rng([seed, 2]).random(len(lines))
+    field = f"{self.score}_{self.reduce}" if self.score in _REDUCED else self.score
+    return np.array([line.get(field, -np.inf) for line in lines])
 
-  def _kept(self, run: Any, name: str) -> PackedRows:
+  def _token_masks(self, lines: Sequence[Line], judged: np.ndarray) -> list[list[int]]:
+    field = TOKENS[self.score]
+    values = [np.array(line[field]) if j else np.zeros(0) for line, j in zip(lines, judged)]
+    least = 0.0 if self.keep is None else np.quantile(np.concatenate(values), 1 - self.keep)
+    return [(v >= least).astype(int).tolist() for v in values]
+
+  # --- Training on it ----------------------------------------------------------------------------
+
+  def _treated(self, run: Any, lines: Sequence[Line]) -> list[Example | None]:
+    """What stands for each demonstration in training; None where it is left out."""
+    return [treated(e, line) for e, line in zip(run.data.examples, lines, strict=True)]
+
+  def _rows(self, run: Any, name: str) -> Any:
     lines = read_lines(run.workdir.stage(name) / FILE)
-    chosen = [e for e, line in zip(run.data.examples, lines, strict=True) if line["kept"]]
+    chosen = [e for e in self._treated(run, lines) if e is not None]
     if not chosen:
       raise UserError(f"config.methods.{name}: no demonstration is kept; set keep to a share")
-    return _pack(run, name, chosen)
+    return rows_of(run, name, chosen)
 
 
-def _stage(name: str, fold: int) -> str:
-  return f"{name}/fold{fold}"
+def treated(example: Example, line: Line) -> Example | None:
+  """A demonstration as it is trained on after `CleanedSFT.decide`."""
+  if not line["kept"]:
+    return None
+  mask_T = example.loss_mask
+  if "weight" in line:
+    mask_T = mask_T * np.float32(line["weight"])
+  if "tokens_kept" in line:
+    mask_T, of_tokens = mask_T.copy(), np.array(line["tokens_kept"], np.float32)
+    trained = np.flatnonzero(mask_T > 0)
+    mask_T[trained[: len(of_tokens)]] *= of_tokens  # What a row cut off has no score.
+  return dataclasses.replace(example, loss_mask=mask_T)
 
 
-def _pack(run: Any, name: str, examples: Sequence[Example]) -> PackedRows:
-  data = run.config.data
-  with naming(f"config.methods.{name}"):
-    return pack(examples, data.row_length, data.overlong, run.config.seed)
+def _with_labels(run: Any, lines: Sequence[Line]) -> list[dict[str, Any]]:
+  """The lines with the built-in task, what it says of them, and whether they are wrong."""
+  demos = run.data.demos
+  wrong = [run.benchmark.is_wrong(demo, demo.response) for demo in demos]
+  tells = any(wrong)  # Else it cannot tell, or there is nothing to tell.
+  out = []
+  for line, demo, w in zip(lines, demos, wrong, strict=True):
+    groups = {"task": demo.task} if demo.task else {}
+    if demo.meta.get("minority"):
+      groups["minority"] = True
+    out.append({**line, **groups, **({"wrong": bool(w)} if tells else {})})
+  return out
 
 
-def fold_of(examples: Sequence[np.ndarray], folds: int, seed: int) -> np.ndarray:
-  """The fold of each example, int [N]: random, equally large, copies of one together.
-
-  Args:
-    examples: their tokens, int32 [T_i].
-
-  Raises:
-    UserError: fewer different examples than folds.
-  """
-  numbers: dict[bytes, int] = {}
-  of_example = np.array([numbers.setdefault(e.tobytes(), len(numbers)) for e in examples])
-  if len(numbers) < folds:
-    raise UserError(f"folds={folds} exceeds the {len(numbers)} different demonstrations")
-  return (np.random.default_rng([seed, 1]).permutation(len(numbers)) % folds)[of_example]
+def _like(**fields: Any) -> CleanedSFT:
+  return CleanedSFT(like="cleaned_sft", **fields)
 
 
 DEFAULTS = {
     "cleaned_sft": CleanedSFT(),
-    "random_cut": CleanedSFT(score="random", like="cleaned_sft", label="SFT on a random cut"),
-    "likelihood_cut": CleanedSFT(score="logp_sft", reduce="min", like="cleaned_sft",
-                                 label="SFT, cut by likelihood"),
-    "right_only": CleanedSFT(score="oracle", like="cleaned_sft", label="SFT on right ones alone"),
+    "random_cut": _like(score="random", label="SFT on a random cut"),
+    "likelihood_cut": _like(score="logp_sft", reduce="min", label="SFT, cut by likelihood"),
+    "perplexity_cut": _like(score="logp_sft", reduce="mean", label="SFT, cut by perplexity"),
+    "aum_cut": _like(score="aum", reduce="mean", label="SFT, cut by area under the margin"),
+    "forgetting_cut": _like(score="forgetting", label="SFT, cut by forgetting"),
+    "confident_cut": _like(score="confident", label="SFT, cut by confident learning"),
+    "masked_sft": _like(treatment="mask", label="SFT, low-reward tokens left out"),
+    "weighted_sft": _like(treatment="weight", label="SFT, weighted by exp(reward)"),
+    "right_only": _like(score="oracle", label="SFT on right ones alone"),
 }
