@@ -1,4 +1,13 @@
-r"""Cuts a file of scored demonstrations or responses by their token rewards.
+r"""Cuts a file of demonstrations by their token rewards, or one that is scored already.
+
+    python -m dpr_jax.filter --demos=DEMOS.jsonl --config=configs/smollm2_135m.py --workdir=DIR \
+        --kept=KEPT.jsonl --cut=CUT.jsonl --html=CUT.html
+
+trains the model of the config on parts of the file, judges each demonstration by models that have
+not seen it, and keeps those with a reward of at least 0 (see docs/cleaning.md). The fields of
+--config.methods.cleaned_sft say how; --method names another method of its kind. DIR keeps the
+models; the same command resumes. Every record ends up in one of three files: KEPT.jsonl, CUT.jsonl
+(the lowest reward first), and --unjudged, without which a record that cannot be judged is an error.
 
     python -m dpr_jax.score --sft=CKPT --ref=CKPT --input=DEMOS.jsonl --output=SCORED.jsonl
     python -m dpr_jax.filter --input=SCORED.jsonl --kept=KEPT.jsonl --above=0
@@ -22,11 +31,13 @@ from absl import flags
 
 from dpr_jax import cli
 from dpr_jax.cli import models as models_cli
+from dpr_jax.cli.flags import flag_value
 from dpr_jax.errors import UserError
 from dpr_jax.evaluation.token_scores import NAMES, REDUCE
 
 _FIELDS = {**NAMES, "logp_ref": "logp_ref"}
 _LARGEST = 1e6  # nats per token.
+_SHOWN = 200  # demonstrations that a page shows of what was cut.
 
 
 def define(values: flags.FlagValues) -> None:
@@ -82,16 +93,15 @@ def kept(found: np.ndarray, above: float | None, share: float | None) -> np.ndar
 
 @cli.readable
 def main(argv: Sequence[str]) -> None:
+  if flag_value(argv, "demos"):
+    return judge(argv)
   values = cli.parse_flags(
       argv, entry_point="dpr_jax.filter", doc=__doc__, define=define,
       required={"input": "SCORED.jsonl", "kept": "KEPT.jsonl"},
   )
   if (values.above is None) == (values.keep is None):
     raise UserError("give --above=SCORE or --keep=SHARE, one of them")
-  places: list[Any] = []
-  for flag in ("kept", "cut", "html"):
-    path = getattr(values, flag)
-    places.append(models_cli.new_file(f"--{flag}", path, *filter(None, places)) if path else None)
+  out, cut, html = _places(values, "kept", "cut", "html")
   from dpr_jax.data.records import iter_records
   from dpr_jax.paths import write_atomically
   from dpr_jax.report.heatmap import heatmap_page
@@ -105,7 +115,6 @@ def main(argv: Sequence[str]) -> None:
                     f"{found.max():.4g}")
   lines = [{**r, "filter_score": round(float(s), 6)} for r, s in zip(records, found, strict=True)]
   order = [i for i in np.argsort(found, kind="stable") if not chosen[i]]
-  out, cut, html = places
   page = heatmap_page([lines[i] for i in order], f"What was cut by {values.by}, lowest first")
   write_lines(out, [line for line, c in zip(lines, chosen, strict=True) if c])
   if cut:
@@ -114,6 +123,102 @@ def main(argv: Sequence[str]) -> None:
     write_atomically(html, page)
   print(f"kept {chosen.sum()} of {len(chosen)}; scores of the kept from {found[chosen].min():.4g}, "
         f"of the others up to {found[~chosen].max(initial=-np.inf):.4g}")
+
+
+def _places(values: flags.FlagValues, *names: str) -> list[Any]:
+  """The files of these flags, checked to be new; None where a flag is not set."""
+  places: list[Any] = []
+  for name in names:
+    path = getattr(values, name)
+    places.append(models_cli.new_file(f"--{name}", path, *filter(None, places)) if path else None)
+  return places
+
+
+# --- Demonstrations that are not scored yet -------------------------------------------------------
+
+
+def define_judging(values: flags.FlagValues) -> None:
+  text = lambda name, default, what: flags.DEFINE_string(name, default, what, flag_values=values)
+  text("demos", None, "Demonstrations, in any format that training reads.")
+  text("workdir", None, "Folder of the models of the folds.")
+  text("method", "cleaned_sft", "Method of the config that judges.")
+  text("kept", None, "JSONL to write; must not exist.")
+  text("cut", None, "JSONL of those that are left out.")
+  text("unjudged", "", "JSONL of records that cannot be judged, each with its filter_problem.")
+  text("html", "", "Also write a page: what was cut, and what is close to it, token by token.")
+
+
+def judge(argv: Sequence[str]) -> None:
+  """The way of --demos: see the module docstring."""
+  from dpr_jax import agreement, distributed
+
+  distributed.initialize()
+  values, config = agreement.agree(lambda: _parse_judging(argv))
+  import jax
+
+  from dpr_jax import cleaning
+  from dpr_jax.agreement import agree
+
+  main_process = jax.process_index() == 0
+  files = ("kept", "cut", "unjudged", "html")
+  kept_at, cut_at, unjudged_at, html_at = agree(
+      lambda: _places(values, *files) if main_process else [None] * len(files))
+  found = cleaning.judge_file(
+      config, values.workdir, values.method, values.demos, may_fail=bool(values.unjudged))
+  if not main_process:
+    return
+  from dpr_jax.paths import write_atomically
+  from dpr_jax.workdir import write_lines
+
+  kept_ones = [x for x in found if x.kept]
+  cut = sorted((x for x in found if x.judged and not x.kept), key=lambda x: x.score)
+  unjudged = [x for x in found if not x.judged]
+  if html_at:
+    write_atomically(html_at, _page(values.demos, kept_ones, cut, unjudged))
+  for path, part in ((kept_at, kept_ones), (cut_at, cut), (unjudged_at, unjudged)):
+    if path:
+      write_lines(path, [x.line() for x in part])
+  print(f"{len(found)} demonstrations: kept {len(kept_ones)}, cut {len(cut)}, not judged "
+        f"{len(unjudged)}")
+
+
+def _parse_judging(argv: Sequence[str]) -> tuple[flags.FlagValues, Any]:
+  from dpr_jax import cleaning
+  from dpr_jax import config as config_lib
+
+  values = cli.parse_flags(
+      argv, entry_point="dpr_jax.filter", doc=__doc__, define=define_judging,
+      required={"config": "configs/smollm2_135m.py", "workdir": "runs/filter",
+                "kept": "KEPT.jsonl", "cut": "CUT.jsonl"},
+  )
+  with values.config.unlocked():
+    values.config.compare = (values.method,)
+  # Before the config is resolved: what it would say of another kind is of no use here.
+  method = values.config.methods.get(values.method, {})
+  if method.get("like") or "folds" not in method:
+    raise UserError(cleaning.WRONG_METHOD.format(values.method))
+  config = config_lib.resolve(values.config)
+  cleaning.check_method(config, values.method)
+  return values, config
+
+
+def _page(name: str, kept_ones: Sequence[Any], cut: Sequence[Any], unjudged: Sequence[Any]) -> str:
+  from dpr_jax.report.heatmap import heatmap_sections
+
+  row = lambda x: {"messages": x.messages, **x.scores}
+  nearest = sorted(kept_ones, key=lambda x: x.score)
+  total = len(kept_ones) + len(cut) + len(unjudged)
+  return heatmap_sections(
+      {
+          "Cut, the lowest reward first": [row(x) for x in cut[:_SHOWN]],
+          "Kept, closest to the cut": [row(x) for x in nearest[: _SHOWN // 4]],
+          "Kept, the highest reward first": [row(x) for x in nearest[::-1][: _SHOWN // 8]],
+      },
+      f"What was cut of {name}",
+      f"Of {total} demonstrations {len(kept_ones)} are kept, {len(cut)} cut and {len(unjudged)} not "
+      f"judged. A token is blue where models trained on other demonstrations came to find it "
+      f"likelier while they were trained, and orange where less likely. At most {_SHOWN} are shown.",
+  )
 
 
 if __name__ == "__main__":

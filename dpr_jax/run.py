@@ -326,17 +326,19 @@ def set_up(
     mesh: jax.sharding.Mesh,
     like: Run | None = None,
     day: datetime.date | None = None,
+    evaluated: bool = True,
 ) -> Run:
   """Everything that can be wrong with the input shows here, before anything is written.
 
   Args:
     like: a run set up before, whose data are taken if they are the same.
     day: what a chat template writes that writes the date, unless the run began before; today.
+    evaluated: whether anything is sampled, so that prompts must be held out.
   """
   agree(lambda: workdir.check(config))
   workdir.set_aside_damaged()
   run, record = agree(
-      lambda: _read(config, workdir, mesh, like, day),
+      lambda: _read(config, workdir, mesh, like, day, evaluated),
       lambda made: {
           "contents of config.data.demos": made[0].data.summary.get("blake2b"),
           **made[1],
@@ -356,6 +358,7 @@ def _read(
     mesh: jax.sharding.Mesh,
     like: Run | None,
     day: datetime.date | None,
+    evaluated: bool,
 ) -> tuple[Run, dict[str, Any]]:
   """A run, and what config.json says of its input."""
   check_mesh(config, mesh)
@@ -380,9 +383,9 @@ def _read(
     with naming("config.data"):
       # The tokenizer has the template.
       section = dataclasses.replace(config.data, template="")
-      data = build_dataset(section, tokenizer, config.seed)
+      data = build_dataset(section, tokenizer, config.seed, prompts=evaluated)
   skip, found = config.eval.skip_prompts, len(data.heldout.tokens)
-  if skip >= found:
+  if skip >= found and evaluated:
     raise UserError(
         f"config.eval.skip_prompts={skip} leaves nothing to evaluate on: of config.data.holdout="
         f"{config.data.holdout} there are {found} prompts within config.data.prompt_length"

@@ -77,11 +77,15 @@ def split_demos(
   return train, heldout, benchmark, summary
 
 
-def build_dataset(section: DataSection, tokenizer: "PreTrainedTokenizerFast", seed: int) -> Dataset:
+def build_dataset(
+    section: DataSection, tokenizer: "PreTrainedTokenizerFast", seed: int, prompts: bool = True
+) -> Dataset:
   """Reads (or makes), splits, tokenises and packs.
 
   Args:
     seed: of the built-in tasks' training demonstrations and of the packing.
+    prompts: whether something will be sampled; False leaves both lists of prompts empty, and then
+      no demonstration need be held out.
 
   Raises:
     UserError: as the readers; naming file and line, or the field.
@@ -92,8 +96,9 @@ def build_dataset(section: DataSection, tokenizer: "PreTrainedTokenizerFast", se
   rows = pack(examples, section.row_length, section.overlong, seed)
   budget = (tokenizer, section.prompt_length, section.overlong_prompt, section.template)
   # What methods imitate and evaluation compares with is the last turn.
-  prompts, held = (
-      make_prompts([demo for demo in part if demo.trains_last], *budget)
+  own, held = (
+      make_prompts([demo for demo in part if demo.trains_last], *budget) if prompts
+      else Prompts([], [], 0)
       for part in (train, heldout)
   )
   summary |= {
@@ -104,9 +109,9 @@ def build_dataset(section: DataSection, tokenizer: "PreTrainedTokenizerFast", se
       "dropped_overlong": rows.dropped_overlong,
       "truncated": rows.truncated,
       "dropped_untrained": rows.dropped_untrained,
-      "prompts": len(prompts.tokens),
-      "dropped_prompts": prompts.dropped_overlong,
+      "prompts": len(own.tokens),
+      "dropped_prompts": own.dropped_overlong,
       "heldout": len(held.tokens),
       "dropped_heldout": held.dropped_overlong,
   }
-  return Dataset(train, examples, rows, prompts, held, benchmark, summary)
+  return Dataset(train, examples, rows, own, held, benchmark, summary)

@@ -236,7 +236,7 @@ class CleanedSFT(TrainedMethod):
       masks = self._token_masks(lines, judged)
       return [{**line, "kept": bool(sum(m)), **({"tokens_kept": m} if line["judged"] else {})}
               for line, m in zip(lines, masks, strict=True)]
-    scores = self._scores(lines, seed)
+    scores = self.scores_of(lines, seed)
     if self.treatment == "weight":
       weights = np.minimum(self.weight_cap, np.exp(np.minimum(scores / self.tau, 80.0)))
       return [{**line, "kept": bool(j), **({"weight": float(w)} if j else {})}
@@ -251,8 +251,8 @@ class CleanedSFT(TrainedMethod):
       kept = judged & np.isin(np.arange(len(lines)), best)
     return [{**line, "kept": bool(k)} for line, k in zip(lines, kept, strict=True)]
 
-  def _scores(self, lines: Sequence[Line], seed: int) -> np.ndarray:
-    """float64 [N], -inf where a line is not judged."""
+  def scores_of(self, lines: Sequence[Line], seed: int) -> np.ndarray:
+    """What decides of each line, float64 [N]; -inf where it is not judged."""
     if self.score == "oracle":
       if not any("wrong" in line for line in lines):
         raise UserError("config.eval.benchmark: it tells of no demonstration that it is wrong, "

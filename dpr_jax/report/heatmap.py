@@ -69,14 +69,24 @@ def heatmap_page(rows: Iterable[Mapping[str, Any]], title: str) -> str:
     title: heading of the page.
   """
   rows = list(rows)
-  scale = limit(rows)
-  section = {"id": "scored", "name": "Scored responses", "rows": heatmap_view(rows, scale)}
-  return render(
-    title=title,
-    lead=f"{len(section['rows'])} responses scored token by token.",
-    heatmaps=[section],
-    legend=legend(scale),
+  number = len(heatmap_view(rows, 1.0))
+  return heatmap_sections(
+      {"Scored responses": rows}, title, f"{number} responses scored token by token."
   )
+
+
+def heatmap_sections(
+    sections: Mapping[str, Sequence[Mapping[str, Any]]], title: str, lead: str
+) -> str:
+  """Such a page with several lists of rows, by their headings, on one scale.
+
+  Args:
+    lead: the sentence below the title.
+  """
+  scale = limit(row for rows in sections.values() for row in rows)
+  shown = [{"id": f"scored{i or ''}", "name": name, "rows": heatmap_view(rows, scale)}
+           for i, (name, rows) in enumerate(sections.items())]
+  return render(title=title, lead=lead, heatmaps=shown, legend=legend(scale))
 
 
 def write_heatmap(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike, title: str) -> None:
