@@ -80,6 +80,17 @@ def make_mesh(
   return jax.sharding.Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def split_mesh(mesh: jax.sharding.Mesh, parts: int) -> list[jax.sharding.Mesh]:
+  """Meshes of equal shape that share no device and together have all; [] where data does not divide.
+
+  A part holds a model as the whole does: only its axis `data` is shorter.
+  """
+  if mesh.shape["data"] % parts:
+    return []
+  return [jax.sharding.Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)
+          for grid in np.split(mesh.devices, parts, axis=mesh.axis_names.index("data"))]
+
+
 def resolve(names: Sequence[str | None], shape: Sequence[int], mesh) -> PartitionSpec:
   """Returns the PartitionSpec of logical axis `names` on `mesh` (concrete or abstract)."""
   spec = []

@@ -23,7 +23,7 @@ from dpr_jax.models.lora import split_trainable
 from dpr_jax.models.variables import abstract_variables
 from dpr_jax.paths import is_link
 from dpr_jax.training import make_train_step
-from dpr_jax.training.loop import Stage, Training, run_stage
+from dpr_jax.training.loop import Stage, Training, run_side_by_side, run_stage
 from dpr_jax.training.optimizer import make_optimizer
 from dpr_jax.training.steps import LossFn, TrainStep
 from dpr_jax.training.stopping import FILE as STOPPED_FILE
@@ -140,16 +140,55 @@ def train_stage(
     run: Any, name: str, steps: int, build: Callable[[], Training], keep_steps: tuple[int, ...] = ()
 ) -> None:
   """Runs a stage in the workdir of a run."""
-  directory = run.workdir.stage(name)
-  files = () if is_link(directory) else (directory / "metrics.jsonl", directory / STOPPED_FILE)
+  train_planned(plan_stage(run, name, steps, build, keep_steps))
 
-  def begin():
-    run.workdir.record(*files, finished=False)
-    return build()
 
+def train_planned(planned: "PlannedStage") -> None:
+  """Runs a stage; nothing of another one stays in memory."""
+  planned.run.release()
+  if run_stage(planned.stage, planned.begin) is not None:
+    planned.record()
+
+
+def train_side_by_side(stages: Sequence["PlannedStage"]) -> None:
+  """Runs stages of one workdir whose runs have meshes without a common device."""
+  for stage in stages:
+    stage.run.release()
+  pairs = [(planned.stage, planned.begin) for planned in stages]
+  for planned, state in zip(stages, run_side_by_side(pairs), strict=True):
+    if state is not None:
+      planned.record()
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedStage:
+  """A stage of a run, and the record of what it writes."""
+
+  run: Any
+  stage: Stage
+  build: Callable[[], Training]
+
+  @property
+  def _files(self) -> tuple[Any, ...]:
+    folder = self.stage.directory
+    return () if is_link(folder) else (folder / "metrics.jsonl", folder / STOPPED_FILE)
+
+  def begin(self) -> Training:
+    self.run.workdir.record(*self._files, finished=False)
+    return self.build()
+
+  def record(self) -> None:
+    """Not of a stage that was finished before: its files may not be what was written."""
+    self.run.workdir.record(*self._files)
+
+
+def plan_stage(
+    run: Any, name: str, steps: int, build: Callable[[], Training], keep_steps: tuple[int, ...] = ()
+) -> PlannedStage:
+  """What `train_stage` runs."""
   stage = Stage(
       name=name,
-      directory=directory,
+      directory=run.workdir.stage(name),
       mesh=run.mesh,
       steps=steps,
       keep_steps=keep_steps,
@@ -158,9 +197,7 @@ def train_stage(
       tensorboard_dir=run.workdir.tensorboard / name,
       profile_dir=run.workdir.profile / name,
   )
-  run.release()  # Nothing of another stage stays in memory.
-  if run_stage(stage, begin) is not None:  # Else what lies there may not be what was written.
-    run.workdir.record(*files)
+  return PlannedStage(run, stage, build)
 
 
 def make_step(loss: LossFn, budget: Budget | SFTSection, ema_decay: float = 0.0) -> TrainStep:

@@ -5,6 +5,7 @@ own early checkpoint pi_ref, and so the scores of the demonstrations that it nev
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ from dpr_jax.data.templates import Example
 from dpr_jax.errors import UserError, naming
 from dpr_jax.evaluation import training_dynamics as dynamics
 from dpr_jax.evaluation.token_scores import REDUCE
-from dpr_jax.methods.sft import fine_tune
+from dpr_jax.methods.base import plan_stage, train_planned, train_side_by_side
+from dpr_jax.methods.sft import fine_tuning
 from dpr_jax.references.base import Reference
 
 _margins = jax.jit(dynamics.token_margins, static_argnums=0)
@@ -62,7 +64,7 @@ class CrossFit:
     return tuple(sorted({round(self.budget.steps * (i + 1) / count) for i in range(count)} - {0}))
 
   def train(self, examples: Sequence[Example | None]) -> None:
-    """An SFT run for each fold.
+    """An SFT run for each fold; all at once, where the axis `data` of the mesh can be split.
 
     Args:
       examples: what stands for each demonstration; None where it is left out.
@@ -72,11 +74,31 @@ class CrossFit:
     """
     of_example = self.of_example
     kept = (*filter(None, (self.reference_step,)), *self.rival_steps)
-    for fold, stage in enumerate(self.stages):
-      chosen = [e for e, f in zip(examples, of_example, strict=True) if e is not None and f != fold]
-      what = f"{self.name}: the others of fold {fold}"
-      fine_tune(self.run, stage, lambda c=chosen, w=what: rows_of(self.run, w, c), self.budget, kept)
-      sharding.barrier(stage)
+
+    def rows(fold: int) -> PackedRows:
+      pairs = zip(examples, of_example, strict=True)
+      chosen = [e for e, f in pairs if e is not None and f != fold]
+      return rows_of(self.run, f"{self.name}: the others of fold {fold}", chosen)
+
+    runs = self._runs()
+    planned = [
+        plan_stage(run, stage, self.budget.steps,
+                   fine_tuning(run, stage, functools.partial(rows, fold), self.budget), kept)
+        for fold, (run, stage) in enumerate(zip(runs, self.stages, strict=True))
+    ]
+    if runs[0] is not self.run:
+      return train_side_by_side(planned)
+    for stage in planned:
+      train_planned(stage)
+      sharding.barrier(stage.stage.name)
+
+  def _runs(self) -> list[Any]:
+    """The run of each fold: on a part of the mesh each, where its axis `data` can be split."""
+    count = len(self.stages)
+    parts = sharding.split_mesh(self.run.mesh, count) if jax.process_count() == 1 else []
+    if not parts:
+      return [self.run] * count
+    return [dataclasses.replace(self.run, mesh=mesh, _held={}) for mesh in parts]
 
   def scores(self) -> list[dict[str, Any]]:
     """A line for each demonstration, with its scores where it is judged."""

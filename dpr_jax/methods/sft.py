@@ -9,6 +9,7 @@ from dpr_jax.data.packing import PackedRows
 from dpr_jax.losses import make_sft_loss
 from dpr_jax.methods.base import make_step, make_training, row_batch, train_stage
 from dpr_jax.methods.programs import Program, Shapes, TrainWork
+from dpr_jax.training.loop import Training
 
 
 def fine_tune(
@@ -16,6 +17,15 @@ def fine_tune(
     keep_steps: tuple[int, ...] = (), ema_decay: float = 0.0,
 ) -> None:
   """Trains from the initial variables on what `rows` returns, unless the stage is finished."""
+  build = fine_tuning(run, name, rows, section, ema_decay)
+  train_stage(run, name, section.steps, build, keep_steps)
+
+
+def fine_tuning(
+    run: Any, name: str, rows: Callable[[], PackedRows], section: Budget | SFTSection,
+    ema_decay: float = 0.0,
+) -> Callable[[], Training]:
+  """What makes the training of such a stage."""
 
   def build():
     step = make_step(make_sft_loss(run.model), section, ema_decay)
@@ -23,7 +33,7 @@ def fine_tune(
     start = lambda: run.initial_variables("float32")
     return make_training(run, name, step, step.optimizer, batches, start)
 
-  train_stage(run, name, section.steps, build, keep_steps)
+  return build
 
 
 def sft_stage(run: Any) -> None:

@@ -2,9 +2,10 @@
 every stage (SFT, DPR, any other method) is such a step.
 """
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -81,6 +82,51 @@ def run_stage(stage: Stage, build: Callable[[], Training]) -> TrainState | None:
     Diverged: the loss or the gradient was not finite. Nothing of that step is saved.
     Stopped: a process got SIGTERM or SIGINT; the step that it had reached is saved.
   """
+  updates = _updates(stage, build)
+  while True:
+    try:
+      next(updates)
+    except StopIteration as end:
+      return end.value
+
+
+def run_side_by_side(
+    stages: Sequence[tuple[Stage, Callable[[], Training]]]
+) -> list[TrainState | None]:
+  """`run_stage` of stages whose meshes share no device, at the same time.
+
+  They take their steps in turn: a step is only dispatched, so that all devices work at once.
+
+  Raises:
+    Diverged, Stopped: as `run_stage`; upon a signal each stage saves the step that it has reached.
+  """
+  out: list[TrainState | None] = [None] * len(stages)
+  running = {i: _updates(*stage) for i, stage in enumerate(stages)}
+  stopped = None
+  with contextlib.ExitStack() as held:
+    held.enter_context(signals.deferred())
+    for updates in running.values():
+      held.callback(updates.close)
+    while running:
+      for i, updates in list(running.items()):
+        try:
+          with jax.set_mesh(stages[i][0].mesh):
+            next(updates)
+        except StopIteration as end:
+          out[i] = end.value
+          del running[i]
+        except Stopped as e:  # The others find the same signal after their next step.
+          stopped = e
+          del running[i]
+    if stopped is not None:
+      raise stopped
+  return out
+
+
+def _updates(
+    stage: Stage, build: Callable[[], Training]
+) -> Generator[None, None, TrainState | None]:
+  """Makes a step of a stage each time that it is resumed; see `run_stage`."""
   directory, steps = stage.directory, stage.steps
   with Checkpoints(
       directory / "checkpoints", keep=stage.checkpoint.keep, keep_steps=stage.keep_steps
@@ -139,5 +185,6 @@ def run_stage(stage: Stage, build: Callable[[], Training]) -> TrainState | None:
         if signum:
           checkpoints.wait()
           raise Stopped(signum, f"{stage.name}: step {step} is saved")
+        yield
       checkpoints.wait()
   return state

@@ -86,7 +86,8 @@ def test_each_demonstration_is_judged_by_models_that_have_not_seen_it(cleaned, m
   trained, packed = [], pack
   monkeypatch.setattr(cross_fitting, "pack", lambda chosen, *args: (
       trained.append([e.tokens.tobytes() for e in chosen]), packed(chosen, *args))[1])
-  monkeypatch.setattr(cross_fitting, "fine_tune", lambda run, stage, rows, *args: rows())
+  monkeypatch.setattr(cross_fitting, "fine_tuning", lambda run, stage, rows, *args: rows)
+  monkeypatch.setattr(cross_fitting, "train_planned", lambda planned: planned.build())
   stages = tuple(f"fold{fold}" for fold in range(folds))
   fit = CrossFit(cleaned, "cleaned_sft", stages, METHODS["cleaned_sft"].budget(cleaned.config), 15)
   fit.train(examples)
