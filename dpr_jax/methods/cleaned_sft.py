@@ -300,7 +300,7 @@ def treated(example: Example, line: Line) -> Example | None:
 def _with_labels(run: Any, lines: Sequence[Line]) -> list[dict[str, Any]]:
   """The lines with the built-in task, what it says of them, and whether they are wrong."""
   demos = run.data.demos
-  wrong = [run.benchmark.is_wrong(demo, demo.response) for demo in demos]
+  wrong = [run.benchmark.demo_is_wrong(demo) for demo in demos]
   tells = any(wrong)  # Else it cannot tell, or there is nothing to tell.
   out = []
   for line, demo, w in zip(lines, demos, wrong, strict=True):

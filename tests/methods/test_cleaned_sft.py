@@ -10,6 +10,7 @@ import pytest
 
 from dpr_jax.config.fields import package_defaults
 from dpr_jax.data.packing import pack
+from dpr_jax.data.tasks import verify
 from dpr_jax.errors import UserError
 from dpr_jax.evaluation.cleaning import FILE, summarize
 from dpr_jax.evaluation import training_dynamics
@@ -123,7 +124,7 @@ def test_the_rewards_are_those_of_the_fold_and_their_sign_is_the_cut(cleaned, lo
       np.testing.assert_allclose(line[f"logp_sft_{name}"], reduce(sft), rtol=1e-5)
     assert line["kept"] == (line["reward_sum"] >= 0)
     demo = cleaned.data.demos[line["demo"]]
-    assert line["wrong"] == cleaned.benchmark.is_wrong(demo, demo.response)
+    assert line["wrong"] == (not verify(demo.task, demo.prompt[0]["content"], demo.response))
     assert line["task"] == demo.task
   assert 0 < sum(line["wrong"] for line in lines) < 60
 
