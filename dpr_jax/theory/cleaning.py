@@ -19,6 +19,25 @@ import numpy as np
 from dpr_jax.theory.mdp import TokenMDP, log_softmax, per_token, sequence_logp
 
 
+def right_and_wrong(
+    answers: int, right: int, wrong_share: float
+) -> tuple[np.ndarray, np.ndarray]:
+  """Demonstrations of a prompt with W = `answers` plausible answers, R = `right` of them right.
+
+  Returns:
+    probabilities [W], (1 - wrong_share) / R for each of the first R answers, wrong_share / (W - R)
+    for the others; bool [W], whether an answer is wrong. A uniform ref cuts exactly the wrong ones
+    where wrong_share < 1 - R / W, and exactly the right ones where it is above.
+
+  Raises:
+    ValueError: no answer that is right, or none that is wrong.
+  """
+  if not 0 < right < answers:
+    raise ValueError(f"right={right} must be above 0 and below answers={answers}")
+  wrong = np.arange(answers) >= right
+  return np.where(wrong, wrong_share / (answers - right), (1 - wrong_share) / right), wrong
+
+
 def token_mass(mdp: TokenMDP, demos_Y: np.ndarray) -> np.ndarray:
   """[..., S, A], the probability that a demonstration has token a in state s.
 
