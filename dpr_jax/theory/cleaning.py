@@ -1,10 +1,10 @@
 """What the sign of a cross-fitted reward says, exactly: SFT on tables, and what falls below zero.
 
-`methods.cleaned_sft` leaves out a demonstration y where r(x, y) = log pi_sft(y | x) - log pi_ref(y
-| x) is negative, with pi_sft trained on other demonstrations and pi_ref its early checkpoint. Here
-SFT is full-batch gradient descent on a table of logits, so that what is cut is a function of the
+`methods.cleaned_sft` leaves out a demonstration y to which pi_sft, trained on others, gives less
+than its early checkpoint pi_ref: r(x, y) = log pi_sft(y | x) - log pi_ref(y | x) < 0. Here SFT is
+full-batch gradient descent on a table of logits, so that what is cut is a function of the
 distribution of the demonstrations, of a sample of them, of the start, and of the time.
-docs/cleaning_theory.md has the propositions, tests/theory/test_cleaning.py their tests.
+docs/cleaning_theory.md has the propositions, and names their tests.
 
 A prompt of the table stands for all the prompts that a model treats alike. Demonstrations are
 `demos_Y`, as in `objectives.py`: for each prompt the probabilities of its responses, of the
@@ -30,10 +30,12 @@ def right_and_wrong(
     where wrong_share < 1 - R / W, and exactly the right ones where it is above.
 
   Raises:
-    ValueError: no answer that is right, or none that is wrong.
+    ValueError: no answer that is right, none that is wrong, or a share outside of [0, 1].
   """
   if not 0 < right < answers:
     raise ValueError(f"right={right} must be above 0 and below answers={answers}")
+  if not 0 <= wrong_share <= 1:
+    raise ValueError(f"wrong_share={wrong_share} must be within [0, 1]")
   wrong = np.arange(answers) >= right
   return np.where(wrong, wrong_share / (answers - right), (1 - wrong_share) / right), wrong
 

@@ -94,10 +94,12 @@ def test_what_ref_and_sft_share_drops_out_of_the_reward_and_not_of_the_likelihoo
   assert np.abs(sequence_logp(i.mdp, other[0]) - sequence_logp(i.mdp, sft)).max() > 0.05
 
 
-@pytest.mark.parametrize("right", [0, 4])
-def test_a_prompt_without_right_or_without_wrong_answers_is_refused(right):
-  with pytest.raises(ValueError, match=f"right={right}"):
-    right_and_wrong(4, right, 0.2)
+@pytest.mark.parametrize("right, share, said", [
+    (0, 0.2, "right=0"), (4, 0.2, "right=4"), (1, 1.5, "wrong_share=1.5"),
+])
+def test_impossible_answers_are_refused(right, share, said):
+  with pytest.raises(ValueError, match=said):
+    right_and_wrong(4, right, share)
 
 
 # --- (b) The population optimum -------------------------------------------------------------------
