@@ -135,11 +135,14 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def per_token(mdp: TokenMDP, table_SxA: np.ndarray) -> np.ndarray:
-  """[Y, T], the entry of a table at each token of each response; 0 past the end."""
+  """[Y, T], the entry of a table at each token of each response; 0 past the end.
+
+  Dims before [S, A] stand for several tables, here and below: [..., S, A] gives [..., Y, T].
+  """
   y = mdp.responses
   on = y.mask_YxT > 0
   states = np.where(on, y.states_YxT, 0)
-  return np.where(on, table_SxA[states, y.tokens_YxT], 0.0)
+  return np.where(on, table_SxA[..., states, y.tokens_YxT], 0.0)
 
 
 def token_logp(mdp: TokenMDP, logits_SxA: np.ndarray) -> np.ndarray:
@@ -149,7 +152,7 @@ def token_logp(mdp: TokenMDP, logits_SxA: np.ndarray) -> np.ndarray:
 
 def sequence_logp(mdp: TokenMDP, logits_SxA: np.ndarray) -> np.ndarray:
   """[Y], log pi(y | x), nats; the probabilities of the responses to a prompt sum to 1."""
-  return np.sum(token_logp(mdp, logits_SxA), axis=1)
+  return np.sum(token_logp(mdp, logits_SxA), axis=-1)
 
 
 def by_prompt(mdp: TokenMDP, values: np.ndarray) -> np.ndarray:

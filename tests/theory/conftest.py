@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dpr_jax.theory import TokenMDP
+from dpr_jax.theory.mdp import by_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,5 +31,16 @@ def make_instance(rng):
     sft = mdp.random_logits(rng)
     ref = 0.5 * sft + mdp.random_logits(rng, 0.3)
     return Instance(mdp, policy=mdp.random_logits(rng), sft=sft, ref=ref)
+
+  return make
+
+
+@pytest.fixture
+def random_demos(rng):
+  """random_demos(mdp) -> a fresh random distribution over each prompt's responses, [Y]."""
+
+  def make(mdp):
+    demos_Y = rng.exponential(size=len(mdp.responses.lengths_Y))
+    return demos_Y / by_prompt(mdp, demos_Y)[mdp.responses.prompts_Y]
 
   return make
