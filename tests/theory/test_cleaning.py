@@ -33,8 +33,7 @@ def test_the_shares_are_those_of_the_method_and_its_report(make_instance, rng, r
       {"judged": True, "reward_sum": rewards[y], "wrong": bool(wrong[y])}
       for y in np.repeat(np.arange(len(counts)), counts)
   ]
-  kept = CleanedSFT()._choose(lines, None, None)
-  expected = summarize([[line | {"kept": bool(k)} for line, k in zip(lines, kept)]])
+  expected = summarize([CleanedSFT().decide(lines, None, 0)])
   for name in ("cut", "wrong_cut", "wrong_kept"):
     if name in expected:
       assert got[name] == pytest.approx(expected[name]["mean"], abs=1e-12), name
