@@ -40,11 +40,20 @@ _LARGEST = 1e6  # nats per token.
 _SHOWN = 200  # demonstrations that a page shows of what was cut.
 
 
+_OF_SCORED = ("input", "by", "reduce", "above", "keep", "seed")  # Flags of one way alone,
+_OF_DEMOS = ("demos", "workdir", "method", "unjudged")  # and of the other.
+
+
 def define(values: flags.FlagValues) -> None:
-  flags.DEFINE_string("input", None, "What dpr_jax.score wrote.", flag_values=values)
-  flags.DEFINE_string("kept", None, "JSONL to write; must not exist.", flag_values=values)
-  flags.DEFINE_string("cut", "", "Also write the lines that are left out.", flag_values=values)
-  flags.DEFINE_string("html", "", "Also write those as a heatmap page.", flag_values=values)
+  text = lambda name, default, what: flags.DEFINE_string(name, default, what, flag_values=values)
+  text("input", None, "What dpr_jax.score wrote.")
+  text("demos", None, "Or demonstrations, in any format that training reads.")
+  text("workdir", None, "With --demos: folder of the models of the folds.")
+  text("method", "cleaned_sft", "With --demos: method of the config that judges.")
+  text("kept", None, "JSONL to write; must not exist.")
+  text("cut", None, "Also write the lines that are left out.")
+  text("unjudged", None, "With --demos: JSONL of what cannot be judged, with its filter_problem.")
+  text("html", None, "Also write a heatmap page of what is left out.")
   flags.DEFINE_enum("by", "reward", [*_FIELDS, "length", "random"], "What decides.",
                     flag_values=values)
   flags.DEFINE_enum("reduce", "sum", [*REDUCE], "Over the tokens of a response.",
@@ -53,6 +62,12 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_float("keep", None, "Keep this share of the lines.", lower_bound=0.0,
                      upper_bound=1.0, flag_values=values)
   flags.DEFINE_integer("seed", 0, "Of --by=random.", lower_bound=0, flag_values=values)
+
+
+def _refuse(values: flags.FlagValues, names: Sequence[str], because: str) -> None:
+  for name in names:
+    if values[name].present:
+      raise UserError(f"--{name} has no effect with --{because}; leave it out")
 
 
 def scores(
@@ -99,6 +114,7 @@ def main(argv: Sequence[str]) -> None:
       argv, entry_point="dpr_jax.filter", doc=__doc__, define=define,
       required={"input": "SCORED.jsonl", "kept": "KEPT.jsonl"},
   )
+  _refuse(values, _OF_DEMOS, "input")
   if (values.above is None) == (values.keep is None):
     raise UserError("give --above=SCORE or --keep=SHARE, one of them")
   out, cut, html = _places(values, "kept", "cut", "html")
@@ -135,17 +151,6 @@ def _places(values: flags.FlagValues, *names: str) -> list[Any]:
 
 
 # --- Demonstrations that are not scored yet -------------------------------------------------------
-
-
-def define_judging(values: flags.FlagValues) -> None:
-  text = lambda name, default, what: flags.DEFINE_string(name, default, what, flag_values=values)
-  text("demos", None, "Demonstrations, in any format that training reads.")
-  text("workdir", None, "Folder of the models of the folds.")
-  text("method", "cleaned_sft", "Method of the config that judges.")
-  text("kept", None, "JSONL to write; must not exist.")
-  text("cut", None, "JSONL of those that are left out.")
-  text("unjudged", "", "JSONL of records that cannot be judged, each with its filter_problem.")
-  text("html", "", "Also write a page: what was cut, and what is close to it, token by token.")
 
 
 def judge(argv: Sequence[str]) -> None:
@@ -187,12 +192,13 @@ def _parse_judging(argv: Sequence[str]) -> tuple[flags.FlagValues, Any]:
   from dpr_jax import config as config_lib
 
   values = cli.parse_flags(
-      argv, entry_point="dpr_jax.filter", doc=__doc__, define=define_judging,
+      argv, entry_point="dpr_jax.filter", doc=__doc__, define=define,
       required={"config": "configs/smollm2_135m.py", "workdir": "runs/filter",
                 "kept": "KEPT.jsonl", "cut": "CUT.jsonl"},
   )
   with values.config.unlocked():
     values.config.compare = (values.method,)
+  _refuse(values, _OF_SCORED, "demos")
   # Before the config is resolved: what it would say of another kind is of no use here.
   method = values.config.methods.get(values.method, {})
   if method.get("like") or "folds" not in method:

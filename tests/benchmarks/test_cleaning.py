@@ -13,14 +13,14 @@ from dpr_jax.evaluation.benchmarks.gsm8k import GSM8K
 
 def test_a_setting_is_judged_and_its_figures_are_those_of_its_lines(tmp_path, capsys):
   argv = [f"--workdir={tmp_path}/w", "--seeds=2", f"--output={tmp_path}/found.json",
-          "--setting=some:corrupt=0.3,debug=True:folds=3,reference_fraction=0.5"]
+          "--setting=some:corrupt=0.3,debug=True:reference_fraction=0.5"]
   cli.run_entry_point(cleaning.main, argv)
   (row,) = json.loads((tmp_path / "found.json").read_text())
   assert json.loads(capsys.readouterr().out.splitlines()[-1]) == row
   seeds = [[json.loads(line) for line in (
       tmp_path / "w" / "some" / f"seed_{seed}" / "cleaned_sft" / "judged.jsonl"
   ).read_text().splitlines()] for seed in range(2)]
-  assert {line["fold"] for line in seeds[0]} == {0, 1, 2} and len(seeds[0]) == row["demos"]
+  assert {line["fold"] for line in seeds[0]} == {0, 1} and len(seeds[0]) == row["demos"]
   share = lambda test: 50 * sum(sum(map(test, lines)) / len(lines) for lines in seeds)
   assert row["wrong"][0] == pytest.approx(share(lambda x: x["wrong"]), abs=0.06)
   assert row["cut"][0] == pytest.approx(share(lambda x: not x["kept"]), abs=0.06)

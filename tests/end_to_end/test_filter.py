@@ -180,6 +180,7 @@ def test_every_record_is_kept_cut_or_not_judged(demos_file, tmp_path, capsys):
     (["--unjudged={tmp}/u.jsonl", "--config.methods.cleaned_sft.folds=60"],
      "folds=60 exceeds the 40 different demonstrations"),
     (["--unjudged={tmp}/cut.jsonl"], "is the file of another flag"),
+    (["--keep=0.5"], "--keep has no effect with --demos"),
 ])
 def test_what_cannot_be_judged_is_refused(demos_file, tmp_path, capsys, flags, message):
   with pytest.raises(SystemExit) as stopped:
