@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 
 from dpr_jax import sharding
-from dpr_jax.config.fields import overlay, setting
+from dpr_jax.config.fields import setting
 from dpr_jax.data.templates import Example
 from dpr_jax.errors import UserError
 from dpr_jax.evaluation.cleaning import FILE, RIVALS, SCORES, TOKENS
 from dpr_jax.evaluation.token_scores import NAMES, REDUCE
-from dpr_jax.methods.base import TrainedMethod
 from dpr_jax.methods.cross_fitting import CrossFit, rows_of
+from dpr_jax.methods.from_start import FromStart
 from dpr_jax.methods.sft import fine_tune, sft_programs
 from dpr_jax.workdir import read_lines
 
@@ -40,7 +40,7 @@ Line = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CleanedSFT(TrainedMethod):
+class CleanedSFT(FromStart):
   """See the module docstring."""
 
   kind = "cleaned_sft"
@@ -86,15 +86,6 @@ class CleanedSFT(TrainedMethod):
 
   def refers(self):
     return (self.like,) if self.like else ()
-
-  def budget(self, config):
-    """That of SFT, with what its own fields say."""
-    names = ("steps", "batch_size", "accumulation", "optimizer")
-    of_sft = overlay(config.budget, {name: getattr(config.sft, name) for name in names})
-    return super().budget(dataclasses.replace(config, budget=of_sft))
-
-  def own_budget(self):
-    return ", ".join(filter(None, ("that of SFT, from the model before it", super().own_budget())))
 
   def check(self, config):
     super().check(config)

@@ -26,7 +26,8 @@ class TrainState:
   rng: jax.Array  # typed PRNG key of the stage; a step's key is fold_in(rng, step).
   frozen: Any = struct.field(default_factory=dict)  # variables that are not: {} or {"params": ...}.
   ema: Any = struct.field(default_factory=dict)  # moving average of `trainable`; {} keeps none.
-  # float32 scalars that an algorithm carries from step to step, such as an adaptive beta.
+  # What an algorithm carries from step to step: an adaptive beta (a float32 scalar), a second
+  # network (a tree).
   control: Any = struct.field(default_factory=dict)
 
   @property
