@@ -87,6 +87,17 @@ def test_a_budget_ends_the_stage(dpr):
   assert dpr.stopped["step"] == len(lines) < 3 and "kl_budget" in dpr.stopped["reason"]
 
 
+def test_the_exact_gradient_approaches_its_target(dpr):
+  """With what a run may ask of it: beta is steered, and truncated rollouts are masked."""
+  lines = dpr(DPR(gradient="full_vocabulary", divergence="forward_kl", target_kl=0.5,
+                  transforms=("clip:2",), accumulation=2, truncated="mask"))
+  assert [line["step"] for line in lines] == [1, 2, 3] and lines[0]["decode_gap"] < 1e-4
+  assert 0 < lines[2]["kl_to_target"] < lines[0]["kl_to_target"]
+  assert lines[1]["beta"] == pytest.approx(0.98)  # KL 0 is below 0.5.
+  # The same objective by another name; without a KL there is no target.
+  DPR(gradient="full_vocabulary", beta=0.0, returns="reward_to_go", gamma=0.0).check(default_config())
+
+
 def test_an_ensemble_rewards_like_its_members(dpr):
   """At the first step the policy is sft: the same samples, whatever the reference."""
   alone = [dpr(reference=Midrun(fraction=f))[0]["reward"] for f in (0.1, 0.5)]
