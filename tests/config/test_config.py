@@ -204,7 +204,7 @@ EXACT = {"methods.dpr.gradient": "full_vocabulary"}
      ["config.methods.dpr", "gamma=0.9", "returns=per_token"]),
     ({"methods.dpr.divergence": "forward_kl"},
      ["config.methods.dpr", "divergence=forward_kl", "gradient=full_vocabulary"]),
-    ({**EXACT, "methods.dpr.divergence": "forward_kl", "methods.dpr.beta": 0.0},
+    ({**EXACT, "methods.dpr.divergence": "forward_kl", "methods.dpr.beta": 0.0, "compare": ("dpr",)},
      ["config.methods.dpr", "divergence=forward_kl", "beta_ref above 0"]),
     ({**EXACT, "methods.dpr.verifier_weight": 0.5},
      ["config.methods.dpr: gradient=full_vocabulary: verifier_weight=0.5", "set 0"]),
