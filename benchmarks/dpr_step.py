@@ -11,6 +11,10 @@ steps with one thing left out each:
     rescored        the policy's log-probs by a third teacher-forced pass
     no_chunks       the logits of all response columns at once
 
+--variants=gradients times instead the whole step with the sampled gradient, of per-token returns
+(`main`), and the one with the exact gradient over the whole vocabulary (`exact`), and prints their
+ratio.
+
 --skew=MEAN makes lengths geometric, as in rollout.py. --lora_rank=R trains adapters: policy, sft
 and ref are then three over one base. --variants=main leaves the rest out, so that the memory is
 that of the step.
@@ -30,8 +34,13 @@ from dpr_jax.config import OptimizerConfig
 from dpr_jax.data.batches import PromptBatch
 from dpr_jax.errors import UserError
 from dpr_jax.keys import make_key
-from dpr_jax.losses import make_reinforce_loss
-from dpr_jax.losses.reinforce import reinforce_batch
+from dpr_jax.losses import (
+    full_vocabulary,
+    full_vocabulary_batch,
+    make_full_vocabulary_loss,
+    make_reinforce_loss,
+    reinforce_batch,
+)
 from dpr_jax.models import Transformer
 from dpr_jax.models.logprobs import chunk_columns
 from dpr_jax.models.lora import split_trainable
@@ -45,7 +54,9 @@ from dpr_jax.training import make_train_step
 from dpr_jax.training.dpr_step import DPRStep
 from dpr_jax.training.optimizer import make_optimizer
 
-advantages = functools.partial(reinforce_batch, variance_baseline="position_mean")
+advantages = functools.partial(
+    reinforce_batch, returns="per_token", variance_baseline="position_mean"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Tricks:
   samples: int
   rescore: bool = False
   chunks: bool = True  # of logits, as --logits_budget has it.
+  exact: bool = False  # the gradient over the whole vocabulary.
 
 
 def moved(variables, factor):
@@ -108,6 +120,8 @@ class Workload(common.Workload):
         changed = dataclasses.replace(tricks, **changes)
         if changed != tricks:
           self.variants[name] = self.step(name, changed)
+    if args.variants == "gradients":
+      self.variants["exact"] = self.step("exact", dataclasses.replace(tricks, exact=True))
     columns = args.prompt + args.new
     forward = counts.forward_flops(cfg, args.batch, columns, args.new)
     itemsize = np.dtype(jax.numpy.dtype(cfg.dtype)).itemsize
@@ -136,13 +150,17 @@ class Workload(common.Workload):
     rollout_step = make_rollout_step(
         model, max_new_tokens=self.args.new, stop_ids=self.stops,
         samples_per_prompt=tricks.samples, slots=tricks.slots, rescore=tricks.rescore,
+        extras=("states",) if tricks.exact else (),
     )
-    train_step = make_train_step(make_reinforce_loss(model), self.optimizer)
+    loss = make_full_vocabulary_loss(model) if tricks.exact else make_reinforce_loss(model)
+    train_step = make_train_step(loss, self.optimizer)
     prompts = self.few if tricks.samples > 1 else self.own
     if name == "main":
       self.main_parts = rollout_step, train_step, prompts
     dpr_step = DPRStep(
-        rollout_step, train_step, advantages, KLControl(beta=1.0), self.sft, self.ref, self.key
+        rollout_step, train_step, full_vocabulary_batch if tricks.exact else advantages,
+        KLControl(beta=1.0), self.sft, self.ref, self.key,
+        attach=full_vocabulary.attach if tricks.exact else None,
     )
 
     def call():
@@ -218,7 +236,7 @@ def flags():
   parser.add_argument("--samples", type=common.positive, default=4, help="rollouts a prompt")
   parser.add_argument("--slots", type=int, default=8, help="decoded at a time; 0: all")
   parser.add_argument("--skew", type=float, default=16.0, help="mean length; 0: all of --new")
-  parser.add_argument("--variants", choices=("all", "main"), default="all")
+  parser.add_argument("--variants", choices=("all", "main", "gradients"), default="all")
   return parser
 
 
@@ -245,6 +263,9 @@ def report(ours, peak_rates):
       "mfu": (dense + steps * setup["step_flops"]) / seconds / flops_s,
       "roofline_seconds": bound, "roofline_share": bound / seconds,
   }
+  if "exact" in ours.rounds[0]:
+    exact = ours.median("exact")
+    out["gradients"] = {"sampled": seconds, "exact": exact, "ratio": exact / seconds}
   if "decode" in ours.rounds[0]:
     parts = {name: ours.median(name) for name in ("decode", "score", "backward")}
     out["parts_seconds"] = parts

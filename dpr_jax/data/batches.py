@@ -4,8 +4,10 @@ Dims: B rows of a batch, T token columns, P prompt columns.
 Every array is a host (numpy) array until the loader places it on the mesh.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from flax import struct
 
 Array = Any  # np.ndarray on the host, jax.Array inside a jit.
@@ -30,3 +32,28 @@ class PromptBatch:
 
   tokens: Array  # int32 [B, P], token ids; 0 where padded.
   lengths: Array  # int32 [B], number of prompt tokens; 0 marks a filler row.
+
+
+@struct.dataclass
+class Shared:
+  """A pytree that all rows of a batch share, such as the frozen models that a loss reads.
+
+  Every micro-batch has the whole of it; it is neither split, nor copied, nor donated.
+  """
+
+  value: Any
+
+
+def rows_apart(batch: Any) -> tuple[list[Array], Callable[[Sequence[Array]], Any]]:
+  """(the arrays of a batch that have a row for each of its rows, join).
+
+  `join` of as many arrays in the same order is a batch of them, with what is `Shared` as it was.
+  """
+  is_shared = lambda x: isinstance(x, Shared)
+  leaves, tree = jax.tree.flatten(batch, is_leaf=is_shared)
+
+  def join(arrays: Sequence[Array]) -> Any:
+    following = iter(arrays)
+    return jax.tree.unflatten(tree, [x if is_shared(x) else next(following) for x in leaves])
+
+  return [x for x in leaves if not is_shared(x)], join

@@ -5,11 +5,17 @@ or a pair (sum, weight) that is reported as their ratio. An objective of one met
 (`methods/dft.py`); to write a new one, copy the nearest.
 """
 
+from dpr_jax.losses.full_vocabulary import (
+    FullVocabularyBatch,
+    full_vocabulary_batch,
+    make_full_vocabulary_loss,
+)
 from dpr_jax.losses.pairs import PairBatch, generated_rows, make_pair_batch
 from dpr_jax.losses.reinforce import ReinforceBatch, make_reinforce_loss, reinforce_batch
 from dpr_jax.losses.sft import make_sft_loss
 
 __all__ = [
-    "PairBatch", "ReinforceBatch", "generated_rows", "make_pair_batch", "make_reinforce_loss",
-    "make_sft_loss", "reinforce_batch",
+    "FullVocabularyBatch", "PairBatch", "ReinforceBatch", "full_vocabulary_batch", "generated_rows",
+    "make_full_vocabulary_loss", "make_pair_batch", "make_reinforce_loss", "make_sft_loss",
+    "reinforce_batch",
 ]

@@ -33,6 +33,46 @@ class ReinforceBatch:
   behaviour_logp: Any  # float32 [B, N], log-probs of the policy that sampled.
 
 
+def trained_mask(rollout, truncated: str) -> jax.Array:
+  """float32 [B, N], 1 on the tokens that are trained: those of all responses, or of ended ones.
+
+  Args:
+    truncated: what to do with a rollout that ended without EOS: "keep", or "mask" it.
+  """
+  if truncated not in ("keep", "mask"):
+    raise ValueError(f"truncated={truncated!r} is not 'keep' or 'mask'")
+  if truncated == "keep":
+    return rollout.mask
+  return rollout.mask * rollout.hit_eos[:, None].astype(rollout.mask.dtype)
+
+
+def check_aggregation(loss_aggregation: str) -> None:
+  if loss_aggregation not in LOSS_AGGREGATIONS:
+    raise ValueError(f"loss_aggregation={loss_aggregation!r} is not one of {LOSS_AGGREGATIONS}")
+
+
+def loss_weight(mask: jax.Array, loss_aggregation: str) -> jax.Array:
+  """What a sum of losses over the mask [B, N] is divided by; see LOSS_AGGREGATIONS."""
+  rows = jnp.sum(jnp.any(mask > 0, axis=1).astype(jnp.float32))
+  return {
+      "tokens": jnp.sum(mask), "sequences": rows, "constant": rows * mask.shape[1]
+  }[loss_aggregation]
+
+
+def sampling_metrics(logp: jax.Array, behaviour_logp: jax.Array, mask: jax.Array) -> dict[str, Any]:
+  """What the sampler said of its tokens, against a forward pass: numerical noise, or a bug.
+
+  Means over tokens, nats, of the difference and of its size; all arguments float32 [B, N].
+  """
+  tokens = jnp.sum(mask)
+  gap = jnp.where(mask > 0, jax.lax.stop_gradient(logp) - behaviour_logp, 0.0)
+  return {
+      "tokens": tokens,
+      "on_policy_drift": (jnp.sum(gap), tokens),
+      "decode_gap": (jnp.sum(jnp.abs(gap)), tokens),
+  }
+
+
 def reinforce_batch(
     rollout,
     *,
@@ -58,17 +98,13 @@ def reinforce_batch(
       proportional to pi_sft^((1 + beta) / b) pi_ref^((beta_ref - 1) / b), b = beta + beta_ref.
     gamma: discount; the paper's objective is undiscounted.
     returns, variance_baseline, group_size: see `rewards.returns`.
-    truncated: what to do with a rollout that ended without EOS: "keep", or "mask" it.
+    truncated: see `trained_mask`.
     transform: see `rewards.transforms`; before the rewards are mixed and the KL is added.
     external, external_weight: float32 [B] scores of whole responses, and their share w in
       (1 - w) r + w external (see `shaping.hybrid`). A rollout whose score is not finite is masked.
     external_transform: of the scores, as if each were the reward of a response of one token.
   """
-  if truncated not in ("keep", "mask"):
-    raise ValueError(f"truncated={truncated!r} is not 'keep' or 'mask'")
-  mask = rollout.mask
-  if truncated == "mask":
-    mask = mask * rollout.hit_eos[:, None].astype(mask.dtype)
+  mask = trained_mask(rollout, truncated)
   if external is not None:
     mask = mask * jnp.isfinite(external)[:, None].astype(mask.dtype)
   rewards = jnp.where(mask > 0, rollout.rewards, 0.0).astype(jnp.float32)
@@ -109,8 +145,7 @@ def make_reinforce_loss(model, *, loss_aggregation: str = "tokens"):
     loss_aggregation: what the sum is divided by: "tokens" (of the batch), "sequences", or
       "constant" (rows x response columns: no length preference through the weight).
   """
-  if loss_aggregation not in LOSS_AGGREGATIONS:
-    raise ValueError(f"loss_aggregation={loss_aggregation!r} is not one of {LOSS_AGGREGATIONS}")
+  check_aggregation(loss_aggregation)
 
   def loss_fn(variables, batch: ReinforceBatch, rng):
     rngs = None if rng is None else {"dropout": rng}
@@ -126,16 +161,7 @@ def make_reinforce_loss(model, *, loss_aggregation: str = "tokens"):
     # where, not a product: values outside of the mask must not turn into a NaN.
     on = batch.mask > 0
     weighted = jnp.where(on, jax.lax.stop_gradient(batch.advantages) * out.logp, 0.0)
-    rows = jnp.sum(jnp.any(on, axis=1).astype(jnp.float32))
-    tokens = jnp.sum(batch.mask)
-    weight = {"tokens": tokens, "sequences": rows, "constant": rows * length}[loss_aggregation]
-    # What the sampler said of its tokens, against a forward pass: numerical noise, or a bug.
-    gap = jnp.where(on, jax.lax.stop_gradient(out.logp) - batch.behaviour_logp, 0.0)
-    metrics = {
-        "tokens": tokens,
-        "on_policy_drift": (jnp.sum(gap), tokens),
-        "decode_gap": (jnp.sum(jnp.abs(gap)), tokens),
-    }
-    return -jnp.sum(weighted), weight, metrics
+    weight = loss_weight(batch.mask, loss_aggregation)
+    return -jnp.sum(weighted), weight, sampling_metrics(out.logp, batch.behaviour_logp, batch.mask)
 
   return loss_fn

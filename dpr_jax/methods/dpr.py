@@ -1,7 +1,8 @@
-"""Dense-Path REINFORCE from the last SFT checkpoint; and its ablations, which are values.
+"""Dense-Path REINFORCE from the last SFT checkpoint; and its variants, which are values.
 
 An ablation is DPR with another return (`reward_to_go` as the paper has it, `sentence_level`) or
-another reward (`log_likelihood`: no reference; `endogenous`, with the return that it needs).
+another reward (`log_likelihood`: no reference; `endogenous`, with the return that it needs). `exact`
+has the same objective as DPR with the return of each token, and no sampling noise in its gradient.
 """
 
 import dataclasses
@@ -20,9 +21,11 @@ from dpr_jax.evaluation.judging import open_rewards
 from dpr_jax.evaluation.metrics import checked_scores
 from dpr_jax.evaluation.responses import response_text
 from dpr_jax.losses import make_reinforce_loss, reinforce_batch
+from dpr_jax.losses import full_vocabulary as exact
 from dpr_jax.losses.reinforce import LOSS_AGGREGATIONS
 from dpr_jax.methods.base import TrainedMethod, make_step, make_training
 from dpr_jax.methods.programs import Program, RolloutWork, TrainWork, device_bytes
+from dpr_jax.models.variables import head_of
 from dpr_jax.rewards import Endogenous, LogLikelihood, transforms
 from dpr_jax.rewards.base import check_pointwise
 from dpr_jax.rewards.control import KLControl
@@ -49,6 +52,14 @@ class DPR(TrainedMethod):
       "the paper), or the sum over the response", choices=RETURNS,
   )
   gamma: float = setting(1.0, "discount factor of returns=reward_to_go", low=0, high=1)
+  gradient: str = setting(
+      "sampled", "the gradient in a state: of the token that was sampled, or its expectation over "
+      "the whole vocabulary, for the return of each token", choices=("sampled", "full_vocabulary"),
+  )
+  divergence: str = setting(
+      "reverse_kl", "what gradient=full_vocabulary minimises: KL(policy || target), whose gradient "
+      "is the expected one of DPR, or KL(target || policy)", choices=exact.DIVERGENCES,
+  )
   variance_baseline: str = setting(
       "position_mean", "what is subtracted from the returns", choices=VARIANCE_BASELINES
   )
@@ -127,6 +138,38 @@ class DPR(TrainedMethod):
                        "set reward_to_go")
     if self.target_kl and not self.beta:
       raise ValueError(f"target_kl={self.target_kl} multiplies beta, which must be above 0")
+    self._check_gradient()
+
+  @property
+  def _is_exact(self):
+    return self.gradient == "full_vocabulary"
+
+  def _check_gradient(self):
+    """Raises ValueError, naming the field, for what has no meaning with this gradient."""
+    if not self._is_exact:
+      if self.divergence != "reverse_kl":
+        raise ValueError(f"divergence={self.divergence} needs gradient=full_vocabulary: a token "
+                         "sampled from the policy estimates the gradient of reverse_kl")
+      return
+    with naming("gradient=full_vocabulary"):
+      check_pointwise(self.reward)
+      transforms.check_pointwise(self.transforms)
+      if self.returns != "per_token" and self.gamma != 0:
+        raise ValueError(f"returns={self.returns} counts rewards of later tokens, which depend on "
+                         "what is sampled; set returns=per_token")
+      default = type(self).variance_baseline
+      if self.variance_baseline != default:
+        raise ValueError(f"variance_baseline={self.variance_baseline} has no sampling noise to "
+                         f"reduce; leave it at {default}")
+      if self.verifier_weight:
+        raise ValueError(f"verifier_weight={self.verifier_weight} mixes in a score that only the "
+                         "sampled response has; set 0")
+    if self.divergence == "forward_kl" and not self._has_target:
+      raise ValueError("divergence=forward_kl needs a target: set beta or beta_ref above 0")
+
+  @property
+  def _has_target(self):
+    return self.beta + self.beta_ref > 0
 
   def check_mesh(self, mesh, config):
     super().check_mesh(mesh, config)
@@ -159,14 +202,22 @@ class DPR(TrainedMethod):
     return (1.0 - self.beta_ref) / (beta + self.beta_ref) if beta + self.beta_ref else None
 
   def _steps(self, context):
-    """(rollout step, train step, advantages) of a run, or of its shapes."""
+    """(rollout step, train step, what makes a batch of rollouts) of a run, or of its shapes."""
     budget = self.budget(context.config)
     rollout_step = make_rollout_step(
         context.model, max_new_tokens=budget.max_new_tokens, stop_ids=context.stop_ids,
         sampling=Sampling(self.temperature, self.top_k, self.top_p), reward=self.reward,
-        extras=transforms.needs(self.transforms), samples_per_prompt=self.samples_per_prompt,
-        slots=self.slots, refill=self.refill,
+        extras={*transforms.needs(self.transforms), *(["states"] if self._is_exact else ())},
+        samples_per_prompt=self.samples_per_prompt, slots=self.slots, refill=self.refill,
     )
+    if self._is_exact:
+      loss = exact.make_full_vocabulary_loss(
+          context.model, reward=self.reward, transform=transforms.parse(self.transforms),
+          divergence=self.divergence, beta_ref=self.beta_ref, has_target=self._has_target,
+          loss_aggregation=self.loss_aggregation,
+      )
+      make_batch = functools.partial(exact.full_vocabulary_batch, truncated=self.truncated)
+      return rollout_step, make_step(loss, budget), make_batch
     loss = make_reinforce_loss(context.model, loss_aggregation=self.loss_aggregation)
     train_step = make_step(loss, budget)
     make_batch = functools.partial(
@@ -194,6 +245,7 @@ class DPR(TrainedMethod):
         ref=run.reference(),
         rng=run.rng(f"{name}/rollouts"),
         verify=self._verifier(run, name, batches) if self.verifier_weight else None,
+        attach=exact.attach if self._is_exact else None,
     )
     return make_training(run, name, step, train_step.optimizer, batches, run.sft_float32)
 
@@ -251,6 +303,8 @@ class DPR(TrainedMethod):
     def lower_update():
       rollouts = jax.eval_shape(rollout_step, *arguments)
       batch = jax.eval_shape(lambda r: make_batch(r, beta=1.0)[0], rollouts)
+      if self._is_exact:
+        batch = exact.attach(batch, rollouts, shapes.held, ref)
       return train_step.lower(state, shapes.rows(batch))
 
     scorer = self.verifier.held(shapes.mesh, shapes.model.cfg.dtype) if self.verifier else ()
@@ -262,16 +316,19 @@ class DPR(TrainedMethod):
     rollouts = RolloutWork(
         rows=budget.batch_size, prompt=prompt, new=budget.max_new_tokens,
         scored=others + expected, samples=self.samples_per_prompt, slots=self.slots,
-        held=others,
+        held=others, logits_models=others + 1 if expected else 1,
+        kept_states=others if self._is_exact else 0,
     )
     update = TrainWork(
         budget.batch_size, prompt + budget.max_new_tokens, budget.max_new_tokens,
-        budget.accumulation, held=others,
+        budget.accumulation, held=others, teachers=others if self._is_exact else 0,
     )
+    # Of what an exact step reads of sft and ref, their heads are arguments.
+    heads = others * device_bytes(head_of(shapes.model.cfg, shapes.held)) if self._is_exact else 0.0
     return [
         Program(f"{name}/rollout_step", lambda: rollout_step.lower(*arguments), rollouts,
                 device_bytes(state.opt_state) - bases + verifier),
-        Program(f"{name}/train_step", lower_update, update, adapted + verifier,
+        Program(f"{name}/train_step", lower_update, update, adapted - heads + verifier,
                 tokens=budget.batch_size * budget.max_new_tokens),
     ]
 
@@ -280,6 +337,7 @@ DEFAULTS = {
     "dpr": DPR(),
     "reward_to_go": DPR(returns="reward_to_go", label="DPR, reward-to-go"),
     "sentence_level": DPR(returns="full_return", label="Sentence-level REINFORCE"),
+    "exact": DPR(gradient="full_vocabulary", label="DPR, exact gradient"),
     # One token's endogenous reward means nothing: a gauge of the logits changes it. What follows
     # settles it.
     "endogenous": DPR(

@@ -3,7 +3,8 @@
     loss = - sum_t m_t log pi(y_t | s_t) + 1 / (4 lambda) sum_t m_t (Q(s_t, y_t) - V(s_{t+1}))^2
 
 with Q the logits, V(s) = logsumexp_a Q(s, a) and V = 0 after a response. Source: IQ-Learn, arXiv
-2106.12142 (chi-square divergence, on demonstrations only), at gamma = 1. SFT alone
+2106.12142 (chi-square divergence, on demonstrations only), at gamma = 1; Wulfmeier et al. (arXiv
+2409.01369) fine-tune language models with it. SFT alone
 does not see a constant added to the logits of a state; this pins it, so that the endogenous
 reward Q - V' stays small and comparable between tokens.
 """

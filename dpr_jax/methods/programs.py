@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpr_jax import sharding
+from dpr_jax.data.batches import rows_apart
 from dpr_jax.keys import make_key
 from dpr_jax.models import Transformer
 from dpr_jax.models.lora import split_trainable
@@ -27,6 +28,7 @@ class TrainWork:
   accumulation: int = 1
   ema: bool = False
   held: int = 0  # models beside the one that is trained, in the compute dtype.
+  teachers: int = 0  # of them, those whose logits live with the trained one's, made of kept states.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,8 @@ class RolloutWork:
   samples: int = 1  # responses that share a prompt and its prefill.
   slots: int = 0  # responses decoded at a time; 0: all at once.
   held: int = 0  # models beside the one that is trained, in the compute dtype.
+  logits_models: int = 1  # models whose logits of a chunk of columns live at a time.
+  kept_states: int = 0  # models whose hidden states of the response columns are a result.
 
   @property
   def decoded(self) -> int:
@@ -112,9 +116,14 @@ class Shapes:
     return step.abstract(self.trainable, self.key).replace(frozen=frozen, control={})
 
   def rows(self, tree: Any) -> Any:
-    """Arrays as ShapeDtypeStructs, rows over data and fsdp: where `sharding.place` puts a batch."""
-    where = sharding.batch_sharding(self.mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+    """Arrays as ShapeDtypeStructs, rows over data and fsdp: where `sharding.place` puts a batch.
+
+    What is `Shared` stays where it is, and on every device if that is not said.
+    """
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    rows, join = rows_apart(tree)
+    tree = join([place(x, sharding.batch_sharding(self.mesh)) for x in rows])
+    return jax.tree.map(lambda x: place(x, x.sharding or sharding.replicated(self.mesh)), tree)
 
   def held_bytes(self, models: int) -> tuple[float, float]:
     """(what so many models take per device beside a shared base, that base once per model)."""

@@ -55,6 +55,12 @@ def chunk_logprobs(logits_BxCxV: jax.Array, targets_BxC: jax.Array, with_entropy
   return target_BxC - lse_BxC, lse_BxC, entropy_BxC, greedy_BxC.astype(jnp.float32)
 
 
+def chunk_log_softmax(logits_BxCxV: jax.Array) -> jax.Array:
+  """log p of every token of the vocabulary, float32 [B, C, V], split as the logits are."""
+  logits_BxCxV = constrain(logits_BxCxV, *logits_axes(*logits_BxCxV.shape))
+  return logits_BxCxV - jax.nn.logsumexp(logits_BxCxV, axis=-1, keepdims=True)
+
+
 def hidden_logprobs(
     unembed: Callable[[jax.Array], jax.Array],
     hidden_BxTxD: jax.Array,

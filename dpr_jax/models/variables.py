@@ -34,6 +34,11 @@ def abstract_variables(cfg: ModelConfig, mesh: jax.sharding.Mesh, dtype: str | N
   )
 
 
+def head_of(cfg: ModelConfig, variables: Any) -> Any:
+  """The part of variables that `unembed` reads."""
+  return variables["params"]["embed" if cfg.tied_head else "head"]
+
+
 def random_variables(cfg: ModelConfig, mesh: jax.sharding.Mesh, rng: jax.Array) -> Any:
   """Creates random float32 variables, directly in their shards."""
   shardings = sharding.shardings_of(_boxed(cfg), mesh)

@@ -28,7 +28,9 @@ def train(
   """
   passes = 3 if cfg.remat == "full" else 2  # forward, again, backward.
   saved = 2 * WORD * rows * work.tokens * cfg.hidden_size * cfg.num_layers
-  return state_bytes + work.accumulation * passes * weights(cfg, tensor) + saved
+  # Of the teachers the heads are read, forward and again; their states are in `state_bytes`.
+  heads = 2 * work.teachers * WORD * cfg.vocab_size * cfg.hidden_size / tensor
+  return state_bytes + work.accumulation * (passes * weights(cfg, tensor) + heads) + saved
 
 
 def cache_bytes(cfg: ModelConfig, tensor: int, rows: float, tokens: int) -> float:

@@ -51,12 +51,15 @@ def forward(
   return layers + head(cfg, rows * logits)
 
 
-def train(cfg: ModelConfig, rows: int, tokens: int, logits: int, full: bool = False) -> int:
+def train(
+    cfg: ModelConfig, rows: int, tokens: int, logits: int, full: bool = False, teachers: int = 0
+) -> int:
   """One step of forward and backward, with what is computed again.
 
   A backward pass costs two forward passes, one for the inputs and one for the weights; under LoRA
   the weights of the base have none. The head is always computed again (see models/logprobs.py),
   the layers with remat=full, but for what nothing needs: the matmul that ends a scanned pattern.
+  The heads of `teachers` run forward and again.
   """
   mul = rows * tokens * layer_params(cfg)
   attend = rows * attention(cfg, tokens, 0, full)
@@ -67,7 +70,7 @@ def train(cfg: ModelConfig, rows: int, tokens: int, logits: int, full: bool = Fa
     steps = sum(repeats for _, repeats in cfg.groups)
     trained -= 2 * rows * tokens * steps * last * cfg.hidden_size
   layers = 2 * mul * (2 + again) + trained + attend * (3 + (cfg.remat != "none"))
-  return layers + head(cfg, rows * logits) * (4 if not cfg.lora.rank else 3)
+  return layers + head(cfg, rows * logits) * ((4 if not cfg.lora.rank else 3) + 2 * teachers)
 
 
 def adapter_params(cfg: ModelConfig) -> int:

@@ -17,7 +17,7 @@ Shape = tuple[int, int, int]  # data, fsdp, tensor.
 def total_flops(work: Work, cfg: ModelConfig) -> int:
   """Of all devices together."""
   if isinstance(work, TrainWork):
-    return flops.train(cfg, work.rows, work.tokens, work.logits)
+    return flops.train(cfg, work.rows, work.tokens, work.logits, teachers=work.teachers)
   return flops.rollout(cfg, work)
 
 
@@ -41,7 +41,7 @@ def loop_trips(work: Work) -> int:
 def minimum_received(work: Work, cfg: ModelConfig, shape: Shape) -> dict[str, float] | None:
   """`bytes_moved.minimum_received`, where the formula holds."""
   data, fsdp, tensor = shape
-  if isinstance(work, RolloutWork) or cfg.lora.rank or data > 1 or tensor > 1:
+  if isinstance(work, RolloutWork) or work.teachers or cfg.lora.rank or data > 1 or tensor > 1:
     return None
   rows = work.rows / (work.accumulation * fsdp)
   return bytes_moved.minimum_received(
@@ -69,7 +69,9 @@ def _estimate_training(work, cfg, topology, shape, trained):
   gathered = bytes_moved.weights(cfg, tensor)
   micro = work.rows / work.accumulation / (data * fsdp)
   memory = 2 * micro * work.tokens * cfg.hidden_size * cfg.num_layers  # Inputs of the layers.
-  memory += _logits_bytes(cfg, tensor, micro, work.logits)
+  memory += _logits_bytes(cfg, tensor, micro, work.logits, 1 + work.teachers)
+  states = work.teachers * work.rows / (data * fsdp) * work.logits
+  memory += 2 * states * cfg.hidden_size
   memory += 2 * micro * work.tokens * (4 * cfg.mlp_size + 6 * cfg.num_heads * cfg.head_dim) / tensor
   memory += 4 * trained + gathered / cfg.num_layers  # Gradients, and a layer.
   memory += 4 * trained * work.ema
@@ -90,7 +92,8 @@ def _estimate_rollout(work, cfg, topology, shape, trained):
   memory = gathered + bytes_moved.cache_bytes(cfg, tensor, decoded, length)
   if decoded < rows:  # The prompts that wait have a cache of their own.
     memory += bytes_moved.cache_bytes(cfg, tensor, prompts, work.prompt)
-  memory += _logits_bytes(cfg, tensor, rows, work.new)
+  memory += _logits_bytes(cfg, tensor, rows, work.new, work.logits_models)
+  memory += 2 * work.kept_states * rows * work.new * cfg.hidden_size
   # Weights once for decoding, and once for each model that scores.
   moved = ((1 + work.scored) * (fsdp - 1) / fsdp) * gathered
   tokens = prompts * work.prompt + decoded * work.steps + work.scored * rows * length
@@ -100,6 +103,9 @@ def _estimate_rollout(work, cfg, topology, shape, trained):
   return memory, max(seconds, hbm + moved / chip.ici_bandwidth)
 
 
-def _logits_bytes(cfg: ModelConfig, tensor: int, rows: float, columns: int) -> float:
-  """Logits that live at a time: a chunk of columns, or all of them."""
-  return min(cfg.logits_budget * 2**30, columns * 3 * 4 * rows * cfg.vocab_size / tensor)
+def _logits_bytes(
+    cfg: ModelConfig, tensor: int, rows: float, columns: int, models: int = 1
+) -> float:
+  """Logits that live at a time: a chunk of columns of so many models, or all of them."""
+  whole = models * columns * 3 * 4 * rows * cfg.vocab_size / tensor
+  return min(cfg.logits_budget * 2**30, whole)

@@ -115,15 +115,18 @@ def compose(transforms: Sequence[Transform]) -> Transform:
 
 # --- From the config --------------------------------------------------------------------------
 
-# Name -> (function, numbers it takes, how it is written, extras of rollouts that it reads).
+# Name -> (function, numbers it takes, how it is written, extras of rollouts that it reads, whether
+# what it makes of a token's reward depends on that reward alone).
 _SPECS = {
-    "scale": (scale, (1,), "scale:FACTOR, not 0", ()),
-    "clip": (clip, (1, 2), "clip:NATS (to [-NATS, NATS]) or clip:LOW:HIGH with LOW below HIGH", ()),
-    "zscore": (zscore_by_position, (0,), "zscore", ()),
-    "mask_unsure": (
-        mask_unsure, (1,), "mask_unsure:NATS, above 0", ("sft_entropy", "ref_entropy")
+    "scale": (scale, (1,), "scale:FACTOR, not 0", (), True),
+    "clip": (
+        clip, (1, 2), "clip:NATS (to [-NATS, NATS]) or clip:LOW:HIGH with LOW below HIGH", (), True
     ),
-    "center": (center, (0,), "center, the first of the list", ("expected_rewards",)),
+    "zscore": (zscore_by_position, (0,), "zscore", (), False),
+    "mask_unsure": (
+        mask_unsure, (1,), "mask_unsure:NATS, above 0", ("sft_entropy", "ref_entropy"), False
+    ),
+    "center": (center, (0,), "center, the first of the list", ("expected_rewards",), False),
 }
 
 
@@ -133,7 +136,7 @@ def _parse_one(spec: str, index: int) -> tuple[str, tuple[float, ...]]:
   where = f"transforms[{index}]={spec!r}"
   if name not in _SPECS:
     raise ValueError(f"{where}: {name!r} is not one of {', '.join(_SPECS)}")
-  _, counts, usage, _ = _SPECS[name]
+  _, counts, usage, *_ = _SPECS[name]
   try:
     numbers = tuple(float(x) for x in rest)
   except ValueError:
@@ -166,4 +169,17 @@ def parse(specs: Sequence[str]) -> Transform:
 def needs(specs: Sequence[str]) -> frozenset[str]:
   """The extras that rollouts must compute for these transforms; see `rollout.step.EXTRAS`."""
   names = {_parse_one(spec, i)[0] for i, spec in enumerate(specs)}
-  return frozenset(extra for name in names for extra in _SPECS[name][-1])
+  return frozenset(extra for name in names for extra in _SPECS[name][3])
+
+
+def check_pointwise(specs: Sequence[str]) -> None:
+  """Raises ValueError, naming it, for a transform that does not apply to any token of the vocabulary.
+
+  Those that do give the transformed reward of every token, as `rewards.base.check_pointwise` asks
+  of rewards.
+  """
+  for i, spec in enumerate(specs):
+    if not _SPECS[_parse_one(spec, i)[0]][4]:
+      fine = ", ".join(name for name, (*_, pointwise) in _SPECS.items() if pointwise)
+      raise ValueError(f"transforms[{i}]={spec!r} is no function of the reward of one token alone; "
+                       f"use {fine}")

@@ -1,6 +1,6 @@
 """Teacher-forced scores of sampled responses under sft, ref and, where needed, the policy."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,22 @@ from dpr_jax.references.base import Reference, combine_logps
 from dpr_jax.rewards.base import RewardFn, Scores, check_pointwise, needs
 
 
+class Scored(NamedTuple):
+  """What `score_response` says of N response columns; None: not asked for."""
+
+  scores: Scores  # without a mask.
+  policy: TokenLogProbs | None
+  expected: jax.Array | None  # E_{a ~ policy} r(s_t, a), float32 [B, N], nats.
+  # Of sft and of each member of ref, in the compute dtype [B, N, D]: the hidden state in which each
+  # token is chosen.
+  states: tuple[jax.Array, ...] | None
+
+
 def score_response(
     model: Any, *, policy: Any | None, sft: Any, ref: Reference, tokens_BxS: jax.Array,
     segment_ids_BxS: jax.Array, start: int, entropies: bool = False,
-    expected: RewardFn | None = None,
-) -> tuple[Scores, TokenLogProbs | None, jax.Array | None]:
+    expected: RewardFn | None = None, keep_states: bool = False,
+) -> Scored:
   """Scores columns [start, S) without gradient memory.
 
   Models are scored one after the other, so that the logits of one chunk of one model live at a
@@ -24,10 +35,11 @@ def score_response(
     policy: variables, to be scored with its entropy; None leaves it out.
     entropies: of sft and ref as well.
     expected: a pointwise reward whose expectation under the policy is wanted.
+    keep_states: return the hidden states of sft and ref, from which a train step makes their
+      logits over the whole vocabulary without another pass of either.
 
   Returns:
-    (scores without a mask; what the policy says; E_{a ~ policy} r(s_t, a) in nats). float32 [B, N]
-    each, finite outside of the responses; None where it was not asked for.
+    float32 [B, N], finite outside of the responses.
   """
   of_ref = {f"ref_{i}": member for i, member in enumerate(ref.members)}
   members = {"sft": sft, **of_ref}
@@ -44,12 +56,15 @@ def score_response(
     return model.apply(members[name], hidden_BxCxD, method="unembed")
 
   columns = lambda models: chunk_columns(model.cfg, tokens_BxS.shape[0], models)
-  expected_BxN = None
+  expected_BxN, states = None, []
   if expected is None:
     found = {}
     for name, variables in members.items():
       body = lambda y, h, name=name: chunk_logprobs(logits(name, h), y, with_entropy(name))
-      found[name] = in_chunks(body, columns(1), targets_BxN, hidden(variables))
+      state_BxNxD = hidden(variables)
+      found[name] = in_chunks(body, columns(1), targets_BxN, state_BxNxD)
+      if keep_states:
+        states.append(state_BxNxD)
   else:
     check_pointwise(expected)
 
@@ -66,6 +81,7 @@ def score_response(
     states = [hidden(variables) for variables in members.values()]
     found, expected_BxN = in_chunks(together, columns(len(members)), targets_BxN, *states)
 
+  states = tuple(states[: 1 + len(of_ref)]) if keep_states else None
   found = {name: TokenLogProbs(*x) for name, x in found.items()}
   refs = [found[name] for name in of_ref]
   policy_scores = found.get("policy")
@@ -77,4 +93,4 @@ def score_response(
       ref_entropy=sum(x.entropy for x in refs) / len(refs) if entropies else None,
       policy_logp=None if policy_scores is None else policy_scores.logp,
   )
-  return scores, policy_scores, expected_BxN
+  return Scored(scores, policy_scores, expected_BxN, states)

@@ -45,6 +45,7 @@ class Rollout:
   expected_rewards: jax.Array | None = None  # float32 [B, N], E_{a ~ policy} r(s_t, a), exact.
   sft_entropy: jax.Array | None = None  # float32 [B, N], nats.
   ref_entropy: jax.Array | None = None  # float32 [B, N].
+  states: tuple[jax.Array, ...] | None = None  # hidden states [B, N, D]; see `scoring.Scored`.
 
   @property
   def response_tokens(self) -> jax.Array:
@@ -53,7 +54,7 @@ class Rollout:
 
 
 # What may be asked of rollouts beside the rewards; fields of `Rollout`.
-EXTRAS = ("expected_rewards", "sft_entropy", "ref_entropy")
+EXTRAS = ("expected_rewards", "sft_entropy", "ref_entropy", "states")
 
 
 def make_rollout_step(
@@ -107,10 +108,11 @@ def make_rollout_step(
         sampling=sampling, samples_per_prompt=samples_per_prompt, slots=slots, refill=refill,
         with_entropy=not (rescore or expected),
     )
-    scores, rescored, expected_BxN = score_response(
+    scores, rescored, expected_BxN, states = score_response(
         model, policy=policy if rescore or expected else None, sft=sft, ref=Reference.of(ref),
         tokens_BxS=sample.tokens, segment_ids_BxS=sample.segment_ids, start=prompts.tokens.shape[1],
         entropies=entropies, expected=reward if expected else None,
+        keep_states="states" in extras,
     )
     mask = sample.mask
     policy_logp = sample.logp if rescored is None else rescored.logp * mask
@@ -131,6 +133,7 @@ def make_rollout_step(
         expected_rewards=masked("expected_rewards", expected_BxN),
         sft_entropy=masked("sft_entropy", scores.sft_entropy),
         ref_entropy=masked("ref_entropy", scores.ref_entropy),
+        states=states,
     )
 
   return rollout_step

@@ -17,6 +17,12 @@ import numpy as np
 import optax
 
 from dpr_jax.keys import make_key
+from dpr_jax.losses.full_vocabulary import (
+    FullVocabularyBatch,
+    attach,
+    full_vocabulary_batch,
+    make_full_vocabulary_loss,
+)
 from dpr_jax.losses.reinforce import ReinforceBatch, make_reinforce_loss, reinforce_batch
 from dpr_jax.models import cache as cache_lib
 from dpr_jax.models.config import ModelConfig
@@ -120,9 +126,9 @@ def enumerate_rollout(
   segments = np.concatenate([np.ones((len(tokens), 1)), y.mask_YxT], axis=1)
   tokens, segments = jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32)
   mask = jnp.asarray(y.mask_YxT, jnp.float32)
-  scores, policy_out, _ = score_response(
+  scores, policy_out, _, states = score_response(
       model, policy=policy, sft=sft, ref=Reference.of(ref), tokens_BxS=tokens,
-      segment_ids_BxS=segments, start=1, entropies=True,
+      segment_ids_BxS=segments, start=1, entropies=True, keep_states=True,
   )
   return Rollout(
       tokens=tokens,
@@ -137,6 +143,7 @@ def enumerate_rollout(
       ref_logp=scores.ref_logp * mask,
       entropy=policy_out.entropy * mask,
       decode_steps=jnp.zeros((), jnp.int32),
+      states=states,
   )
 
 
@@ -151,8 +158,26 @@ def expected_batch(rollout: Rollout, num_prompts: int, **kwargs) -> ReinforceBat
     kwargs: of `losses.reinforce_batch`.
   """
   batch, _ = reinforce_batch(rollout, **kwargs)
-  p_Yx1 = jnp.exp(jnp.sum(rollout.policy_logp, axis=1, keepdims=True)) / num_prompts
-  return batch.replace(advantages=batch.advantages * p_Yx1)
+  return batch.replace(advantages=batch.advantages * _probability(rollout, num_prompts))
+
+
+def _probability(rollout: Rollout, num_prompts: int) -> jax.Array:
+  """[Y, 1], of each row of an enumerated rollout."""
+  return jnp.exp(jnp.sum(rollout.policy_logp, axis=1, keepdims=True)) / num_prompts
+
+
+def expected_full_batch(
+    rollout: Rollout, num_prompts: int, sft, ref, **kwargs
+) -> FullVocabularyBatch:
+  """`full_vocabulary_batch` of an enumerated rollout whose loss is the expected one over states.
+
+  Args:
+    sft, ref: variables that the rollout was scored with.
+    kwargs: of `losses.full_vocabulary_batch`.
+  """
+  batch, _ = full_vocabulary_batch(rollout, **kwargs)
+  batch = batch.replace(mask=batch.mask * _probability(rollout, num_prompts))
+  return attach(batch, rollout, sft, ref)
 
 
 def ascend(
@@ -165,6 +190,7 @@ def ascend(
     reward: RewardFn = BASELINE_RELATIVE,
     start_SxA: np.ndarray | None = None,
     every: int = 50,
+    divergence: str | None = None,
     **kwargs,
 ) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
   """Dense-Path REINFORCE with the package's loss and train step, without sampling noise.
@@ -173,7 +199,9 @@ def ascend(
     steps, learning_rate: of Adam with a cosine decay to 0, logits per step.
     start_SxA: the first policy, by default sft.
     every: steps between the policies that are kept.
-    kwargs: of `losses.reinforce_batch`: beta, beta_ref, returns, gamma, ...
+    divergence: that of the loss over the full vocabulary; None takes the sampled one.
+    kwargs: of `losses.reinforce_batch`: beta, beta_ref, returns, gamma, ...; with a divergence beta
+      and beta_ref alone.
 
   Returns:
     the logits [S, A] at the end, and [(step, logits)] along the way.
@@ -186,16 +214,22 @@ def ascend(
   state = TrainState.create(
       model.variables(sft_SxA if start_SxA is None else start_SxA), optimizer, make_key(0)
   )
-  train_step = make_train_step(make_reinforce_loss(model, loss_aggregation="sequences"), optimizer)
-  advantages = jax.jit(
-      lambda policy: expected_batch(
-          enumerate_rollout(model, policy, sft, ref, reward), mdp.num_prompts, **kwargs
-      )
-  )
+  if divergence is None:
+    loss = make_reinforce_loss(model, loss_aggregation="sequences")
+    expect = lambda rollout: expected_batch(rollout, mdp.num_prompts, **kwargs)
+  else:
+    beta, beta_ref = kwargs["beta"], kwargs.get("beta_ref", 0.0)
+    loss = make_full_vocabulary_loss(
+        model, reward=reward, divergence=divergence, beta_ref=beta_ref,
+        has_target=beta + beta_ref > 0, loss_aggregation="sequences",
+    )
+    expect = lambda rollout: expected_full_batch(rollout, mdp.num_prompts, sft, ref, beta=beta)
+  train_step = make_train_step(loss, optimizer)
+  make_batch = jax.jit(lambda policy: expect(enumerate_rollout(model, policy, sft, ref, reward)))
   table = lambda: np.asarray(state.trainable["params"]["table"], np.float64)
   kept = [(0, table())]
   for step in range(1, steps + 1):
-    state, _ = train_step(state, advantages(state.variables))
+    state, _ = train_step(state, make_batch(state.variables))
     if step % every == 0 or step == steps:
       kept.append((step, table()))
   return kept[-1][1], kept

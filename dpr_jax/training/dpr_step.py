@@ -26,8 +26,9 @@ class DPRStep:
   """See the module docstring."""
 
   rollout_step: Callable  # from `rollout.make_rollout_step`.
-  train_step: TrainStep  # with `losses.make_reinforce_loss`.
-  make_batch: Callable  # (rollout, *, beta, external) -> (ReinforceBatch, metrics): the advantages.
+  train_step: TrainStep  # with a loss over the batches of `make_batch`.
+  # (rollout, *, beta) -> (batch, metrics): the advantages; with `verify` also `external`.
+  make_batch: Callable
   control: KLControl
   sft: Any  # variables of the frozen models, in the compute dtype.
   ref: Any
@@ -35,6 +36,8 @@ class DPRStep:
   # (step, rollout) -> float32 [B] scores of the responses, NaN for none, mixed into the reward by
   # `make_batch`; runs on the host between rollout and update.
   verify: Callable[[int, Any], jax.Array] | None = None
+  # (batch, rollout, sft, ref) -> the batch of a loss that reads sft and ref as well.
+  attach: Callable[[Any, Any, Any, Any], Any] | None = None
 
   def init(self, variables, rng, frozen=None) -> TrainState:
     return TrainState.create(
@@ -61,6 +64,8 @@ class DPRStep:
             f"the mean sampled KL to SFT reached {mean:.3g} nats per response, beyond kl_budget="
             f"{self.control.kl_budget:g}"
         )
+    if self.attach is not None:
+      batch = self.attach(batch, rollout, self.sft, self.ref)
     state, trained = self.train_step(state.replace(control={}), batch)
     return state.replace(control=control), {**metrics, **trained}
 
@@ -68,7 +73,8 @@ class DPRStep:
   def _advantages(self):
     @jax.jit
     def advantages(rollout, beta, external):
-      batch, metrics = self.make_batch(rollout, beta=beta, external=external)
+      given = {} if external is None else {"external": external}
+      batch, metrics = self.make_batch(rollout, beta=beta, **given)
       metrics = {**rollout_metrics(rollout), **metrics, "beta": jnp.float32(beta)}
       if external is not None:
         rows, scored = rollout.lengths > 0, jnp.isfinite(external)

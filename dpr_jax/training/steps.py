@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from dpr_jax.data.batches import rows_apart
+
 LossFn = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array, dict[str, Any]]]
 
 
@@ -147,7 +149,10 @@ def reduce_metrics(metrics: dict[str, Any]) -> dict[str, jax.Array]:
 
 
 def accumulate(loss_fn: LossFn, trainable, frozen, batch, rng, parts: int):
-  """Gradient, loss_sum, weight and metrics, summed over `parts` micro-batches of the rows."""
+  """Gradient, loss_sum, weight and metrics, summed over `parts` micro-batches of the rows.
+
+  What is `Shared` in the batch is in every micro-batch.
+  """
 
   def sums(trainable, micro, key):
     loss_sum, weight, metrics = loss_fn({**frozen, **trainable}, micro, key)
@@ -158,7 +163,8 @@ def accumulate(loss_fn: LossFn, trainable, frozen, batch, rng, parts: int):
     (loss_sum, (weight, metrics)), grads = grad_fn(trainable, batch, rng)
     return grads, loss_sum, weight, metrics
 
-  rows = jax.tree.leaves(batch)[0].shape[0]
+  arrays, join = rows_apart(batch)
+  rows = arrays[0].shape[0]
   if rows % parts:
     raise ValueError(f"accumulation={parts} does not divide the batch of {rows} rows")
 
@@ -169,12 +175,13 @@ def accumulate(loss_fn: LossFn, trainable, frozen, batch, rng, parts: int):
 
   def body(total, xs):
     micro, key = xs
-    (loss_sum, (weight, metrics)), grads = grad_fn(trainable, micro, key)
+    (loss_sum, (weight, metrics)), grads = grad_fn(trainable, join(micro), key)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     return jax.tree.map(jnp.add, total, (grads, loss_sum, weight, metrics)), None
 
-  xs = (jax.tree.map(split, batch), jax.random.split(rng, parts))
-  shapes = jax.eval_shape(lambda b, k: grad_fn(trainable, b, k), *jax.tree.map(lambda x: x[0], xs))
+  xs = ([split(x) for x in arrays], jax.random.split(rng, parts))
+  micro, key = jax.tree.map(lambda x: x[0], xs)
+  shapes = jax.eval_shape(lambda m, k: grad_fn(trainable, join(m), k), micro, key)
   (loss_sum, (weight, metrics)), grads = shapes
   zeros = lambda tree: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tree)
   grads = jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), grads)

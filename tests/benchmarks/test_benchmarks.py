@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import overhead
+from benchmarks import closed_form, overhead
 from dpr_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -66,6 +66,31 @@ def test_dpr_step_samples_and_leaves_one_trick_out_at_a_time(lines):
   assert sum(line["shares"].values()) == pytest.approx(1.0)
   tricks = {"no_refill", "own_prefill", "rescored", "no_chunks"}
   assert set(line["without"]) == set(line["predicted_gain"]) == tricks
+
+
+@pytest.mark.slow
+def test_both_gradients_are_timed_in_turn(run_benchmark):
+  record, _ = run_benchmark(
+      "dpr_step", "--batch=4", "--prompt=4", "--new=8", "--samples=2", "--slots=2", "--skew=3",
+      "--variants=gradients", "--in_process",
+  )
+  found = record["gradients"]
+  assert found["sampled"] == record["seconds"] and found["exact"] > 0
+  assert found["ratio"] == pytest.approx(found["exact"] / found["sampled"])
+
+
+def test_the_exact_gradient_nears_the_closed_form(capsys):
+  closed_form.main([
+      "--rows=32", "--steps=60", "--every=30", "--instances=1", "--prompts=2", "--vocab_size=4",
+      "--max_length=3", "--learning_rate=0.1",
+  ])
+  record = json.loads(capsys.readouterr().out)
+  assert record["checkpoints"] == [0, 30, 60]
+  curves = record["total_variation"]
+  assert len({curve[0] for curve in curves.values()}) == 1
+  for curve in curves.values():
+    assert curve[2] < 0.7 * curve[0]
+  assert max(curves["exact"][2], curves["forward"][2]) < 0.5 * curves["sampled"][2]
 
 
 @pytest.mark.slow

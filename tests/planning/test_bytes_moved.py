@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpr_jax.methods.programs import RolloutWork
+from dpr_jax.methods.programs import RolloutWork, TrainWork
 from dpr_jax.models import ModelConfig
 from dpr_jax.models.cache import init_cache
 from dpr_jax.models.variables import abstract_variables
@@ -63,3 +63,12 @@ def test_the_minimum_is_what_others_hold_of_each_weight_or_activation(tied, toke
   assert list(least.values()) == pytest.approx(received, rel=1e-12)
   assert list(least) == ["gathered_forward", "gathered_backward", "gradients_reduced"]
   assert set(bytes_moved.minimum_received(cfg, 1, parts, tokens, logits).values()) == {0.0}
+
+
+def test_teachers_read_their_heads_twice_in_each_micro_batch():
+  plain = TrainWork(8, 6, 4, accumulation=2)
+  head = _bytes(abstract_variables(CFG, make_mesh(devices=jax.devices()[:1]), "bfloat16")
+                ["params"]["head"])
+  moved = [bytes_moved.train(CFG, 1, 8, dataclasses.replace(plain, teachers=n), 0.0)
+           for n in (0, 3)]
+  assert moved[1] - moved[0] == 3 * 2 * 2 * head

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from dpr_jax.data.batches import SFTBatch
-from dpr_jax.losses import make_sft_loss
+from dpr_jax.data.batches import SFTBatch, Shared
+from dpr_jax.losses import FullVocabularyBatch, make_full_vocabulary_loss, make_sft_loss
 from dpr_jax.methods.programs import RolloutWork
 from dpr_jax.models import ModelConfig, Transformer
 from dpr_jax.models.lora import LoRA, split_trainable
 from dpr_jax.models.variables import abstract_variables
 from dpr_jax.planning import flops
+from dpr_jax.references.base import Reference
 from dpr_jax.sharding import make_mesh
 
 CFG = ModelConfig(vocab_size=4096, hidden_size=256, mlp_size=640, num_layers=1, num_heads=4,
@@ -91,6 +92,21 @@ def test_a_train_step_against_its_trace(fields):
   traced = matmul_flops(jax.make_jaxpr(grad)(*arguments).jaxpr)
   # 47 columns of logits are 4 chunks of 12: one is padding.
   assert traced == flops.train(cfg, ROWS, TOKENS, TOKENS, full=True)
+
+
+def test_teachers_add_their_heads_forward_and_again():
+  """Against the trace of an exact step with one reference: its chunks, computed twice."""
+  model, states = Transformer(CFG), jax.ShapeDtypeStruct((ROWS, 24, CFG.hidden_size), jnp.float32)
+  variables, shape = _variables(CFG), lambda *s, d=jnp.float32: jax.ShapeDtypeStruct(s, d)
+  batch = FullVocabularyBatch(
+      tokens=shape(ROWS, TOKENS, d=jnp.int32), segment_ids=shape(ROWS, TOKENS, d=jnp.int32),
+      mask=shape(ROWS, 24), behaviour_logp=shape(ROWS, 24), beta=Shared(shape()),
+      states=(states, states), models=Shared((variables, Reference((variables,)))),
+  )
+  loss = make_full_vocabulary_loss(model)
+  grad = jax.grad(lambda v, b: loss(v, b, None)[0])
+  traced = matmul_flops(jax.make_jaxpr(grad)(variables, batch).jaxpr)
+  assert traced == flops.train(CFG, ROWS, TOKENS, 24, full=True, teachers=2)
 
 
 def test_pairs_against_a_loop(rng):
