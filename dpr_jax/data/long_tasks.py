@@ -5,10 +5,10 @@ prompt, the number of lines so far and that line alone, so each line can be judg
 before it *as written*: an answer with one slip that is right otherwise has one wrong step, and in
 general a wrong result. Where several lines may follow, one is sampled uniformly.
 
-  scratchpad  sum 27 45 18      27+45=72;72+18=90   numbers added one after another
+  scratchpad  sum 8+5+9+4       13+9+4;22+4;26      the first two numbers added
   bubble      bubble cba        bca;bac;abc         two neighbours in the wrong order exchanged
-  edits       edit dbac -b +f   dac;dafc            letters deleted, inserted anywhere, exchanged
-  program     run 3 5 a+b b-2   8 5;8 3             the values of a and b after each statement
+  edits       edit dbac -b +f   -b dac;+f dafc      letters deleted, inserted anywhere, exchanged
+  program     run 3 5 a+b b-2   a+b 8 5;b-2 8 3     a statement and what a and b are after it
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from dpr_jax.data.task import Task, add_one, parser, swap_last
 
 MAX_LONG_PROMPT_BYTES, MAX_LONG_ANSWER_BYTES = 40, 79
 SEPARATOR = ";"
-_LETTERS = "abcdefgh"
+_LETTERS = "abcdef"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,11 @@ class Trace:
     unread = self.following(prompt, len(lines), lines[-1]) is None
     whole = self.complete(random.Random(0), prompt, () if unread else lines)
     return right + [False] * (len(whole) - len(lines))
+
+  def step_accuracy(self, prompt: str, response: str) -> float:
+    """The share of right lines."""
+    right = self.right_steps(prompt, response)
+    return sum(right) / len(right)
 
   def verify(self, prompt: str, response: str) -> bool:
     """Whether all lines are right, and none is missing."""
@@ -126,23 +131,20 @@ def _last_line(change: Callable[[str], str]) -> Callable[[str], str]:
 
 
 def _sample_sum(rng: random.Random) -> str:
-  return " ".join(["sum", *(str(rng.randrange(10, 50)) for _ in range(rng.randint(4, 6)))])
+  return "sum " + "+".join(str(rng.randrange(1, 10)) for _ in range(rng.randint(5, 7)))
 
 
 def _next_sum(number: int, line: str, numbers: str) -> Sequence[str] | None:
-  first, *others = numbers.split()
-  written = re.fullmatch(r"\d+\+\d+=(\d{1,4})", line) if number else [line, first]
-  if written is None:
+  line = line if number else numbers
+  if not re.fullmatch(r"\d{1,4}(\+\d{1,4})*", line):
     return None
-  if number >= len(others):
-    return ()
-  total, term = int(written[1]), int(others[number])
-  return (f"{total}+{term}={total + term}",)
+  first, *others = line.split("+")
+  return ["+".join([str(int(first) + int(others[0])), *others[1:]])] if others else ()
 
 
 def _sums_alike(line: str) -> Sequence[str]:
-  terms, total = line.split("=")
-  return [f"{terms}={int(total) + error}" for error in (-10, -1, 1, 10)]
+  first, plus, rest = line.partition("+")
+  return [f"{int(first) + error}{plus}{rest}" for error in (-2, -1, 1, 2) if int(first) + error > 0]
 
 
 # --- Sorting by exchanges of neighbours ----------------------------------------------------------
@@ -178,10 +180,10 @@ def _words_alike(line: str) -> Sequence[str]:
 
 def _sample_edits(rng: random.Random) -> str:
   while True:
-    letters = rng.sample(_LETTERS, 5)
+    letters = rng.sample(_LETTERS, 4)
     words = ["edit", "".join(letters)]
-    for _ in range(rng.randint(4, 6)):
-      kinds = ["exchange", *["delete"] * (len(letters) > 4), *["insert"] * (len(letters) < 7)]
+    for _ in range(rng.randint(3, 5)):
+      kinds = ["exchange", *["delete"] * (len(letters) > 3), *["insert"] * (len(letters) < 5)]
       kind = rng.choice(kinds)
       if kind == "exchange":
         words.append("".join(rng.sample(letters, 2)))
@@ -190,86 +192,102 @@ def _sample_edits(rng: random.Random) -> str:
       else:
         letters.append(rng.choice([c for c in _LETTERS if c not in letters]))
         words.append("+" + letters[-1])
-    prompt = " ".join(words)
-    if "+" in prompt:  # Else there is one right answer.
-      return prompt
+    # With an insertion there are several right answers; and no edit is made twice.
+    if any(word[0] == "+" for word in words) and len(set(words)) == len(words):
+      return " ".join(words)
 
 
-def _next_edit(number: int, line: str, word: str, edits: str) -> Sequence[str] | None:
+def _next_edit(number: int, line: str, start: str, edits: str) -> Sequence[str] | None:
   """An edit of letters that are not there leaves the word as it is."""
-  word, edits = line if number else word, edits.split()
-  if not re.fullmatch(r"[a-z]{1,12}", word):
+  edits = edits.split()
+  written = re.fullmatch(r"(?:[+\-a-f][a-f] )?([a-z]{1,12})", line if number else start)
+  if written is None:
     return None
   if number >= len(edits):
     return ()
-  kind, letter = edits[number]
+  word, (kind, letter) = written[1], edits[number]
   if kind == "+":
-    return list(dict.fromkeys(word[:i] + letter + word[i:] for i in range(len(word) + 1)))
-  if kind == "-":
-    return (word.replace(letter, "", 1),)
-  both = kind in word and letter in word
-  return (word.translate(str.maketrans(kind + letter, letter + kind)) if both else word,)
+    words = [word[:i] + letter + word[i:] for i in range(len(word) + 1)]
+  elif kind == "-":
+    words = [word.replace(letter, "", 1)]
+  elif kind in word and letter in word:
+    words = [word.translate(str.maketrans(kind + letter, letter + kind))]
+  else:
+    words = [word]
+  return [f"{edits[number]} {changed}" for changed in dict.fromkeys(words)]
+
+
+def _edits_alike(line: str) -> Sequence[str]:
+  edit, word = line.split()
+  return [f"{edit} {other}" for other in _words_alike(word)]
 
 
 # --- Programs of two variables -------------------------------------------------------------------
 
 
 def _run(statement: str, a: int, b: int) -> tuple[int, int]:
-  """(a, b) after a statement such as a+b, b-2 or a=b; a difference below 0 counts as 0."""
+  """(a, b) after a statement such as a+b, b-2 or a=b, modulo 10."""
   target, operator, operand = statement
   left, other = (a, b) if target == "a" else (b, a)
   right = int(operand) if operand.isdigit() else other
-  value = {"+": left + right, "-": max(left - right, 0), "=": right}[operator]
+  value = {"+": left + right, "-": left - right, "=": right}[operator] % 10
   return (value, b) if target == "a" else (a, value)
 
 
 def _sample_program(rng: random.Random) -> str:
-  state = rng.randrange(1, 10), rng.randrange(1, 10)
+  state = rng.randrange(10), rng.randrange(10)
   words = ["run", *map(str, state)]
-  while len(words) < 3 + 5 or (len(words) < 3 + 7 and rng.random() < 2 / 3):
+  size = len(words) + rng.randint(3, 5)
+  while len(words) < size:
     target = rng.choice("ab")
-    operand = str(rng.randrange(1, 10)) if rng.random() < 0.6 else "ba"[target == "b"]
-    statement = target + rng.choice("++--=") + operand
-    after = _run(statement, *state)
-    if after != state and max(after) < 100:
+    operand = rng.choice("123" + 3 * ("b" if target == "a" else "a"))
+    statement = target + rng.choice("+-=") + operand
+    if _run(statement, *state) != state and statement not in words:
       words.append(statement)
-      state = after
+      state = _run(statement, *state)
   return " ".join(words)
 
 
 def _next_state(number: int, line: str, start: str, statements: str) -> Sequence[str] | None:
-  state = re.fullmatch(r"(\d{1,4}) (\d{1,4})", line if number else start)
+  statements = statements.split()
+  state = re.fullmatch(r"(?:[ab][+=-][ab\d] )?(\d) (\d)", line if number else start)
   if state is None:
     return None
-  statements = statements.split()
   if number >= len(statements):
     return ()
-  return ("{} {}".format(*_run(statements[number], int(state[1]), int(state[2]))),)
+  statement = statements[number]
+  return ["{} {} {}".format(statement, *_run(statement, int(state[1]), int(state[2])))]
 
 
 def _states_alike(line: str) -> Sequence[str]:
-  a, b = map(int, line.split())
-  near = [(a + e, b) for e in (-2, -1, 1, 2)] + [(a, b + e) for e in (-2, -1, 1, 2)]
-  return [f"{a} {b}" for a, b in near if a >= 0 <= b]
+  statement, a, b = line.split()
+  wrong = [(x, b) for x in "0123456789" if x != a] + [(a, x) for x in "0123456789" if x != b]
+  return [f"{statement} {x} {y}" for x, y in wrong]
+
+
+def _add_one(line: str) -> str:
+  """Modulo 10."""
+  return line[:-1] + str((int(line[-1]) + 1) % 10)
 
 
 LONG_TASKS = (
   _task(
-    "scratchpad", True, r"sum (\d+(?: \d+)+)",
-    _sample_sum, _next_sum, add_one,
-    alike=_sums_alike, result=lambda line: line.rpartition("=")[2],
+    "scratchpad", True, r"sum (\d(?:\+\d)+)",
+    _sample_sum, _next_sum, add_one, alike=_sums_alike,
   ),
   _task(
-    "bubble", False, r"bubble ([a-h]+)",
+    "bubble", False, r"bubble ([a-f]+)",
     _sample_unsorted, _next_exchange, _last_line(swap_last), alike=_words_alike,
   ),
   _task(
-    "edits", False, r"edit ([a-h]+)((?: (?:[+-][a-h]|[a-h]{2}))+)",
-    # Never right: without an inserted letter it would be the word before, backwards.
-    _sample_edits, _next_edit, _last_line(lambda line: line[::-1]), alike=_words_alike,
+    "edits", False, r"edit ([a-f]+)((?: (?:[+-][a-f]|[a-f]{2}))+)",
+    # The word backwards; never right, as its letters differ and at most one has been inserted.
+    _sample_edits, _next_edit, _last_line(lambda line: line[:3] + line[:2:-1]),
+    alike=_edits_alike, result=lambda line: line.rpartition(" ")[2],
   ),
   _task(
-    "program", True, r"run (\d+ \d+)((?: [ab][+=-][ab\d])+)",
-    _sample_program, _next_state, add_one, alike=_states_alike,
+    "program", True, r"run (\d \d)((?: [ab][+=-][ab\d])+)",
+    _sample_program, _next_state, _last_line(_add_one), alike=_states_alike,
+    result=lambda line: line[-3:],
   ),
 )

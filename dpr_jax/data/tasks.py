@@ -12,6 +12,7 @@ text, so training and held-out prompts are disjoint for every seed and size.
 import fractions
 import hashlib
 import itertools
+import math
 import random
 import re
 import string
@@ -214,7 +215,7 @@ def parse_tasks(names: Sequence[str]) -> dict[str, fractions.Fraction]:
       share = fractions.Fraction(text)
     if given.setdefault(name, share) != share:
       raise UserError(f"task {name!r} is named with different shares")
-  total = sum(share for share in given.values() if share)
+  total = sum((share for share in given.values() if share), fractions.Fraction())
   rest = [name for name, share in given.items() if share is None]
   if total > 1 or (total == 1) == bool(rest):
     raise UserError(f"the shares of {', '.join(names)} add up to {float(total):g}; they must leave "
@@ -229,10 +230,13 @@ def _turns(shares: Mapping[str, fractions.Fraction]) -> Iterator[str]:
 
   With equal shares they take turns.
   """
-  counts = dict.fromkeys(shares, 0)
-  for n in itertools.count(1):
-    name = max(shares, key=lambda name: n * shares[name] - counts[name])  # The first of equal ones.
-    counts[name] += 1
+  whole = math.lcm(*(share.denominator for share in shares.values()))
+  per_turn = {name: int(share * whole) for name, share in shares.items()}
+  behind = dict.fromkeys(shares, 0)
+  while True:
+    behind = {name: value + per_turn[name] for name, value in behind.items()}
+    name = max(behind, key=behind.get)  # The first one of several.
+    behind[name] -= whole
     yield name
 
 

@@ -1,9 +1,10 @@
 """Kinds of wrong demonstrations: how an answer of a built-in task is made wrong.
 
-A kind is a function (rng, task, prompt, right answer) -> an answer that the checker of the task
-refuses, or None where this prompt has none. Each tries a bounded number of answers.
+A kind makes of (rng, task, prompt, right answer) an answer that the checker of the task refuses, or
+None where this prompt has none. Each tries a bounded number of answers.
 """
 
+import dataclasses
 import functools
 import random
 from collections.abc import Callable, Mapping
@@ -11,11 +12,17 @@ from collections.abc import Callable, Mapping
 from dpr_jax.data.task import Task
 from dpr_jax.errors import UserError
 
-Kind = Callable[[random.Random, Task, str, str], str | None]
 
-_ATTEMPTS = 1_000  # other prompts whose answers are tried.
-_PROBES = 50  # prompts after which a task counts as one without wrong answers of a kind.
-REPEATED = "repeated"  # right answers: copies of few demonstrations; see `tasks.make_demos`.
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A kind of wrong demonstrations."""
+
+  label: str  # what demonstrations are, in the report.
+  make: Callable[[random.Random, Task, str, str], str | None] | None  # None: they are right.
+
+
+_ATTEMPTS = 20_000  # other prompts whose answers are tried.
+_PROBES = 20  # prompts after which a task counts as one without wrong answers of a kind.
 
 
 def _answer(rng: random.Random, task: Task, prompt: str, answer: str) -> str | None:
@@ -56,17 +63,22 @@ def _step(rng: random.Random, task: Task, prompt: str, answer: str) -> str | Non
   return task.trace and task.trace.with_wrong_step(rng, prompt, answer)
 
 
-_WRONG: Mapping[str, Kind] = {
-    "answer": _answer, "token": _token, "truncated": _truncated, "slip": _slip, "step": _step,
+REPEATED = "repeated"  # copies of few demonstrations; `tasks.make_demos` makes them.
+KINDS: Mapping[str, Kind] = {
+    "answer": Kind("with a wrong answer", _answer),
+    "token": Kind("with one wrong character", _token),
+    "truncated": Kind("cut short", _truncated),
+    "slip": Kind("with the same mistake every time", _slip),
+    "step": Kind("with one wrong step", _step),
+    REPEATED: Kind("copies of few demonstrations", None),
 }
-KINDS = (*_WRONG, REPEATED)
 
 
 def wrong_answer(
     kind: str, rng: random.Random, task: Task, prompt: str, answer: str
 ) -> str | None:
   """`answer` made wrong; None where this prompt has no wrong answer of that kind."""
-  wrong = _WRONG[kind](rng, task, prompt, answer)
+  wrong = KINDS[kind].make(rng, task, prompt, answer)
   assert wrong is None or not task.verify(prompt, wrong)
   return wrong
 
@@ -75,13 +87,13 @@ def wrong_answer(
 def check_kind(kind: str, task: Task) -> None:
   """Raises UserError, naming both, where no answer of the task can be wrong in this way."""
   if kind == "step" and task.trace is None:
-    raise UserError(f"task {task.name}: corruption='step' needs a task whose answer has steps")
+    raise UserError(f"task {task.name}: corruption='step' needs a task whose answers have steps")
   rng = random.Random(f"{kind}/{task.name}")
-  for _ in range(_PROBES if kind != REPEATED else 0):
-    prompt = task.sample_prompt(rng)
-    if wrong_answer(kind, rng, task, prompt, task.sample_answer(rng, prompt)) is not None:
-      return
-  if kind != REPEATED:
+  prompts = [task.sample_prompt(rng) for _ in range(_PROBES)]
+  if KINDS[kind].make and all(
+      wrong_answer(kind, rng, task, prompt, task.sample_answer(rng, prompt)) is None
+      for prompt in prompts
+  ):
     raise UserError(f"task {task.name}: corruption={kind!r} makes none of its answers wrong; "
                     "choose another kind, or leave the task out")
 

@@ -83,9 +83,12 @@ class CleanedSFT(TrainedMethod):
       raise ValueError(f"reference_fraction={self.reference_fraction} of "
                        f"{self.budget(config).steps} steps must leave at least one on both sides "
                        "of ref; 0 takes the model before SFT")
-    if self.score == "oracle" and not config.data.corrupt:
+    if self.score == "oracle" and (
+        not config.data.corrupt or config.data.corruption == "repeated"
+    ):
       raise ValueError("score='oracle' needs built-in tasks of which some are wrong: "
-                       "config.data.corrupt above 0")
+                       "config.data.corrupt above 0, and a config.data.corruption other than "
+                       "repeated")
     if self.like:
       other = config.methods.get(self.like)
       order = [n for n in config.compare if n == self.like or config.methods[n] is self]
