@@ -87,10 +87,7 @@ class DataSection:
       0.0, "share of these demonstrations that get a wrong answer", low=0, high=1
   )
   corruption: str = setting(
-      "answer", "how they are wrong. answer: right for another prompt; token: one character is "
-      "replaced; truncated: cut short; slip: the task's one mistake, the same every time; step: a "
-      "wrong step and what follows from it, of tasks with long answers; repeated: not at all, but "
-      "copies of few demonstrations",
+      "answer", "how they are wrong: see docs/data.md; `repeated` ones are right, but copies of few",
       choices=declared("dpr_jax.data.wrong_answers", "KINDS"),
   )
   minority: float = setting(
