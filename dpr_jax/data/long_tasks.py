@@ -5,10 +5,14 @@ prompt, the number of lines so far and that line alone, so each line can be judg
 before it *as written*: an answer with one slip that is right otherwise has one wrong step, and in
 general a wrong result. Where several lines may follow, one is sampled uniformly.
 
-  scratchpad  sum 8+5+9+4       13+9+4;22+4;26      the first two numbers added
-  bubble      bubble cba        bca;bac;abc         two neighbours in the wrong order exchanged
-  edits       edit dbac -b +f   -b dac;+f dafc      letters deleted, inserted anywhere, exchanged
-  program     run 3 5 a+b b-2   a+b 8 5;b-2 8 3     a statement and what a and b are after it
+  scratchpad  sum 08 05 09 04       13;22;26            numbers added one after another
+  bubble      bubble dcba           cdba;cbda;...       two neighbours in wrong order exchanged
+  edits       edit dbac -b+f a<>c   dafc;dcfa           b deleted and f inserted anywhere; a and c
+                                                        exchanged
+  program     run 3 5 a+b b-2 b=a   8 5;8 3;8 8         the values of a and b after each statement
+
+What a line depends on stands at a fixed distance before it (but in the first line): a decoder of
+half a million parameters learns to copy from a distance long before it learns to count or search.
 """
 
 import dataclasses
@@ -34,7 +38,6 @@ class Trace:
   following: Callable[[str, int, str], Sequence[str] | None]
   # A right line -> lines that look like it and can be gone on from; some may be right as well.
   alike: Callable[[str], Sequence[str]]
-  result: Callable[[str], str] = str  # a last line -> the part of it that is the result.
 
   def complete(self, rng: random.Random, prompt: str, lines: Sequence[str] = ()) -> list[str]:
     """`lines` and what follows from the last of them, to the end; a random choice at each line."""
@@ -68,8 +71,8 @@ class Trace:
     return all(self.right_steps(prompt, response))
 
   def right_result(self, prompt: str, response: str) -> bool:
-    """Whether the last line has the result of a right answer, whatever precedes it."""
-    return self.result(response.split(SEPARATOR)[-1]) in self._results(prompt)
+    """Whether the last line is that of a right answer, whatever precedes it."""
+    return response.split(SEPARATOR)[-1] in _last_lines(self.following, prompt)
 
   def with_wrong_step(self, rng: random.Random, prompt: str, answer: str) -> str | None:
     """An answer as long in which one line, not the last, is wrong and all others follow from it.
@@ -86,12 +89,9 @@ class Trace:
           return SEPARATOR.join(whole)
     return None
 
-  def _results(self, prompt: str) -> frozenset[str]:
-    return frozenset(map(self.result, _last_lines(self.following, prompt)))
-
 
 @functools.lru_cache(maxsize=4096)
-def _last_lines(following: Callable[..., Sequence[str] | None], prompt: str) -> tuple[str, ...]:
+def _last_lines(following: Callable[..., Sequence[str] | None], prompt: str) -> frozenset[str]:
   """The last lines of all right answers."""
   reached, last = {""}, []
   for number in itertools.count():
@@ -99,7 +99,7 @@ def _last_lines(following: Callable[..., Sequence[str] | None], prompt: str) -> 
     last += [line for line, options in after.items() if not options]
     reached = {line for options in after.values() for line in options}
     if not reached:
-      return tuple(last)
+      return frozenset(last)
 
 
 def _task(name: str, unique: bool, pattern: str, sample_prompt, following, slip, **trace) -> Task:
@@ -131,20 +131,19 @@ def _last_line(change: Callable[[str], str]) -> Callable[[str], str]:
 
 
 def _sample_sum(rng: random.Random) -> str:
-  return "sum " + "+".join(str(rng.randrange(1, 10)) for _ in range(rng.randint(5, 7)))
+  return " ".join(["sum", *(f"{rng.randint(1, 12):02d}" for _ in range(8))])
 
 
 def _next_sum(number: int, line: str, numbers: str) -> Sequence[str] | None:
-  line = line if number else numbers
-  if not re.fullmatch(r"\d{1,4}(\+\d{1,4})*", line):
+  first, *others = numbers.split()
+  total = line if number else first
+  if not re.fullmatch(r"\d{2,4}", total):
     return None
-  first, *others = line.split("+")
-  return ["+".join([str(int(first) + int(others[0])), *others[1:]])] if others else ()
+  return (f"{int(total) + int(others[number]):02d}",) if number < len(others) else ()
 
 
 def _sums_alike(line: str) -> Sequence[str]:
-  first, plus, rest = line.partition("+")
-  return [f"{int(first) + error}{plus}{rest}" for error in (-2, -1, 1, 2) if int(first) + error > 0]
+  return [f"{int(line) + e:02d}" for e in (-10, -2, -1, 1, 2, 10) if int(line) + e > 0]
 
 
 # --- Sorting by exchanges of neighbours ----------------------------------------------------------
@@ -153,7 +152,9 @@ def _sums_alike(line: str) -> Sequence[str]:
 def _sample_unsorted(rng: random.Random) -> str:
   while True:
     word = "".join(rng.choices(_LETTERS, k=5))
-    if sum(a > b for a, b in itertools.combinations(word, 2)) >= 4:  # As many lines.
+    # As many lines as there are pairs in the wrong order. Of up to 4 all may have one letter in
+    # common, and then there is one way to sort them.
+    if sum(a > b for a, b in itertools.combinations(word, 2)) >= 5:
       return f"bubble {word}"
 
 
@@ -182,44 +183,33 @@ def _sample_edits(rng: random.Random) -> str:
   while True:
     letters = rng.sample(_LETTERS, 4)
     words = ["edit", "".join(letters)]
-    for _ in range(rng.randint(3, 5)):
-      kinds = ["exchange", *["delete"] * (len(letters) > 3), *["insert"] * (len(letters) < 5)]
-      kind = rng.choice(kinds)
-      if kind == "exchange":
-        words.append("".join(rng.sample(letters, 2)))
-      elif kind == "delete":
-        words.append("-" + letters.pop(rng.randrange(len(letters))))
+    for _ in range(5):
+      old, other = rng.sample(letters, 2)
+      if rng.random() < 0.5:
+        words.append(f"{old}<>{other}")
       else:
-        letters.append(rng.choice([c for c in _LETTERS if c not in letters]))
-        words.append("+" + letters[-1])
-    # With an insertion there are several right answers; and no edit is made twice.
-    if any(word[0] == "+" for word in words) and len(set(words)) == len(words):
+        new = rng.choice([c for c in _LETTERS if c not in letters])
+        letters[letters.index(old)] = new
+        words.append(f"-{old}+{new}")
+    if any(word[0] == "-" for word in words):  # Else there is one right answer.
       return " ".join(words)
 
 
 def _next_edit(number: int, line: str, start: str, edits: str) -> Sequence[str] | None:
   """An edit of letters that are not there leaves the word as it is."""
-  edits = edits.split()
-  written = re.fullmatch(r"(?:[+\-a-f][a-f] )?([a-z]{1,12})", line if number else start)
-  if written is None:
+  word, edits = line if number else start, edits.split()
+  if not re.fullmatch(r"[a-z]{1,12}", word):
     return None
   if number >= len(edits):
     return ()
-  word, (kind, letter) = written[1], edits[number]
-  if kind == "+":
-    words = [word[:i] + letter + word[i:] for i in range(len(word) + 1)]
-  elif kind == "-":
-    words = [word.replace(letter, "", 1)]
-  elif kind in word and letter in word:
-    words = [word.translate(str.maketrans(kind + letter, letter + kind))]
-  else:
-    words = [word]
-  return [f"{edits[number]} {changed}" for changed in dict.fromkeys(words)]
-
-
-def _edits_alike(line: str) -> Sequence[str]:
-  edit, word = line.split()
-  return [f"{edit} {other}" for other in _words_alike(word)]
+  edit = edits[number]
+  letters = (edit[1],) if edit[0] == "-" else (edit[0], edit[3])
+  if not {*letters} <= {*word}:
+    return (word,)
+  if edit[0] == "-":
+    rest = word.replace(edit[1], "", 1)
+    return list(dict.fromkeys(rest[:i] + edit[3] + rest[i:] for i in range(len(word))))
+  return (word.translate(str.maketrans(edit[0] + edit[3], edit[3] + edit[0])),)
 
 
 # --- Programs of two variables -------------------------------------------------------------------
@@ -237,12 +227,11 @@ def _run(statement: str, a: int, b: int) -> tuple[int, int]:
 def _sample_program(rng: random.Random) -> str:
   state = rng.randrange(10), rng.randrange(10)
   words = ["run", *map(str, state)]
-  size = len(words) + rng.randint(3, 5)
-  while len(words) < size:
+  while len(words) < 3 + 6:
     target = rng.choice("ab")
     operand = rng.choice("123" + 3 * ("b" if target == "a" else "a"))
     statement = target + rng.choice("+-=") + operand
-    if _run(statement, *state) != state and statement not in words:
+    if _run(statement, *state) != state:
       words.append(statement)
       state = _run(statement, *state)
   return " ".join(words)
@@ -250,19 +239,17 @@ def _sample_program(rng: random.Random) -> str:
 
 def _next_state(number: int, line: str, start: str, statements: str) -> Sequence[str] | None:
   statements = statements.split()
-  state = re.fullmatch(r"(?:[ab][+=-][ab\d] )?(\d) (\d)", line if number else start)
+  state = re.fullmatch(r"(\d) (\d)", line if number else start)
   if state is None:
     return None
   if number >= len(statements):
     return ()
-  statement = statements[number]
-  return ["{} {} {}".format(statement, *_run(statement, int(state[1]), int(state[2])))]
+  return ("{} {}".format(*_run(statements[number], int(state[1]), int(state[2]))),)
 
 
 def _states_alike(line: str) -> Sequence[str]:
-  statement, a, b = line.split()
-  wrong = [(x, b) for x in "0123456789" if x != a] + [(a, x) for x in "0123456789" if x != b]
-  return [f"{statement} {x} {y}" for x, y in wrong]
+  a, b = line.split()
+  return [f"{x} {b}" for x in "0123456789" if x != a] + [f"{a} {x}" for x in "0123456789" if x != b]
 
 
 def _add_one(line: str) -> str:
@@ -272,7 +259,7 @@ def _add_one(line: str) -> str:
 
 LONG_TASKS = (
   _task(
-    "scratchpad", True, r"sum (\d(?:\+\d)+)",
+    "scratchpad", True, r"sum (\d\d(?: \d\d)+)",
     _sample_sum, _next_sum, add_one, alike=_sums_alike,
   ),
   _task(
@@ -280,14 +267,12 @@ LONG_TASKS = (
     _sample_unsorted, _next_exchange, _last_line(swap_last), alike=_words_alike,
   ),
   _task(
-    "edits", False, r"edit ([a-f]+)((?: (?:[+-][a-f]|[a-f]{2}))+)",
-    # The word backwards; never right, as its letters differ and at most one has been inserted.
-    _sample_edits, _next_edit, _last_line(lambda line: line[:3] + line[:2:-1]),
-    alike=_edits_alike, result=lambda line: line.rpartition(" ")[2],
+    "edits", False, r"edit ([a-f]+)((?: (?:-[a-f]\+[a-f]|[a-f]<>[a-f]))+)",
+    # The last word backwards; never right, as its letters differ and at most one is inserted.
+    _sample_edits, _next_edit, _last_line(lambda word: word[::-1]), alike=_words_alike,
   ),
   _task(
     "program", True, r"run (\d \d)((?: [ab][+=-][ab\d])+)",
     _sample_program, _next_state, _last_line(_add_one), alike=_states_alike,
-    result=lambda line: line[-3:],
   ),
 )

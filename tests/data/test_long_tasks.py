@@ -16,11 +16,13 @@ NAMES = [task.name for task in LONG_TASKS]
 
 
 def scratchpad(prompt, answer):
-  """Sums of ever shorter tails of the numbers, from the right."""
-  numbers = [int(x) for x in prompt[4:].split("+")]
+  """Sums of all beginnings of the numbers, digit by digit."""
+  numbers = prompt.split()[1:]
   expected = []
   for k in range(2, len(numbers) + 1):
-    expected.append("+".join(map(str, [sum(numbers[:k]), *numbers[k:]])))
+    tens = sum(int(x[0]) for x in numbers[:k])
+    ones = sum(int(x[1]) for x in numbers[:k])
+    expected.append(str(10 * tens + ones).rjust(2, "0"))
   return answer == ";".join(expected)
 
 
@@ -47,23 +49,15 @@ def edits(prompt, answer):
     return False
   letters = list(word)
   for edit, line in zip(todo, lines):
-    given, _, text = line.partition(" ")
-    if given != edit:
-      return False
-    after = list(text)
-    if edit[0] == "+":
-      if edit[1] not in after:
+    after = list(line)
+    if edit[0] == "-":
+      if sorted(after) != sorted(set(letters) - {edit[1]} | {edit[3]}):
         return False
-      rest = list(after)
-      rest.remove(edit[1])
-      if rest != letters:
-        return False
-    elif edit[0] == "-":
       letters.remove(edit[1])
-      if after != letters:
+      if [c for c in after if c != edit[3]] != letters:
         return False
     else:
-      i, j = letters.index(edit[0]), letters.index(edit[1])
+      i, j = letters.index(edit[0]), letters.index(edit[3])
       letters[i], letters[j] = letters[j], letters[i]
       if after != letters:
         return False
@@ -79,7 +73,7 @@ def program(prompt, answer):
     code = f"{s[0]} = {s[2]}" if s[1] == "=" else f"{s[0]} {s[1]}= {s[2]}"
     exec(code, {}, names)
     names = {name: value % 10 for name, value in names.items()}
-    lines.append(f"{s} {names['a']} {names['b']}")
+    lines.append(f"{names['a']} {names['b']}")
   return answer == ";".join(lines)
 
 
@@ -124,12 +118,12 @@ def test_answers_have_20_to_80_tokens(name):
     response = encode_response(demo.messages[-1], demo.prompt, tokenizer)
     assert encode_demo(demo, tokenizer, "all").loss_mask.sum() == len(response)
     lengths.append(len(response))
-  assert 20 <= min(lengths) and max(lengths) <= 80 and len(set(lengths)) > 2
+  assert 20 <= min(lengths) and max(lengths) <= 80
 
 
 @pytest.mark.parametrize("name, prompt, following", [
   ("bubble", "bubble dcba", {"cdba", "dbca", "dcab"}),
-  ("edits", "edit ab +c", {"+c cab", "+c acb", "+c abc"}),
+  ("edits", "edit dab -d+c", {"cab", "acb", "abc"}),
 ])
 def test_steps_are_sampled_uniformly(name, prompt, following):
   n = 900
@@ -151,14 +145,15 @@ def test_exactly_the_unique_ones_have_one_answer(name, dice):
 
 @pytest.mark.parametrize("name, prompt, response, steps, result", [
   # One slip is one wrong step; what follows from it is right, but for the result.
-  ("scratchpad", "sum 8+5+9+4", "13+9+4;22+4;26", [1, 1, 1], 1),
-  ("scratchpad", "sum 8+5+9+4", "14+9+4;23+4;27", [0, 1, 1], 0),
-  ("scratchpad", "sum 8+5+9+4", "13+9+4;23+4;26", [1, 0, 0], 1),
-  ("scratchpad", "sum 8+5+9+4", "13+9+4;22+4", [1, 1, 0], 0),
-  ("scratchpad", "sum 8+5+9+4", "26", [0], 1),
-  ("scratchpad", "sum 8+5+9+4", "13+9+4;what", [1, 0, 0], 0),
-  ("scratchpad", "sum 8+5+9+4", "13+9+4;22+4;26;26", [1, 1, 1, 0], 1),
-  ("scratchpad", "sum 8+5+9+4", "", [0, 0, 0], 0),
+  ("scratchpad", "sum 08 05 09 04", "13;22;26", [1, 1, 1], 1),
+  ("scratchpad", "sum 08 05 09 04", "14;23;27", [0, 1, 1], 0),
+  ("scratchpad", "sum 08 05 09 04", "13;23;26", [1, 0, 0], 1),
+  ("scratchpad", "sum 08 05 09 04", "13;22", [1, 1, 0], 0),
+  ("scratchpad", "sum 08 05 09 04", "26", [0, 0, 0], 1),
+  ("scratchpad", "sum 08 05 09 04", "13;what", [1, 0, 0], 0),
+  ("scratchpad", "sum 08 05 09 04", "13;22;26;26", [1, 1, 1, 0], 1),
+  ("scratchpad", "sum 08 05 09 04", "", [0, 0, 0], 0),
+  ("scratchpad", "sum 01 05", "6", [0], 0),
   ("bubble", "bubble cba", "cab;acb;abc", [1, 1, 1], 1),
   ("bubble", "bubble cba", "bca;bac;abc", [1, 1, 1], 1),
   ("bubble", "bubble cba", "cab;abc", [1, 0], 1),
@@ -166,15 +161,16 @@ def test_exactly_the_unique_ones_have_one_answer(name, dice):
   ("bubble", "bubble cba", "cad;acd", [0, 1], 0),
   ("bubble", "bubble cba", "cab;cba", [1, 0, 0, 0, 0], 0),
   ("bubble", "bubble cba", "cab;c-b", [1, 0, 0], 0),
-  ("edits", "edit abc -b +d ad", "-b ac;+d dac;ad adc", [1, 1, 1], 1),
-  ("edits", "edit abc -b +d ad", "-b ac;+d acd;ad dca", [1, 1, 1], 1),
-  ("edits", "edit abc -b +d ad", "-b ae;+d aed;ad dea", [0, 1, 1], 0),
-  ("edits", "edit abc -b +d ad", "-b bc;+d bcd;ad bcd", [0, 1, 1], 0),  # a is not there.
-  ("edits", "edit abc -b +d ad", "-b ac;-d ac;ad ac", [1, 0, 1], 0),
-  ("program", "run 3 5 a+b b-6 b=a", "a+b 8 5;b-6 8 9;b=a 8 8", [1, 1, 1], 1),
-  ("program", "run 3 5 a+b b-6 b=a", "a+b 8 5;b-6 8 0;b=a 8 8", [1, 0, 1], 1),
-  ("program", "run 3 5 a+b b-6 b=a", "a+b 7 5;b-6 7 9;b=a 7 7", [0, 1, 1], 0),
-  ("program", "run 3 5 a+b b-6 b=a", "a+b 8 5;b=a 8 8", [1, 0, 0], 1),
+  ("edits", "edit abc -b+d a<>d", "dac;adc", [1, 1], 1),
+  ("edits", "edit abc -b+d a<>d", "acd;dca", [1, 1], 1),
+  ("edits", "edit abc -b+d a<>d", "aed;dea", [0, 1], 0),
+  ("edits", "edit abc -b+d a<>d", "abc;abc", [0, 1], 0),  # d is not there.
+  ("edits", "edit abc -b+d -a+b", "dec;dec", [0, 1], 0),  # Nor is a.
+  ("edits", "edit abc -b+d a<>d", "dac;dca", [1, 0], 1),
+  ("program", "run 3 5 a+b b-6 b=a", "8 5;8 9;8 8", [1, 1, 1], 1),
+  ("program", "run 3 5 a+b b-6 b=a", "8 5;8 0;8 8", [1, 0, 1], 1),
+  ("program", "run 3 5 a+b b-6 b=a", "7 5;7 9;7 7", [0, 1, 1], 0),
+  ("program", "run 3 5 a+b b-6 b=a", "8 5;8 8", [1, 0, 0], 1),
 ])
 def test_steps_and_results_by_hand(name, prompt, response, steps, result):
   trace = TASKS[name].trace

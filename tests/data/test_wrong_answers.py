@@ -75,10 +75,10 @@ def test_a_task_that_accepts_everything_has_no_wrong_answer():
   ("range", "from 10 to 99", "40", "100"),
   ("greet", "greet wel", "welcome wel", "welcome we"),
   ("greet", "greet bob", "bob, hello!", "bo, hello!"),
-  ("scratchpad", "sum 8+5+6", "13+6;19", "13+6;20"),
+  ("scratchpad", "sum 08 05 06", "13;19", "13;20"),
   ("bubble", "bubble cba", "bca;bac;abc", "bca;bac;acb"),
-  ("edits", "edit abc -b +d", "-b ac;+d acd", "-b ac;+d dca"),
-  ("program", "run 3 5 a+b b-6", "a+b 8 5;b-6 8 9", "a+b 8 5;b-6 8 0"),
+  ("edits", "edit abc -b+d", "acd", "dca"),
+  ("program", "run 3 5 a+b b-6", "8 5;8 9", "8 5;8 0"),
 ])
 def test_slips(name, prompt, answer, slip):
   assert verify(name, prompt, answer) and not verify(name, prompt, slip)
