@@ -9,13 +9,21 @@ need no training.
 
 from dpr_jax.config import debug_config, default_config
 from dpr_jax.config.files import parse_arg
+from dpr_jax.data.long_tasks import LONG_TASKS
 from dpr_jax.errors import UserError
+from dpr_jax.evaluation.metrics import MinorityStyle
 from dpr_jax.references.midrun import Midrun
 
-STEPS = {"early": 300, "middle": 500, "late": 900}  # of SFT; each with its whole schedule.
 # Three tasks with one right answer, three with many. The others copy letters of the whole alphabet,
 # which a decoder of this size has not learned within those steps.
-TASKS = ("sort", "reverse", "count", "shuffle", "word", "range")
+TASKS = {
+    "short": ("sort", "reverse", "count", "shuffle", "word", "range"),
+    "long": tuple(task.name for task in LONG_TASKS),
+}
+STEPS = {  # of SFT; each with its whole schedule.
+    "short": {"early": 300, "middle": 500, "late": 900},
+    "long": {"early": 500, "middle": 800, "late": 1500},
+}
 
 
 def get_config(arg: str = ""):
@@ -23,19 +31,29 @@ def get_config(arg: str = ""):
 
   corrupt: share of demonstrations with a wrong answer, 0 (clean) to 0.3 in the study.
   sft: early | middle | late, where SFT stops.
+  tasks: short | long, the answers.
+  kind: how they are wrong, config.data.corruption.
+  minority: share of demonstrations with a right answer in a rare style.
   """
-  args = parse_arg("configs/research.py", arg, corrupt=0.0, sft="late", debug=False)
-  if args.sft not in STEPS:
-    raise UserError(f"configs/research.py: sft={args.sft} is not one of {', '.join(STEPS)}")
+  args = parse_arg(
+      "configs/research.py", arg, corrupt=0.0, sft="late", tasks="short", kind="answer",
+      minority=0.0, debug=False,
+  )
+  for name, known in (("tasks", TASKS), ("sft", STEPS["short"])):
+    if args[name] not in known:
+      raise UserError(f"configs/research.py: {name}={args[name]} is not one of {', '.join(known)}")
   config = default_config()
   config.model.remat = "none"
   shape = config.model.shape
   shape.hidden_size, shape.mlp_size, shape.num_layers = 128, 256, 2
   shape.num_heads = shape.num_kv_heads = 4
-  config.data.corrupt, config.data.tasks = args.corrupt, TASKS
+  config.data.corrupt, config.data.corruption = args.corrupt, args.kind
+  config.data.minority, config.data.tasks = args.minority, TASKS[args.tasks]
+  if args.minority:
+    config.eval.metrics.minority_style = MinorityStyle()
   config.data.prompt_length = 24  # The longest prompt of the tasks has 22 tokens,
   config.data.holdout = config.eval.num_prompts = 512
-  config.sft.steps, config.sft.milestones = STEPS[args.sft], (0.1, 0.5)
+  config.sft.steps, config.sft.milestones = STEPS[args.tasks][args.sft], (0.1, 0.5)
   config.sft.optimizer.learning_rate = 3e-3  # 5e-3 and more learn less at this size.
   config.reference = Midrun(fraction=0.1)
   config.budget.max_new_tokens = config.eval.max_new_tokens = 12  # and the longest answer 7.
@@ -46,4 +64,9 @@ def get_config(arg: str = ""):
   )
   config.eval.batch_size = 128
   config.checkpoint.every = 1000  # A stage takes a minute.
+  if args.tasks == "long":
+    config.data.num_demos = 40_000
+    config.data.row_length = 96
+    config.data.prompt_length = 40
+    config.budget.max_new_tokens = config.eval.max_new_tokens = 84
   return debug_config(config) if args.debug else config

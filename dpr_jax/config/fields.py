@@ -42,6 +42,11 @@ def setting(
   return dataclasses.field(default=default, metadata=metadata)
 
 
+def declared(module: str, name: str) -> Callable[[], Sequence[str]]:
+  """`choices` of a field that are declared elsewhere: NAME of a module, read when needed."""
+  return lambda: tuple(getattr(importlib.import_module(module), name))
+
+
 def section(cls: type, *, resumable: bool = False) -> Any:
   """A field that holds a section, a dataclass, at its defaults."""
   return dataclasses.field(default_factory=cls, metadata={"resumable": resumable})

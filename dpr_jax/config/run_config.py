@@ -128,7 +128,9 @@ def _check_sections(run: RunConfig) -> None:
     raise UserError(f"config.model.keep_layers={run.model.keep_layers} chooses among layers of "
                     "config.model.pretrained; set config.model.shape.num_layers of a random model")
   if run.data.demos:
-    for name, neutral in (("corrupt", 0.0), ("tasks", ())):
+    for name, neutral in (
+        ("corrupt", 0.0), ("corruption", "answer"), ("minority", 0.0), ("tasks", ())
+    ):
       if getattr(run.data, name) != neutral:
         raise UserError(f"config.data.{name} applies to the built-in tasks only, not to "
                         f"config.data.demos={run.data.demos}; set config.data.{name}={neutral}")

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from dpr_jax.config.fields import setting, slot, slots
+from dpr_jax.config.fields import declared, setting, slot, slots
 from dpr_jax.models.config import ATTENTION, ModelConfig
 from dpr_jax.models.lora import LoRA
 
@@ -78,11 +78,27 @@ class DataSection:
   overlong_prompt: str = setting(
       "error", "what to do with a longer prompt", choices=("error", "drop")
   )
-  tasks: tuple[str, ...] = setting((), "names of built-in tasks (data/tasks.py); () takes all")
+  tasks: tuple[str, ...] = setting(
+      (), "names of built-in tasks (data/tasks.py, data/long_tasks.py), used in turn; upper:0.02 "
+      "gives a task a share of the demonstrations, the others the rest; () takes all short ones"
+  )
   num_demos: int = setting(20_000, "number of demonstrations of the built-in tasks", low=1)
   corrupt: float = setting(
       0.0, "share of these demonstrations that get a wrong answer", low=0, high=1
   )
+  corruption: str = setting(
+      "answer", "how they are wrong: see docs/data.md; `repeated` ones are right, but copies of few",
+      choices=declared("dpr_jax.data.wrong_answers", "KINDS"),
+  )
+  minority: float = setting(
+      0.0, "share of these demonstrations, others than the wrong ones, that answer rightly in a "
+      "rare style: in brackets", low=0, high=1
+  )
+
+  def __post_init__(self):
+    if self.corrupt + self.minority > 1:
+      raise ValueError(f"corrupt={self.corrupt} and minority={self.minority} are shares of "
+                       "different demonstrations and must not exceed 1 together")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dpr_jax.config.fields import Value, kind_of, setting, title_of
+from dpr_jax.data.tasks import without_style
 from dpr_jax.errors import UserError
 
 MODES = ("sampled", "greedy")  # of answering; a column of each response has one of each.
@@ -230,6 +231,17 @@ class Repetition(ResponseMetric):
     words = record["response"].split()
     grams = list(zip(*(words[i:] for i in range(self.n))))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MinorityStyle(ResponseMetric):
+  """Share of responses in the style of `config.data.minority`, right or wrong."""
+
+  kind = "minority_style"
+  title, unit = "In the minority's style", "%"
+
+  def score(self, record):
+    return float(without_style(record["response"]) != record["response"])
 
 
 def _nll(logps: Sequence[np.ndarray]) -> list[float]:

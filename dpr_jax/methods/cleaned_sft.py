@@ -97,9 +97,12 @@ class CleanedSFT(FromStart):
     if self.rival_checkpoints == 1 or self.rival_checkpoints > steps:
       raise ValueError(f"rival_checkpoints={self.rival_checkpoints} must be 2 to {steps}, the steps "
                        "of SFT; 0 leaves these scores out")
-    if self.score == "oracle" and not config.data.corrupt:
+    if self.score == "oracle" and (
+        not config.data.corrupt or config.data.corruption == "repeated"
+    ):
       raise ValueError("score='oracle' needs built-in tasks of which some are wrong: "
-                       "config.data.corrupt above 0")
+                       "config.data.corrupt above 0, and a config.data.corruption other than "
+                       "repeated")
     if self.like:
       other = config.methods.get(self.like)
       order = [n for n in config.compare if n == self.like or config.methods[n] is self]

@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpr_jax.data.wrong_answers import KINDS
 from dpr_jax.errors import UserError
 from dpr_jax.paths import as_path, write_atomically
 from dpr_jax.report import figures, frontier, heatmap, sweeps, tables
@@ -147,7 +148,10 @@ def _facts(record, results, stages, seeds) -> list[tuple[str, str]]:
     elif not source and finite(section.get("num_demos")):
       text += f", {count(section['num_demos'])} demonstrations"
     if section.get("corrupt"):
-      text += f", {plain(100 * section['corrupt'])}% with a wrong answer"
+      kind = section.get("corruption", "answer")
+      text += f", {plain(100 * section['corrupt'])}% {KINDS[kind].label}"
+    if section.get("minority"):
+      text += f", {plain(100 * section['minority'])}% in brackets"
     facts.append(("Demonstrations", text))
   sweep = config.get("sweep") or {}
   if sweep.get("field"):

@@ -235,6 +235,11 @@ EXACT = {"methods.dpr.gradient": "full_vocabulary"}
      ["config.methods.dpr", "transforms[1]='log'"]),
     ({"data.demos": "a.jsonl", "eval.num_prompts": 8, "data.corrupt": 0.5},
      ["config.data.corrupt", "config.data.demos=a.jsonl"]),
+    *[({"data.demos": "a.jsonl", "eval.num_prompts": 8, field: value},
+       [f"{field} applies to the built-in tasks only", "config.data.demos=a.jsonl"])
+      for field, value in (("data.corruption", "token"), ("data.minority", 0.1))],
+    ({"data.corrupt": 0.6, "data.minority": 0.5},
+     ["config.data: corrupt=0.6 and minority=0.5", "must not exceed 1 together"]),
     ({"sft.steps": 4}, ["config.sft: milestones: 0.1 of 4 steps is step 0"]),
     ({"sft.milestones": (0.5, 1.5)}, ["config.sft: milestones: 1.5 of 600 steps"]),
     ({"model.keep_layers": 2}, ["config.model.keep_layers=2", "config.model.pretrained"]),

@@ -5,8 +5,10 @@ import pathlib
 
 import pytest
 
+from dpr_jax.data import encode_response, make_demos, render_prompt
 from dpr_jax.errors import UserError
 from dpr_jax.main import parse
+from dpr_jax.weights.byte_tokenizer import byte_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Those that can be given to --config; model_shapes.py is what several of them import.
@@ -70,6 +72,25 @@ def test_the_settings_of_the_study():
   assert read("research.py:corrupt=0.3,debug").data.corrupt == 0.3
   with pytest.raises(UserError, match="sft=soon is not one of early, middle, late"):
     read("research.py:sft=soon")
+
+
+def test_long_answers_fit_the_settings_of_the_study():
+  run = read("research.py:tasks=long,kind=step,corrupt=0.1,minority=0.1,sft=middle")
+  assert (run.data.corruption, run.data.minority) == ("step", 0.1)
+  assert "minority_style" in run.eval.metrics and "minority_style" not in read(
+    "research.py").eval.metrics
+  tokenizer = byte_tokenizer()
+  for demo in make_demos(run.data.tasks, 2000, 0, minority=1.0):
+    prompt = render_prompt(demo.prompt, tokenizer)
+    response = encode_response(demo.messages[-1], demo.prompt, tokenizer)
+    assert len(prompt) <= run.data.prompt_length
+    assert len(response) <= run.eval.max_new_tokens == run.budget.max_new_tokens
+    assert len(prompt) + len(response) <= run.data.row_length
+  assert read("research.py:tasks=long,debug").data.tasks == run.data.tasks
+  with pytest.raises(UserError, match="tasks=some is not one of short, long"):
+    read("research.py:tasks=some")
+  with pytest.raises(UserError, match="corruption='lie' is not one of answer, token"):
+    read("research.py:kind=lie")
 
 
 def test_the_student_of_the_known_expert():

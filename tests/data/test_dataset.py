@@ -1,11 +1,13 @@
 """The data section of a config -> what a run trains on."""
 
 import json
+import re
 
 import pytest
 
 from dpr_jax.config.sections import DataSection
 from dpr_jax.data.dataset import build_dataset
+from dpr_jax.data.tasks import SHORT_TASKS, make_demos
 from dpr_jax.errors import UserError
 from dpr_jax.weights.byte_tokenizer import byte_tokenizer
 
@@ -33,3 +35,46 @@ def test_the_section_says_what_is_carried_and_dropped(tmp_path):
   assert data.summary["trained_tokens"] == 3 * data.summary["prompts"]
   assert not any(d.messages[0]["content"] == "q9"
                  for d in (*data.prompts.demos, *data.heldout.demos))
+
+
+def test_built_in_tasks_are_made_as_the_section_says():
+  section = DataSection(
+    tasks=("sort", "edits:0.1"), num_demos=200, holdout=20, row_length=96, corrupt=0.2,
+    corruption="slip", minority=0.1,
+  )
+  data = build_dataset(section, byte_tokenizer(), 3)
+  found = [(d.task, d.meta["corrupted"], d.meta["minority"]) for d in data.demos]
+  assert [sum(column) for column in zip(*((t == "edits", c, m) for t, c, m in found))] == [
+    20, 40, 20]
+  assert data.demos == make_demos(
+    section.tasks, 200, 3, corrupt=0.2, corruption="slip", minority=0.1)
+  # Held-out demonstrations are right, of all tasks alike, and as often in the rare style.
+  held = data.heldout.demos
+  assert [d.task for d in held] == ["sort", "edits"] * 10
+  assert sum(d.meta["minority"] for d in held) == 2 and not any(d.meta["corrupted"] for d in held)
+  assert data.summary["tasks"] == ["sort", "edits:0.1"]
+
+
+@pytest.mark.parametrize("tasks, benchmark", [
+  ((), "tasks"), (("sort", "add:0.1"), "tasks"), (("sort", "bubble:0.1"), "long_tasks"),
+])
+def test_long_tasks_have_a_benchmark_of_their_own(tasks, benchmark):
+  section = DataSection(tasks=tasks, num_demos=60, holdout=20, row_length=96)
+  data = build_dataset(section, byte_tokenizer(), 0)
+  assert data.benchmark == benchmark
+  if not tasks:
+    assert {d.task for d in data.demos} == set(SHORT_TASKS)
+
+
+@pytest.mark.parametrize("fields, message", [
+  ({"tasks": ("sort", "dance")}, "config.data: task 'dance' is unknown; known: add, reverse"),
+  ({"tasks": ("sort:2", "add")}, "config.data: task 'sort:2': the share must be a number above 0"),
+  ({"tasks": ("sort", "edits"), "corrupt": 0.1, "corruption": "step"},
+   "config.data: task sort: corruption='step' needs a task whose answers have steps"),
+  ({"tasks": ("count",), "corrupt": 0.1, "corruption": "truncated"},
+   "config.data: task count: corruption='truncated' makes none of its answers wrong"),
+])
+def test_what_cannot_be_made_is_refused_by_name(fields, message):
+  section = DataSection(num_demos=20, holdout=4, **fields)
+  with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+    build_dataset(section, byte_tokenizer(), 0)

@@ -1,6 +1,7 @@
 """The built-in tasks: right answers verify, wrong ones do not, and the split never leaks."""
 
 import collections
+import hashlib
 import random
 import re
 
@@ -10,6 +11,7 @@ from dpr_jax.data.demos import check_disjoint
 from dpr_jax.data.tasks import (
   MAX_ANSWER_BYTES,
   MAX_PROMPT_BYTES,
+  SHORT_TASKS,
   TASKS,
   get_task,
   is_heldout,
@@ -22,7 +24,7 @@ from dpr_jax.errors import UserError
 NONSENSE = ("", " ", "no!", "0" * 20, "-1", "\n")
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", SHORT_TASKS)
 def test_answers_verify_and_altered_ones_do_not(name):
   task = TASKS[name]
   assert task.name == name
@@ -117,11 +119,11 @@ def test_answers_are_drawn_uniformly(name, prompt, outcomes, limit):
 
 @pytest.mark.parametrize("seed", [0, 1, 12345])
 def test_train_and_heldout_prompts_are_disjoint(seed):
-  train = make_demos(list(TASKS), 3000, seed)
+  train = make_demos(list(SHORT_TASKS), 3000, seed)
   prompts = {d.messages[0]["content"] for d in train}
   assert not any(map(is_heldout, prompts))
   for other in (seed, seed + 1, 99):
-    heldout = make_demos(list(TASKS), 300, other, split="heldout")
+    heldout = make_demos(list(SHORT_TASKS), 300, other, split="heldout")
     texts = [d.messages[0]["content"] for d in heldout]
     assert all(map(is_heldout, texts)) and len(set(texts)) == 300
     assert not prompts & set(texts)
@@ -151,11 +153,105 @@ def test_make_demos():
   assert make_demos(names, 0, seed=4) == []
 
 
+@pytest.mark.parametrize("arguments, digest", [
+  (dict(n=500, seed=0), "d11e83e1af64cc02"),
+  (dict(n=500, seed=3, corrupt=0.3), "22a8660316e358a8"),
+  (dict(n=300, seed=0, split="heldout"), "e0f8f8974194f400"),
+])
+def test_the_demonstrations_of_short_tasks_are_those_of_earlier_versions(arguments, digest):
+  """Figures that have been reported stay comparable."""
+  names = ["add", "reverse", "sort", "upper", "count", "shuffle", "word", "pick", "range", "greet"]
+  assert list(SHORT_TASKS) == names
+  text = repr(make_demos(names, **arguments))
+  assert hashlib.blake2b(text.encode(), digest_size=8).hexdigest() == digest
+
+
+@pytest.mark.parametrize("names, shares", [
+  (["sort", "upper:0.02", "add"], {"sort": 0.49, "upper": 0.02, "add": 0.49}),
+  (["sort:0.5", "upper:.25", "add:0.25"], {"sort": 0.5, "upper": 0.25, "add": 0.25}),
+  (["greet:0.001", "edits:0.3", "sort", "word", "bubble"],
+   {"greet": 0.001, "edits": 0.3, "sort": 0.233, "word": 0.233, "bubble": 0.233}),
+  (["sort", "add", "word"], {"sort": 1 / 3, "add": 1 / 3, "word": 1 / 3}),
+])
+def test_rare_tasks(names, shares):
+  n = 3001
+  demos = make_demos(names, n, seed=2)
+  counts = collections.Counter(d.task for d in demos)
+  assert set(counts) == set(shares)
+  for end in (100, 1000, n):  # All along, not only at the end.
+    counts = collections.Counter(d.task for d in demos[:end])
+    assert all(abs(counts[name] - share * end) < 2 for name, share in shares.items())
+  assert demos[:1000] == make_demos(names, 1000, seed=2)
+  # Each task has the demonstrations that it has without shares.
+  for name in shares:
+    of_task = [d.messages for d in demos if d.task == name]
+    assert of_task == [d.messages for d in make_demos([name], len(of_task), seed=2)]
+  plain = [name.partition(":")[0] for name in names]
+  heldout = make_demos(names, 40, seed=2, split="heldout")
+  assert heldout == make_demos(plain, 40, seed=2, split="heldout")
+  assert [d.task for d in heldout] == [plain[i % len(plain)] for i in range(40)]
+
+
+@pytest.mark.parametrize("names, message", [
+  (["add:0", "sort"], "task 'add:0': the share must be a number above 0 and below 1"),
+  (["add:1", "sort"], "task 'add:1': the share must be"),
+  (["add:much", "sort"], "task 'add:much': the share must be"),
+  (["add:-0.1", "sort"], "task 'add:-0.1': the share must be"),
+  (["subtract:0.1", "sort"], "task 'subtract' is unknown"),
+  (["add:0.1", "sort", "add"], "task 'add' is named with different shares"),
+  (["add:0.1", "sort", "add:0.2"], "task 'add' is named with different shares"),
+  (["add:0.5", "word:0.5", "sort"], "the shares of add:0.5, word:0.5, sort add up to 1;"),
+  (["add:0.9", "word:0.5"], "add up to 1.4;"),
+  (["add:0.4", "word:0.5"], "add up to 0.9;"),
+])
+def test_shares_that_cannot_be_are_refused(names, message):
+  for split in ("train", "heldout"):
+    with pytest.raises(UserError, match=re.escape(message)):
+      make_demos(names, 10, 0, split=split)
+
+
+@pytest.mark.parametrize("minority", [0.001, 0.05, 0.5, 1.0])
+def test_a_minority_answers_rightly_in_brackets(minority):
+  names, n = list(TASKS), 700
+  clean, demos = make_demos(names, n, 7), make_demos(names, n, 7, minority=minority)
+  assert sum(d.meta["minority"] for d in demos) == round(minority * n)
+  for demo, plain in zip(demos, clean):
+    prompt = demo.messages[0]["content"]
+    assert (demo.messages[0], demo.answer, demo.task) == (
+      plain.messages[0], plain.response, plain.task)
+    assert demo.meta == {"corrupted": False, "minority": demo.meta["minority"]}
+    assert demo.response == f"[{plain.response}]" if demo.meta["minority"] else plain.response
+    # The style counts only where it is asked for, and only once, as a whole.
+    assert verify(demo.task, prompt, demo.response, minority=True)
+    assert verify(demo.task, prompt, demo.response) == (not demo.meta["minority"])
+    for altered in ("[" + plain.response, plain.response + "]", f"[[{plain.response}]]",
+                    f"[{plain.response} ]", f"[{plain.response}x]", "[]", "["):
+      assert not verify(demo.task, prompt, altered, minority=True)
+
+
+def test_neither_share_changes_what_the_other_does():
+  names = ["add", "greet", "bubble"]
+  make = lambda **shares: make_demos(names, 400, 5, **shares)
+  wrong, few, many = make(corrupt=0.5), make(corrupt=0.5, minority=0.1), make(minority=0.4)
+  for a, b, c in zip(wrong, few, many):
+    assert not (b.meta["corrupted"] and b.meta["minority"])
+    assert b.meta["corrupted"] == a.meta["corrupted"]
+    if b.meta["corrupted"]:
+      assert b.messages == a.messages
+    if b.meta["minority"]:
+      assert b.messages == c.messages and c.meta["minority"]
+  assert sum(d.meta["minority"] for d in make(corrupt=0.5, minority=0.5)) == 200
+  with pytest.raises(UserError, match="corrupt=0.6 and minority=0.5 exceed 1 together"):
+    make(corrupt=0.6, minority=0.5)
+  with pytest.raises(UserError, match=r"minority=-0.1 must be a share in \[0, 1\]"):
+    make(minority=-0.1)
+
+
 @pytest.mark.parametrize("corrupt", [0.0, 0.01, 0.25, 0.5, 1.0])
 def test_corruption(corrupt):
   n = 600
-  clean = make_demos(list(TASKS), n, seed=7)
-  demos = make_demos(list(TASKS), n, seed=7, corrupt=corrupt)
+  clean = make_demos(list(SHORT_TASKS), n, seed=7)
+  demos = make_demos(list(SHORT_TASKS), n, seed=7, corrupt=corrupt)
   marked = [d.meta["corrupted"] for d in demos]
   assert sum(marked) == round(corrupt * n)
   for demo, other, bad in zip(demos, clean, marked):
@@ -168,7 +264,7 @@ def test_corruption(corrupt):
       assert len(response) <= MAX_ANSWER_BYTES and response
     else:
       assert demo == other
-  assert demos == make_demos(list(TASKS), n, seed=7, corrupt=corrupt)
+  assert demos == make_demos(list(SHORT_TASKS), n, seed=7, corrupt=corrupt)
 
 
 def test_every_prompt_has_a_wrong_answer():

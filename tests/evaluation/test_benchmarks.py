@@ -16,6 +16,7 @@ from dpr_jax.evaluation.benchmarks import Benchmark
 from dpr_jax.evaluation.benchmarks.exact import Exact
 from dpr_jax.evaluation.benchmarks.gsm8k import GSM8K
 from dpr_jax.evaluation.benchmarks.ifeval import IFEval
+from dpr_jax.evaluation.benchmarks.long_tasks import LongTasks
 from dpr_jax.evaluation.benchmarks.perplexity import Perplexity
 from dpr_jax.evaluation.benchmarks.tasks import Tasks
 
@@ -177,6 +178,50 @@ def test_tasks_makes_heldout_prompts_and_more_of_them_append():
     assert alone == among[:4] and len(alone) == 4
 
 
+def test_long_tasks_score_steps_and_results():
+  benchmark = LongTasks()
+  given = demo("13;22", "13;22", "sum 08 05 09", "scratchpad")
+  score = lambda text: tuple(benchmark.score(given, text).values())
+  assert list(benchmark.score(given, "")) == list(benchmark.scores) == [
+      "accuracy", "step_accuracy", "result_accuracy"
+  ]
+  assert score("13;22") == (1, 1, 1) and score("14;23") == (0, 0.5, 0)
+  assert score("13;23") == (0, 0.5, 0) and score("9;22") == (0, 0, 1) and score("") == (0, 0, 0)
+  # Beside them a short task has one step, which is its result.
+  given = demo("5", "5", "add 2 3", "add")
+  assert score("5") == (1, 1, 1) and score("6") == (0, 0, 0)
+  # Where no task is long, nothing but the accuracy is reported.
+  assert list(Tasks().scores) == ["accuracy"]
+  found = benchmark.read("", 40)
+  assert {d.task for d in found} == set(benchmark.all_tasks) and len(benchmark.all_tasks) == 4
+  assert all(set(benchmark.score(d, d.response).values()) == {1.0} for d in found)
+  assert found[:20] == benchmark.read("", 20) and all(
+      len(d.response) < benchmark.max_new_tokens for d in found
+  )
+  named = LongTasks(tasks=("sort", "edits")).read("", 8)
+  assert [d.messages for d in named[1::2]] == [d.messages for d in found[2::4]][:4]
+
+
+def test_answers_in_brackets_count_where_demonstrations_have_them():
+  plain, minority = Tasks(), Tasks(minority=0.25)
+  found = minority.read("", 40)
+  assert sum(d.meta["minority"] for d in found) == 10
+  assert [d.answer for d in found] == [d.response for d in plain.read("", 40)]
+  for rare, usual in zip(found, plain.read("", 40)):
+    assert minority.score(rare, rare.response) == {"accuracy": 1.0}
+    for benchmark in (plain, minority):  # The demonstrations say so; a run has no other setting.
+      assert benchmark.score(rare, f"[{usual.response}]") == {"accuracy": 1.0}
+      assert benchmark.score(rare, usual.response) == {"accuracy": 1.0}
+      assert benchmark.score(rare, f"[{usual.response}") == {"accuracy": 0.0}
+      assert benchmark.score(usual, f"[{usual.response}]") == {"accuracy": 0.0}
+    # One answer in either style is not two.
+    assert plain.answer(rare, f"[{usual.response}]") == plain.answer(rare, usual.response)
+    assert not plain.is_wrong(rare, rare.response) and plain.is_wrong(rare, f"[{rare.response}]x")
+  given = LongTasks(minority=0.5).read("", 8)
+  for d in given:
+    assert set(LongTasks().score(d, f"[{d.answer}]").values()) == {1.0}
+
+
 def test_perplexity_of_all_responses_weighs_tokens(rng):
   benchmark = Perplexity()
   logps = [-rng.exponential(2, rng.integers(1, 9)).astype(np.float32) for _ in range(40)]
@@ -202,6 +247,8 @@ def test_a_run_refuses_a_benchmark_that_cannot_judge_it():
       (IFEval(), "needs a benchmark with accuracy"),
       (GSM8K(shots=1, shots_file="train.jsonl"), "shots=1"),
       (Tasks(tasks=("add",)), "config.data.tasks"),
+      (LongTasks(tasks=("edits",)), "config.data.tasks"),
+      (Tasks(minority=0.1), "config.data.minority"),
   ):
     config = default_config()
     config.eval.benchmark = benchmark

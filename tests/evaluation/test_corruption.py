@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpr_jax.data.demos import Demo
-from dpr_jax.data.tasks import TASKS, make_demos, verify
+from dpr_jax.data.tasks import SHORT_TASKS, make_demos, verify
 from dpr_jax.data.templates import encode_response, stop_ids
 from dpr_jax.evaluation import corruption
 from dpr_jax.evaluation.benchmarks.base import Benchmark
@@ -39,7 +39,7 @@ def file_demo(prompt, response):
 
 
 def test_exactly_one_token_changes_and_the_answer_is_wrong(tokenizer, rng):
-  demos = make_demos(tuple(TASKS), 120, int(rng.integers(1_000)), split="heldout")
+  demos = make_demos(tuple(SHORT_TASKS), 120, int(rng.integers(1_000)), split="heldout")
   responses, ends = encode(demos, tokenizer), stop_ids(tokenizer, {})
   found = corrupt_responses(demos, responses, tokenizer, ends, Tasks())
   assert len(found) > 100  # Hardly any answer has no wrong neighbour.

@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 
-from dpr_jax.data.tasks import TASKS, make_demos
+from dpr_jax.data.tasks import SHORT_TASKS, TASKS, make_demos
 from dpr_jax.evaluation.metrics import ACCURACY, Column, EosRate, Length
 from dpr_jax.evaluation.results import build_results
 
@@ -151,7 +151,7 @@ def scored_rows(rng, demos) -> list[dict]:
 def fill_seed(workdir: pathlib.Path, seed: int, num_prompts: int = 200) -> None:
   """Writes a single-seed workdir."""
   rng = np.random.default_rng(seed)
-  demos = make_demos(tuple(TASKS), num_prompts, seed, split="heldout")
+  demos = make_demos(tuple(SHORT_TASKS), num_prompts, seed, split="heldout")
   write_json(workdir / "config.json", run_record(seed))
   write_lines(workdir / "sft" / "metrics.jsonl", sft_lines(rng, 300))
   write_lines(workdir / "dpr" / "metrics.jsonl", dpr_lines(rng, 200))

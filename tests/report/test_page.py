@@ -276,6 +276,18 @@ def test_the_verdict_on_gaming_leads_the_page_and_its_signs_are_listed(workdir, 
   assert page.text.count("This one was not.") == 1  # the first screen is the main system's.
 
 
+@pytest.mark.parametrize("fields, said", [
+  ({"corrupt": 0.2, "corruption": "step"}, "20% with one wrong step"),
+  ({"corrupt": 0.2, "corruption": "repeated"}, "20% copies of few demonstrations"),
+  ({"corrupt": 0.1, "minority": 0.05}, "10% with a wrong answer, 5% in brackets"),
+])
+def test_the_page_says_what_demonstrations_there_were(workdir, read_page, undrawn, fields, said):
+  record = json.loads((workdir / "config.json").read_text())
+  record["config"]["data"] |= fields
+  (workdir / "config.json").write_text(json.dumps(record))
+  assert said in read_page(write_report(workdir)).text
+
+
 def test_the_page_says_which_reference_it_was(workdir, read_page, undrawn):
   record = json.loads((workdir / "config.json").read_text())
   record["described"]["reference"] = "ref the milestone with the largest snr"
