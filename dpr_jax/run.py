@@ -116,10 +116,10 @@ class Run:
 
     return self.hold("ref", load)
 
-  def result(self, name: str) -> Any:
-    """What the stage of a method has trained, in the compute dtype."""
+  def result(self, name: str, dtype: str = "") -> Any:
+    """What the stage of a method has trained, in the compute dtype if no other is named."""
     steps = self.config.methods[name].budget(self.config).steps
-    return self.checkpoint(name, last_step(self.workdir.stage(name), steps), self.dtype)
+    return self.checkpoint(name, last_step(self.workdir.stage(name), steps), dtype or self.dtype)
 
   def other_checkpoint(self, spec: str, dtype: str) -> Any:
     """Variables of a CKPT from outside of the run.

@@ -50,6 +50,10 @@ class Method(Value):
     """Folders of the workdir in which it trains; the first has its result."""
     return (name,)
 
+  def reference_step(self, config: Any) -> int:
+    """The step of an early checkpoint that its stage keeps, to be a ref for others; 0: none."""
+    return 0
+
   def optimum_strength(
       self, config: Any, name: str, lines: Sequence[Mapping[str, Any]] = ()
   ) -> float | None:

@@ -156,8 +156,8 @@ class CleanedSFT(FromStart):
     of_round = name if number == 1 else f"{name}/round{number}"
     return tuple(f"{of_round}/fold{fold}" for fold in range(self.folds))
 
-  def reference_step(self, config) -> int:
-    """The step of the early checkpoint that is kept as ref, of the folds and of the result."""
+  def reference_step(self, config):
+    """Of the folds and of the result."""
     return round(self.reference_fraction * self.budget(config).steps)
 
   def train(self, run, name):

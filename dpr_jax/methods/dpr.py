@@ -26,6 +26,7 @@ from dpr_jax.losses.reinforce import LOSS_AGGREGATIONS
 from dpr_jax.methods.base import TrainedMethod, make_step, make_training
 from dpr_jax.methods.programs import Program, RolloutWork, TrainWork, device_bytes
 from dpr_jax.models.variables import head_of
+from dpr_jax.references.base import Reference
 from dpr_jax.rewards import Endogenous, LogLikelihood, transforms
 from dpr_jax.rewards.base import check_pointwise
 from dpr_jax.rewards.control import KLControl
@@ -42,6 +43,9 @@ class DPR(TrainedMethod):
   title = "DPR"
   subject = reads_reference = True
 
+  start: str = setting(
+      "", "method whose result is sft, and its early checkpoint ref; '': SFT, and the run's ref"
+  )
   reward: Any = slot("dpr_jax.rewards", "baseline_relative", "reward of each token")
   transforms: tuple[str, ...] = setting(
       (), "of the reward, applied from first to last: scale:FACTOR, clip:NATS, clip:LOW:HIGH, "
@@ -109,8 +113,18 @@ class DPR(TrainedMethod):
       resumable=True,
   )
 
+  def refers(self):
+    return (self.start,) if self.start else ()
+
   def check(self, config):
     budget = self.budget(config)
+    if self.start:
+      other = config.methods.get(self.start)
+      order = [n for n in config.compare if n == self.start or config.methods[n] is self]
+      if other is None or not other.reference_step(config) or order[:1] != [self.start]:
+        raise ValueError(f"start={self.start!r} must be a method that keeps an early checkpoint, "
+                         "such as cleaned_sft with a reference_fraction above 0, and that "
+                         "config.compare lists before this one")
     if budget.batch_size % self.samples_per_prompt:
       raise ValueError(f"batch_size={budget.batch_size} is not a multiple of samples_per_prompt="
                        f"{self.samples_per_prompt}")
@@ -233,21 +247,32 @@ class DPR(TrainedMethod):
     rows = self.budget(config).batch_size // self.samples_per_prompt
     return prompt_batches(prompts, rows, config.data.prompt_length, config.seed)
 
+  def _models(self, run):
+    """(sft, ref, what makes sft in float32)."""
+    start = self.start
+    if not start:
+      return run.sft(), run.reference(), run.sft_float32
+    step = run.config.methods[start].reference_step(run.config)
+    early = run.hold(f"{start} ref", lambda: run.checkpoint(start, step, run.dtype))
+    return (run.hold(start, lambda: run.result(start)), Reference.of(early),
+            lambda: run.result(start, "float32"))
+
   def build(self, run, name):
     rollout_step, train_step, make_batch = self._steps(run)
+    sft, ref, sft_float32 = self._models(run)
     batches = self._prompts(run.config, run.data.prompts.tokens)
     step = DPRStep(
         rollout_step=rollout_step,
         train_step=train_step,
         make_batch=make_batch,
         control=self.control,
-        sft=run.sft(),
-        ref=run.reference(),
+        sft=sft,
+        ref=ref,
         rng=run.rng(f"{name}/rollouts"),
         verify=self._verifier(run, name, batches) if self.verifier_weight else None,
         attach=exact.attach if self._is_exact else None,
     )
-    return make_training(run, name, step, train_step.optimizer, batches, run.sft_float32)
+    return make_training(run, name, step, train_step.optimizer, batches, sft_float32)
 
   def _verifier(
       self, run, name: str, batches: Batches
@@ -337,6 +362,7 @@ DEFAULTS = {
     "dpr": DPR(),
     "reward_to_go": DPR(returns="reward_to_go", label="DPR, reward-to-go"),
     "sentence_level": DPR(returns="full_return", label="Sentence-level REINFORCE"),
+    "cleaned_dpr": DPR(start="cleaned_sft", label="DPR after cleaning"),
     "exact": DPR(gradient="full_vocabulary", label="DPR, exact gradient"),
     # One token's endogenous reward means nothing: a gauge of the logits changes it. What follows
     # settles it.

@@ -17,6 +17,7 @@ from dpr_jax.evaluation import training_dynamics
 from dpr_jax.methods import cross_fitting
 from dpr_jax.methods.cleaned_sft import CleanedSFT, treated
 from dpr_jax.methods.cross_fitting import CrossFit, fold_of
+from dpr_jax.methods.dpr import DPR
 from dpr_jax.methods.programs import Shapes, TrainWork
 from dpr_jax.workdir import read_lines
 
@@ -288,6 +289,15 @@ def test_a_second_round_judges_all_by_models_of_what_was_kept(cleaned, with_conf
       for p in run.workdir.stage("twice").glob("**/checkpoints")}
 
 
+def test_dpr_starts_from_the_result_with_its_early_checkpoint_as_ref(cleaned, with_config):
+  run = with_config(cleaned, after=DPR(start="cleaned_sft", steps=2))
+  training = run.config.methods["after"].build(run, "after")
+  same = lambda a, b: all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+  last, early = (run.checkpoint("cleaned_sft", step, "float32") for step in (30, 15))
+  assert same(training.step.sft, last) and same(training.step.ref.members, (early,))
+  assert same(training.start(), last) and not same(last, early)
+
+
 def test_what_is_finished_is_not_made_again_even_without_its_folds(cleaned):
   folder = cleaned.workdir.stage("cleaned_sft")
   state = lambda: {p: p.stat().st_mtime_ns for p in folder.rglob("*") if "fold" not in str(p)}
@@ -358,6 +368,8 @@ def test_the_summary_is_that_of_the_lines():
   ({"score": "random", "keep": 0.5, "reduce": "min"}, "reduce='min' has no effect with score="),
   ({"score": "oracle", "keep": 0.5}, "keep=0.5 has no effect with score='oracle'"),
   ({"like": "cleaned_sft", "folds": 3}, "folds=3 has no effect with like='cleaned_sft'"),
+  ({"start": "cleaned_sft"}, "start='cleaned_sft' must be a method that keeps an early checkpoint"),
+  ({"start": "late"}, "start='late' must be a method that keeps an early checkpoint"),
   ({"tau": 2.0}, "tau=2.0 has no effect with treatment='cut'"),
   ({"treatment": "weight", "keep": 0.5}, "keep=0.5 has no effect with treatment='weight'"),
   ({"treatment": "mask", "score": "aum", "keep": 0.5}, "treatment='mask' needs the score of a"),
@@ -368,6 +380,15 @@ def test_the_summary_is_that_of_the_lines():
 ])
 def test_what_cannot_be_is_refused(fields, pattern):
   from dpr_jax.config import default_config, resolve
+
+  if "start" in fields:
+    config = default_config()
+    config.methods.late = CleanedSFT(reference_fraction=0.0)
+    config.methods.dpr = DPR(**fields)
+    config.compare = ("late", "dpr", "cleaned_sft")
+    with pytest.raises(UserError, match=f"config.methods.dpr: {pattern}"):
+      resolve(config)
+    return
 
   config = default_config()
   config.methods.cleaned_sft = CleanedSFT(**fields)
