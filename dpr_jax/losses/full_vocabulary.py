@@ -23,9 +23,9 @@ own samples, and the gradient does not flow through which states it visits (as w
 
 This is on-policy distillation from a teacher that nobody trained, extrapolated from two
 checkpoints: G-OPD / ExOPD (arXiv 2602.12125) writes the reverse form with lambda = 1 + 1 / beta, so
-that its lambda = 1.25 is beta = 4. That maximum likelihood is a case of inverse reinforcement learning, so
-that a reward of each token can be read off a language model, is also in Wulfmeier et al. (arXiv
-2409.01369), whose regularised form is `methods/iq_lm.py`.
+that its lambda = 1.25 is beta = 4. That maximum likelihood is a case of inverse reinforcement
+learning, so that a reward of each token can be read off a language model, is also in Wulfmeier et
+al. (arXiv 2409.01369), whose regularised form is `methods/iq_lm.py`.
 
 Dims: B rows, S columns of a row, the N last of which are the response, C columns of a chunk, V
 vocabulary, D hidden.
