@@ -2,8 +2,9 @@
 
 python -m dpr_jax.main --config=configs/smoke.py --workdir=runs/smoke
 
-One demonstration in five is wrong and the reference is early: a setting in which the reward pays.
-Baselines that need no training stand beside DPR. docs/findings.md has other settings.
+One demonstration in five is wrong and the reference is early: a setting in which the reward pays,
+most of all where it chooses demonstrations (`cleaned_sft`). Baselines that need no training, and
+continued SFT, stand beside it and DPR. docs/findings.md has other settings.
 """
 
 from model_shapes import debugged
@@ -28,5 +29,9 @@ def get_config(arg: str = ""):
   config.reference = Midrun(fraction=0.1)
   config.budget.steps = 60
   config.budget.optimizer.learning_rate = 7e-4
+  config.compare = (
+      "low_temperature", "contrastive", "weight_extrapolation", "continued_sft", "cleaned_sft",
+      "dpr",
+  )
   config.eval.batch_size = 128
   return debugged(config, arg, "configs/smoke.py")

@@ -21,11 +21,11 @@ a baseline of the state would not change it. `forward_kl` has the same optimum a
 it covers all of tau, where the reverse one seeks its modes. In both, states come from the policy's
 own samples, and the gradient does not flow through which states it visits (as with gamma = 0).
 
-This is on-policy distillation from a teacher that nobody trained, extrapolated from two checkpoints:
-G-OPD / ExOPD (arXiv 2602.12125) writes the reverse form with lambda = 1 + 1 / beta, so that its
-lambda = 1.25 is beta = 4. That maximum likelihood is a case of inverse reinforcement learning, so
-that a reward of each token can be read off a language model, is also in Wulfmeier et al. (arXiv
-2409.01369), whose regularised form is `methods/iq_lm.py`.
+This is on-policy distillation from a teacher that nobody trained, extrapolated from two
+checkpoints: G-OPD / ExOPD (arXiv 2602.12125) writes the reverse form with lambda = 1 + 1 / beta, so
+that its lambda = 1.25 is beta = 4. That maximum likelihood is a case of inverse reinforcement
+learning, so that a reward of each token can be read off a language model, is also in Wulfmeier et
+al. (arXiv 2409.01369), whose regularised form is `methods/iq_lm.py`.
 
 Dims: B rows, S columns of a row, the N last of which are the response, C columns of a chunk, V
 vocabulary, D hidden.

@@ -1,8 +1,9 @@
 """Dense-Path REINFORCE from the last SFT checkpoint; and its variants, which are values.
 
 An ablation is DPR with another return (`reward_to_go` as the paper has it, `sentence_level`) or
-another reward (`log_likelihood`: no reference; `endogenous`, with the return that it needs). `exact`
-has the same objective as DPR with the return of each token, and no sampling noise in its gradient.
+another reward (`log_likelihood`: no reference; `endogenous`, with the return that it needs).
+`exact` has the objective of DPR with the return of each token, without the noise of sampled tokens
+in its gradient.
 """
 
 import dataclasses

@@ -173,10 +173,10 @@ def needs(specs: Sequence[str]) -> frozenset[str]:
 
 
 def check_pointwise(specs: Sequence[str]) -> None:
-  """Raises ValueError, naming it, for a transform that does not apply to any token of the vocabulary.
+  """Raises ValueError, naming it, for a transform that reads more than the reward of one token.
 
-  Those that do give the transformed reward of every token, as `rewards.base.check_pointwise` asks
-  of rewards.
+  The others give the transformed reward of every token of the vocabulary; what
+  `rewards.base.check_pointwise` is for rewards.
   """
   for i, spec in enumerate(specs):
     if not _SPECS[_parse_one(spec, i)[0]][4]:

@@ -184,9 +184,6 @@ def test_a_model_that_cannot_be_is_refused_by_section_and_field(path, value):
 # --- Fields together -----------------------------------------------------------------------------
 
 
-EXACT = {"methods.dpr.gradient": "full_vocabulary"}
-
-
 @pytest.mark.parametrize("changes,named", [
     ({"budget.batch_size": 9, "methods.dpr.samples_per_prompt": 2},
      ["config.methods.dpr", "batch_size=9", "samples_per_prompt=2"]),
@@ -202,24 +199,6 @@ EXACT = {"methods.dpr.gradient": "full_vocabulary"}
      ["config.methods.dpr", "reward=endogenous", "returns=reward_to_go"]),
     ({"methods.dpr.returns": "per_token", "methods.dpr.gamma": 0.9},
      ["config.methods.dpr", "gamma=0.9", "returns=per_token"]),
-    ({"methods.dpr.divergence": "forward_kl"},
-     ["config.methods.dpr", "divergence=forward_kl", "gradient=full_vocabulary"]),
-    ({**EXACT, "methods.dpr.divergence": "forward_kl", "methods.dpr.beta": 0.0, "compare": ("dpr",)},
-     ["config.methods.dpr", "divergence=forward_kl", "beta_ref above 0"]),
-    ({**EXACT, "methods.dpr.verifier_weight": 0.5},
-     ["config.methods.dpr: gradient=full_vocabulary: verifier_weight=0.5", "set 0"]),
-    ({**EXACT, "methods.dpr.returns": "reward_to_go"},
-     ["config.methods.dpr: gradient=full_vocabulary: returns=reward_to_go", "per_token"]),
-    ({**EXACT, "methods.dpr.returns": "full_return"},
-     ["config.methods.dpr: gradient=full_vocabulary: returns=full_return", "per_token"]),
-    ({**EXACT, "methods.dpr.transforms": ("clip:2", "zscore")},
-     ["config.methods.dpr: gradient=full_vocabulary: transforms[1]='zscore'", "scale, clip"]),
-    ({**EXACT, "methods.dpr.transforms": ("center",)},
-     ["config.methods.dpr: gradient=full_vocabulary: transforms[0]='center'", "scale, clip"]),
-    ({**EXACT, "methods.dpr.variance_baseline": "none"},
-     ["config.methods.dpr: gradient=full_vocabulary: variance_baseline=none", "position_mean"]),
-    ({**EXACT, "methods.dpr.reward.kind": "endogenous", "methods.dpr.returns": "reward_to_go"},
-     ["config.methods.dpr: gradient=full_vocabulary: reward='endogenous'", "pointwise"]),
     ({"methods.dpr.transforms": ("center",), "methods.dpr.reward.kind": "endogenous"},
      ["config.methods.dpr", "transforms", "center", "reward"]),
     ({"methods.dpr.target_kl": 1.0, "methods.dpr.beta": 0.0, "compare": ("dpr",)},

@@ -24,7 +24,6 @@ from dpr_jax.methods import DPR
 from dpr_jax.methods.dpr import DEFAULTS
 from dpr_jax.methods.programs import Shapes
 from dpr_jax.models import ModelConfig, Transformer
-from dpr_jax.models.lora import LoRA
 from dpr_jax.references.ensemble import Ensemble
 from dpr_jax.references.midrun import Midrun
 from dpr_jax.rewards import BaselineRelative, Endogenous, LogLikelihood
@@ -95,26 +94,6 @@ def test_the_exact_gradient_approaches_its_target(dpr):
   assert [line["step"] for line in lines] == [1, 2, 3] and lines[0]["decode_gap"] < 1e-4
   assert 0 < lines[2]["kl_to_target"] < lines[0]["kl_to_target"]
   assert lines[1]["beta"] == pytest.approx(0.98)  # KL 0 is below 0.5.
-  # The same objective by another name; without a KL there is no target.
-  same = DPR(gradient="full_vocabulary", beta=0.0, returns="reward_to_go", gamma=0.0)
-  same.check(RunConfig())
-
-
-@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_plan_of_the_exact_gradient_counts_each_byte_once(rank):
-  """Beyond the sampled gradient, a train step holds the hidden states of sft and ref, and beta."""
-  config = resolve(debug_config(default_config()))
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  cfg = ModelConfig(vocab_size=272, tied_head=False, lora=LoRA(rank=rank))
-  shapes, held = Shapes(config, Transformer(cfg), mesh), []
-  for method in (DPR(), DPR(gradient="full_vocabulary")):
-    rollouts, update = method.programs(shapes, "dpr")
-    with jax.set_mesh(mesh):
-      memory = update.lower().compile().memory_analysis()
-    held.append(memory.argument_size_in_bytes + update.resident_bytes)
-  assert rollouts.work.kept_states == update.work.teachers == 2
-  tokens = config.budget.batch_size * config.budget.max_new_tokens
-  assert held[1] - held[0] == 4 * (2 * tokens * cfg.hidden_size + 1 - tokens)  # No advantages.
 
 
 def test_an_ensemble_rewards_like_its_members(dpr):

@@ -60,7 +60,7 @@ def test_a_rollout_is_consistent_with_scoring_its_rows(models, rng, how):
       np.testing.assert_allclose(getattr(rollout, f"{name}_entropy"), entropy, atol=1e-4)
   for name in EXTRAS:
     assert (getattr(rollout, name) is not None) == ("extras" in how)
-  if how.get("extras"):  # Of sft and ref, the states in which the tokens of the response are chosen.
+  if how.get("extras"):  # The states in which the tokens of the response are chosen.
     for states, variables in zip(rollout.states, (sft, ref), strict=True):
       hidden, _ = model.apply(variables, rollout.tokens, None, rollout.segment_ids)
       np.testing.assert_allclose(states, hidden[:, P - 1 : -1], atol=1e-4)
