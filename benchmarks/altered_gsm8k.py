@@ -1,6 +1,6 @@
 """GSM8K demonstrations of which some end in a wrong number, to see whether cleaning finds them.
 
-    python -m benchmarks.altered_gsm8k --data=gsm8k/train.jsonl --limit=400 --share=0.1 --output=FILE
+    python -m benchmarks.altered_gsm8k --data=train.jsonl --limit=400 --share=0.1 --output=FILE
     python -m dpr_jax.filter --demos=FILE --config.eval.benchmark.kind=gsm8k ...
 
 The solution stays as it is, and "#### N" gets another number: N plus or minus 1 to a half of it.

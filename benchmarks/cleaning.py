@@ -1,6 +1,6 @@
 """How well the sign of the cross-fitted reward finds wrong demonstrations, setting by setting.
 
-    python -m benchmarks.cleaning --workdir=runs/cleaning --seeds=5 --output=docs/results/NAME.json \\
+    python -m benchmarks.cleaning --workdir=runs/cleaning --seeds=5 --output=FOUND.json \\
         --setting=share10:corrupt=0.1,sft=middle \\
         --setting=folds4:corrupt=0.2,sft=middle:folds=4,reference_fraction=0.5
 

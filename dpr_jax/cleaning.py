@@ -23,9 +23,8 @@ from dpr_jax.methods.cleaned_sft import CleanedSFT
 from dpr_jax.run import Run, set_up
 from dpr_jax.workdir import Workdir
 
-
-WRONG_METHOD = ("--method={} must be a method of the kind cleaned_sft with treatment='cut', without "
-                "`like`")
+WRONG_METHOD = ("--method={} must be a method of the kind cleaned_sft with treatment='cut', "
+                "without `like`")
 
 
 @dataclasses.dataclass(frozen=True)

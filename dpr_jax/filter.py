@@ -221,9 +221,9 @@ def _page(name: str, kept_ones: Sequence[Any], cut: Sequence[Any], unjudged: Seq
           "Kept, the highest reward first": [row(x) for x in nearest[::-1][: _SHOWN // 8]],
       },
       f"What was cut of {name}",
-      f"Of {total} demonstrations {len(kept_ones)} are kept, {len(cut)} cut and {len(unjudged)} not "
-      f"judged. A token is blue where models trained on other demonstrations came to find it "
-      f"likelier while they were trained, and orange where less likely. At most {_SHOWN} are shown.",
+      f"Of {total} demonstrations {len(kept_ones)} are kept, {len(cut)} cut and {len(unjudged)} "
+      "not judged. A token is blue where models trained on other demonstrations came to find it "
+      f"likelier while they were trained, orange where less likely. At most {_SHOWN} are shown.",
   )
 
 

@@ -81,7 +81,7 @@ def make_mesh(
 
 
 def split_mesh(mesh: jax.sharding.Mesh, parts: int) -> list[jax.sharding.Mesh]:
-  """Meshes of equal shape that share no device and together have all; [] where data does not divide.
+  """Meshes of equal shape that share no device and together have all; [] where data is no multiple.
 
   A part holds a model as the whole does: only its axis `data` is shorter.
   """

@@ -60,18 +60,18 @@ class CleanedSFT(FromStart):
   )
   reduce: str = setting("sum", "over the trained tokens", choices=tuple(REDUCE))
   treatment: str = setting(
-      "cut", "leave out a demonstration with a low score (cut), its tokens with one (mask), or give "
-      "it the weight min(weight_cap, exp(score / tau)) (weight)", choices=("cut", "mask", "weight"),
+      "cut", "leave out a demonstration with a low score (cut), its tokens with one (mask), or "
+      "give it the weight min(weight_cap, exp(score / tau)) (weight)", choices=("cut", "mask", "weight"),
   )
   keep: float | None = setting(
-      None, "share to keep, of the demonstrations (cut) or of their tokens (mask); None: those with "
-      "a score of at least 0", above=0, high=1,
+      None, "share to keep, of the demonstrations (cut) or of their tokens (mask); None: those "
+      "with a score of at least 0", above=0, high=1,
   )
   tau: float = setting(1.0, "nats, of treatment=weight", above=0)
   weight_cap: float = setting(1.0, "largest weight of treatment=weight", above=0)
   rival_checkpoints: int = setting(
-      0, "checkpoints of each fold from which the scores aum, forgetting and confident are made; 0: "
-      "they are not", low=0,
+      0, "checkpoints of each fold from which the scores aum, forgetting and confident are made; "
+      "0: they are not", low=0,
   )
   like: str = setting(
       "", "method whose folds and scores are used, and how many it kept where keep is None and the "
@@ -92,11 +92,11 @@ class CleanedSFT(FromStart):
     steps = self.budget(config).steps
     self._check_fields()
     if not self.like and self.reference_fraction and not 0 < self.reference_step(config) < steps:
-      raise ValueError(f"reference_fraction={self.reference_fraction} of {steps} steps must leave at "
-                       "least one on both sides of ref; 0 takes the model before SFT")
+      raise ValueError(f"reference_fraction={self.reference_fraction} of {steps} steps must leave "
+                       "at least one on both sides of ref; 0 takes the model before SFT")
     if self.rival_checkpoints == 1 or self.rival_checkpoints > steps:
-      raise ValueError(f"rival_checkpoints={self.rival_checkpoints} must be 2 to {steps}, the steps "
-                       "of SFT; 0 leaves these scores out")
+      raise ValueError(f"rival_checkpoints={self.rival_checkpoints} must be 2 to {steps}, the "
+                       "steps of SFT; 0 leaves these scores out")
     if self.score == "oracle" and (
         not config.data.corrupt or config.data.corruption == "repeated"
     ):

@@ -21,8 +21,8 @@ from dpr_jax.errors import naming
 from dpr_jax.evaluation.judging import open_rewards
 from dpr_jax.evaluation.metrics import checked_scores
 from dpr_jax.evaluation.responses import response_text
-from dpr_jax.losses import make_reinforce_loss, reinforce_batch
 from dpr_jax.losses import full_vocabulary as exact
+from dpr_jax.losses import make_reinforce_loss, reinforce_batch
 from dpr_jax.losses.reinforce import LOSS_AGGREGATIONS
 from dpr_jax.methods.base import TrainedMethod, make_step, make_training
 from dpr_jax.methods.programs import Program, RolloutWork, TrainWork, device_bytes

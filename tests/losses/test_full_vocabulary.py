@@ -192,7 +192,7 @@ def _check_steps(sampled, *, parts, betas, fields=None):
     scale = max(float(np.abs(g).max()) for g in jax.tree.leaves(slope))
     assert scale > 1e-2
     jax.tree.map(
-        lambda new, old, g: np.testing.assert_allclose(
+        lambda new, old, g, scale=scale: np.testing.assert_allclose(
             old - new, g / mask.sum(), atol=1e-5 * scale
         ), state.trainable, trainable, slope,
     )

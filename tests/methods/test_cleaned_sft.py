@@ -12,8 +12,8 @@ from dpr_jax.config.fields import package_defaults
 from dpr_jax.data.packing import pack
 from dpr_jax.data.tasks import verify
 from dpr_jax.errors import UserError
-from dpr_jax.evaluation.cleaning import FILE, summarize
 from dpr_jax.evaluation import training_dynamics
+from dpr_jax.evaluation.cleaning import FILE, summarize
 from dpr_jax.methods import cross_fitting
 from dpr_jax.methods.cleaned_sft import CleanedSFT, treated
 from dpr_jax.methods.cross_fitting import CrossFit, fold_of
@@ -136,7 +136,7 @@ def test_rival_scores_are_those_of_their_papers(cleaned, logits_of):
   variables = {(fold, step): cleaned.checkpoint(f"cleaned_sft/fold{fold}", step, "float32")
                for fold in range(FOLDS) for step in steps}
   chosen = lambda e: [t for t in range(1, len(e.tokens)) if e.loss_mask[t]]
-  labelled = collections.defaultdict(list)  # Label -> its probabilities, where nobody trained on it.
+  labelled = collections.defaultdict(list)  # Label -> its probabilities, untrained on.
   held_out = []
   for example, line in zip(examples, lines, strict=True):
     logits = logits_of(variables[line["fold"], 30], example)
@@ -320,7 +320,8 @@ def test_what_is_too_long_is_not_judged_and_not_kept(cleaned, with_config):
   data = dataclasses.replace(cleaned.config.data, row_length=lengths[30], overlong="drop")
   run = with_config(cleaned, data=data)
   method = run.config.methods["cleaned_sft"]
-  fit = CrossFit(run, "cleaned_sft", method.stages("cleaned_sft")[1:], method.budget(run.config), 15)
+  stages = method.stages("cleaned_sft")[1:]
+  fit = CrossFit(run, "cleaned_sft", stages, method.budget(run.config), 15)
   lines = fit.scores()
   fits = [len(e.tokens) <= lengths[30] for e in cleaned.data.examples]
   assert [line["judged"] for line in lines] == fits and not all(fits)
@@ -328,7 +329,7 @@ def test_what_is_too_long_is_not_judged_and_not_kept(cleaned, with_config):
     kept = CleanedSFT(treatment=treatment).decide(lines, None, 0)
     assert not any(line["kept"] and not fit for line, fit in zip(kept, fits))
   none = with_config(cleaned, data=dataclasses.replace(data, row_length=2))
-  with pytest.raises(UserError, match="cleaned_sft: fold 0 has no demonstration that can be judged"):
+  with pytest.raises(UserError, match="cleaned_sft: fold 0 has no demonstration that can"):
     dataclasses.replace(fit, run=none).scores()
 
 

@@ -16,9 +16,10 @@ def judge_on(meshes, folder):
   from dpr_jax import sharding
   from dpr_jax.config import debug_config, default_config, resolve
   from dpr_jax.errors import Stopped
-  from dpr_jax.methods import base
+  from dpr_jax.methods import sft
   from dpr_jax.run import set_up
   from dpr_jax.signals import handled
+  from dpr_jax.training import loop
   from dpr_jax.training.metrics import read_metrics
   from dpr_jax.workdir import Workdir
 
@@ -29,48 +30,42 @@ def judge_on(meshes, folder):
   config.methods.cleaned_sft.reference_fraction = 0.5
   config.compare = ("cleaned_sft",)
   config = resolve(config)
-  out = []
-  for shape in meshes:
-    devices, stopped = {}, []
+
+  def judge(shape):
+    devices, seen, stopped = {}, [], []
     mesh = sharding.make_mesh(*shape, devices=jax.devices()[: shape[0] * shape[1] * shape[2]])
     workdir = Workdir(os.path.join(folder, "_".join(map(str, shape))))
-    made = base.make_training
+    folds = [workdir.stage(f"cleaned_sft/fold{fold}") / "metrics.jsonl" for fold in range(2)]
 
-    def training(run, name, *args, made=made, devices=devices):
+    def training(run, name, *args):
       devices[name] = sorted(d.id for d in run.mesh.devices.flat)
       return made(run, name, *args)
 
-    from dpr_jax.methods import sft
+    def written(self, step, metrics):
+      write(self, step, metrics)
+      seen.append(step)
+      if len(seen) == 7:
+        os.kill(os.getpid(), signal.SIGTERM)
 
     sft.make_training = training
     with jax.set_mesh(mesh):
       run = set_up(config, workdir, mesh)
-      judge = lambda: config.methods["cleaned_sft"].judge(run, "cleaned_sft")
+      method = config.methods["cleaned_sft"]
       if shape[0] > 1:  # Both folds save the step that they have reached.
-        from dpr_jax.training import loop
-
-        write, seen = loop.MetricsWriter.write, []
-
-        def written(self, step, metrics):
-          write(self, step, metrics)
-          seen.append(step)
-          if len(seen) == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-
         loop.MetricsWriter.write = written
         try:
           with handled():
-            judge()
+            method.judge(run, "cleaned_sft")
         except Stopped:
-          stopped = [len(read_metrics(workdir.stage(f"cleaned_sft/fold{f}") / "metrics.jsonl"))
-                     for f in range(2)]
+          stopped = [len(read_metrics(file)) for file in folds]
         finally:
           loop.MetricsWriter.write = write
-      lines = judge()
-    steps = [[line["step"] for line in read_metrics(
-        workdir.stage(f"cleaned_sft/fold{f}") / "metrics.jsonl")] for f in range(2)]
-    out.append([[line["reward_sum"] for line in lines], devices, steps, stopped])
-  return out
+      lines = method.judge(run, "cleaned_sft")
+    steps = [[line["step"] for line in read_metrics(file)] for file in folds]
+    return [line["reward_sum"] for line in lines], devices, steps, stopped
+
+  made, write = sft.make_training, loop.MetricsWriter.write
+  return [judge(shape) for shape in meshes]
 
 
 def test_folds_side_by_side_judge_as_one_after_the_other(run_on_devices, tmp_path):
