@@ -61,7 +61,8 @@ class CleanedSFT(FromStart):
   reduce: str = setting("sum", "over the trained tokens", choices=tuple(REDUCE))
   treatment: str = setting(
       "cut", "leave out a demonstration with a low score (cut), its tokens with one (mask), or "
-      "give it the weight min(weight_cap, exp(score / tau)) (weight)", choices=("cut", "mask", "weight"),
+      "give it the weight min(weight_cap, exp(score / tau)) (weight)",
+      choices=("cut", "mask", "weight"),
   )
   keep: float | None = setting(
       None, "share to keep, of the demonstrations (cut) or of their tokens (mask); None: those "
