@@ -54,7 +54,7 @@ def test_a_plan_of_the_exact_gradient_counts_each_byte_once(rank):
   """Beyond the sampled gradient, a train step holds the hidden states of sft and ref, and beta."""
   config = resolve(debug_config(default_config()))
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  cfg = ModelConfig(vocab_size=272, tied_head=False, lora=LoRA(rank=rank))
+  cfg = ModelConfig(vocab_size=272, num_layers=1, tied_head=False, lora=LoRA(rank=rank))
   shapes, held = Shapes(config, Transformer(cfg), mesh), []
   for method in (DPR(), DPR(gradient="full_vocabulary")):
     rollouts, update = method.programs(shapes, "dpr")
