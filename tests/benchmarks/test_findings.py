@@ -121,7 +121,7 @@ def test_a_table_that_cannot_be_filled_is_named(study):
     study(page_of("other", "corruption"), "a")
 
 
-@pytest.mark.parametrize("name, tables", [("findings.md", 14), ("results.md", 4)])
+@pytest.mark.parametrize("name, tables", [("findings.md", 6), ("results.md", 4)])
 def test_a_page_holds_the_tables_of_its_summaries(name, tables):
   from benchmarks import findings
 
