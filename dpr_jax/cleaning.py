@@ -10,17 +10,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from dpr_jax import config as config_lib
 from dpr_jax import lock, sharding
 from dpr_jax.agreement import agree, check_shared
 from dpr_jax.compilation_cache import keep_compilations
+from dpr_jax.config.sections import DataSection
+from dpr_jax.data.formats import dialogue_problem, parse_demo
 from dpr_jax.data.records import iter_records
 from dpr_jax.data.text_ids import token_texts
 from dpr_jax.errors import UserError, naming
 from dpr_jax.methods.cleaned_sft import CleanedSFT
 from dpr_jax.run import Run, set_up
+from dpr_jax.training.checkpoints import DamagedCheckpoint, make_way
 from dpr_jax.workdir import Workdir
 
 WRONG_METHOD = ("--method={} must be a method of the kind cleaned_sft with treatment='cut', "
@@ -33,7 +35,7 @@ class JudgedRecord:
 
   record: dict[str, Any]
   source: str  # FILE:LINE, or FILE[INDEX].
-  kept: bool
+  kept: bool = False
   problem: str = ""  # why it could not be judged.
   messages: tuple[Any, ...] = ()
   scores: dict[str, Any] = dataclasses.field(default_factory=dict)  # as `dpr_jax.score` names them.
@@ -50,6 +52,11 @@ class JudgedRecord:
     return {**self.record, **found}
 
 
+# What a line adds to a record, or must not keep of an earlier scoring.
+_ADDED = ("tokens", "token_rewards", "logp_sft", "logp_ref", "endogenous", "reward", "filter_score",
+          "filter_problem")
+
+
 def check_method(config: config_lib.RunConfig, name: str) -> CleanedSFT:
   """The method that judges.
 
@@ -62,6 +69,35 @@ def check_method(config: config_lib.RunConfig, name: str) -> CleanedSFT:
   return method
 
 
+def of_file(config: Any, demos: str, name: str, set_apart: bool) -> config_lib.RunConfig:
+  """The config of a run that judges a file.
+
+  Args:
+    config: an ml_collections config that is not resolved; it is changed.
+    demos: the file.
+    name: of the method.
+    set_apart: whether what cannot be read as a demonstration is returned with its problem.
+
+  Raises:
+    UserError: as `config.resolve`, or another method than `check_method` takes.
+  """
+  # Before the config is resolved: what it would say of a method of another kind is of no use here.
+  method = config.methods.get(name, {})
+  if method.get("like") or "folds" not in method:
+    raise UserError(WRONG_METHOD.format(name))
+  plain = DataSection()
+  with config.unlocked():
+    config.compare, config.seeds, config.sweep.field = (name,), 1, ""
+    config.data.demos = demos
+    for field in ("tasks", "num_demos", "corrupt", "corruption", "minority"):
+      config.data[field] = getattr(plain, field)  # The file is there in place of the tasks.
+    if set_apart:
+      config.data.on_empty = config.data.on_disorder = "drop"  # `_problems` has them.
+  resolved = config_lib.resolve(config)
+  check_method(resolved, name)
+  return resolved
+
+
 def judge_demos(
     config: config_lib.RunConfig, workdir: str, name: str,
     check: Callable[[Run], None] = lambda run: None,
@@ -71,7 +107,7 @@ def judge_demos(
   Args:
     workdir: a folder that does not exist, is empty, or holds an earlier part of the same.
     name: of the method.
-    check: called before anything is trained.
+    check: called before anything is written.
 
   Raises:
     UserError: as in a run.
@@ -86,74 +122,81 @@ def judge_demos(
     agree(lambda: held.enter_context(lock.locked(root.path, "--workdir")), seconds=2 * lock.STALE)
     held.enter_context(jax.set_mesh(mesh))
     check_shared(root.path, f"--workdir={workdir}")
-    run = set_up(config, root, mesh, evaluated=False)
     keep_compilations(None, default=root.compilations)
-    check(run)
-    return run, method.judge(run, name)
+    while True:  # A damaged checkpoint of a fold is trained again, as in a run.
+      run = set_up(config, root, mesh, evaluated=False, check=check)
+      try:
+        return run, method.judge(run, name)
+      except DamagedCheckpoint as damaged:
+        make_way(damaged)
 
 
 def judge_file(
-    config: config_lib.RunConfig, workdir: str, name: str, demos: str, may_fail: bool,
+    config: config_lib.RunConfig, workdir: str, name: str, set_apart: bool
 ) -> list[JudgedRecord]:
-  """Every record of a file, in its order.
+  """Every record of the file of a config, in its order.
 
   Args:
-    config, workdir, name: see `judge_demos`; the data section says how the file is read.
-    demos: the file.
-    may_fail: whether records that cannot be judged are returned with their problem.
+    config, workdir, name: see `judge_demos`; the config is one of `of_file`.
+    set_apart: whether records that cannot be judged are returned with their problem.
 
   Raises:
-    UserError: as in a run; or, without `may_fail`, the first record that cannot be judged.
+    UserError: as in a run; a record has a field that would be overwritten; or, without `set_apart`,
+      the first record that cannot be judged.
   """
 
   def check(run: Run) -> None:
-    problems = _problems(run)
-    if problems and not may_fail:
-      where, why = next(iter(problems.items()))
-      raise UserError(f"{where}: {why} ({len(problems)} of {len(run.data.demos)} records cannot be "
+    records, problems = list(iter_records(config.data.demos)), _problems(run)
+    for record, source in records:
+      if taken := [field for field in _ADDED if field in record]:
+        raise UserError(f"{source}: field {taken[0]!r} is one that the scores are written to; "
+                        "rename it, or leave it out")
+    if problems and not set_apart:
+      where, why = next((s, problems[s]) for _, s in records if s in problems)
+      raise UserError(f"{where}: {why} ({len(problems)} of {len(records)} records cannot be "
                       "judged); mend them, or give --unjudged=FILE to set them apart")
 
-  config = dataclasses.replace(config, data=dataclasses.replace(config.data, demos=demos))
   run, lines = judge_demos(config, workdir, name, check)
-  return _records(run, check_method(config, name), lines, demos)
+  return _records(run, check_method(config, name), lines)
 
 
 def _problems(run: Run) -> dict[str, str]:
-  """Source -> why a demonstration cannot be judged."""
+  """Source -> why a record cannot be judged."""
   out, data = {}, run.config.data
-  for example in run.data.examples:
+  examples = {example.source: example for example in run.data.examples}
+  for record, source in iter_records(data.demos):
+    example = examples.get(source)
+    if example is None:  # The reader has left it out.
+      demo = parse_demo(record, source, run.data.summary["format"])
+      out[source] = dialogue_problem(demo) or f"beyond config.data.max_demos={data.max_demos}"
+      continue
     length, fits = len(example.tokens), example.loss_mask[: data.row_length] > 0
     if length > data.row_length and data.overlong != "truncate":
-      out[example.source] = (f"{length} tokens exceed config.data.row_length={data.row_length}; "
-                             "raise it, or set config.data.overlong=truncate")
+      out[source] = (f"{length} tokens exceed config.data.row_length={data.row_length}; raise it, "
+                     "or set config.data.overlong=truncate")
     elif not fits.any():
-      out[example.source] = "no token of it is trained within config.data.row_length"
+      out[source] = "no token of it is trained within config.data.row_length"
   return out
 
 
-def _records(
-    run: Run, method: CleanedSFT, lines: list[dict[str, Any]], path: str
-) -> list[JudgedRecord]:
-  found, problems = {}, _problems(run)
+def _records(run: Run, method: CleanedSFT, lines: list[dict[str, Any]]) -> list[JudgedRecord]:
+  problems, found = _problems(run), {}
   scores = method.scores_of(lines, run.config.seed)
   for demo, example, line, score in zip(
       run.data.demos, run.data.examples, lines, scores, strict=True
   ):
-    own: dict[str, Any] = {}
-    if line["judged"]:
-      length = run.config.data.row_length
-      trained = example.tokens[:length][example.loss_mask[:length] > 0]
-      own = {"tokens": token_texts(trained, run.tokenizer),
-             "token_rewards": line["token_rewards"], "logp_sft": line["logp_sft"],
-             "reward": round(line["reward_sum"], 6)}
+    if not line["judged"]:
+      continue
+    length = run.config.data.row_length
+    trained = example.tokens[:length][example.loss_mask[:length] > 0]
+    own = {"tokens": token_texts(trained, run.tokenizer),
+           "token_rewards": line["token_rewards"], "logp_sft": line["logp_sft"],
+           "reward": round(line["reward_sum"], 6)}
     found[demo.source] = JudgedRecord(
-        {}, demo.source, line["kept"], problems.get(demo.source, ""), demo.messages, own,
-        round(float(score), 6) if np.isfinite(score) else None,
+        {}, demo.source, line["kept"], "", demo.messages, own, round(float(score), 6)
     )
-  out = []
-  for record, source in iter_records(path):
-    judged = found.get(source)
-    if judged is None:  # config.data.on_empty=drop, on_disorder=drop or max_demos.
-      judged = JudgedRecord({}, source, False, "it is left out by config.data")
-    out.append(dataclasses.replace(judged, record=record))
-  return out
+  return [
+      dataclasses.replace(found[source], record=record) if source in found
+      else JudgedRecord(record, source, problem=problems[source])
+      for record, source in iter_records(run.config.data.demos)
+  ]

@@ -6,8 +6,9 @@ r"""Cuts a file of demonstrations by their token rewards, or one that is scored 
 trains the model of the config on parts of the file, judges each demonstration by models that have
 not seen it, and keeps those with a reward of at least 0 (see docs/cleaning.md). The fields of
 --config.methods.cleaned_sft say how; --method names another method of its kind. DIR keeps the
-models; the same command resumes. Every record ends up in one of three files: KEPT.jsonl, CUT.jsonl
-(the lowest reward first), and --unjudged, without which a record that cannot be judged is an error.
+models; the same command resumes, where the files to write are not there yet. Every record ends up
+in one of three files: KEPT.jsonl, CUT.jsonl (the lowest reward first), and --unjudged, without
+which a record that cannot be judged is an error.
 
     python -m dpr_jax.score --sft=CKPT --ref=CKPT --input=DEMOS.jsonl --output=SCORED.jsonl
     python -m dpr_jax.filter --input=SCORED.jsonl --kept=KEPT.jsonl --above=0
@@ -38,6 +39,7 @@ from dpr_jax.evaluation.token_scores import NAMES, REDUCE
 _FIELDS = {**NAMES, "logp_ref": "logp_ref"}
 _LARGEST = 1e6  # nats per token.
 _SHOWN = 200  # demonstrations that a page shows of what was cut.
+_DECIDED = ("--config.compare", "--config.seeds", "--config.data.demos", "--config.data.holdout")
 
 
 _OF_SCORED = ("input", "by", "reduce", "above", "keep", "seed")  # Flags of one way alone,
@@ -158,7 +160,7 @@ def judge(argv: Sequence[str]) -> None:
   from dpr_jax import agreement, distributed
 
   distributed.initialize()
-  values, config = agreement.agree(lambda: _parse_judging(argv))
+  values, config = agreement.agree(lambda: _parse_judging(argv), _given)
   import jax
 
   from dpr_jax import cleaning
@@ -168,8 +170,7 @@ def judge(argv: Sequence[str]) -> None:
   files = ("kept", "cut", "unjudged", "html")
   kept_at, cut_at, unjudged_at, html_at = agree(
       lambda: _places(values, *files) if main_process else [None] * len(files))
-  found = cleaning.judge_file(
-      config, values.workdir, values.method, values.demos, may_fail=bool(values.unjudged))
+  found = cleaning.judge_file(config, values.workdir, values.method, bool(values.unjudged))
   if not main_process:
     return
   from dpr_jax.paths import write_atomically
@@ -178,6 +179,9 @@ def judge(argv: Sequence[str]) -> None:
   kept_ones = [x for x in found if x.kept]
   cut = sorted((x for x in found if x.judged and not x.kept), key=lambda x: x.score)
   unjudged = [x for x in found if not x.judged]
+  if not kept_ones:
+    raise UserError(f"--demos={values.demos}: no demonstration is kept; the highest score is "
+                    f"{cut[-1].score:.4g}; set --config.methods.{values.method}.keep to a share")
   if html_at:
     write_atomically(html_at, _page(values.demos, kept_ones, cut, unjudged))
   for path, part in ((kept_at, kept_ones), (cut_at, cut), (unjudged_at, unjudged)):
@@ -189,7 +193,6 @@ def judge(argv: Sequence[str]) -> None:
 
 def _parse_judging(argv: Sequence[str]) -> tuple[flags.FlagValues, Any]:
   from dpr_jax import cleaning
-  from dpr_jax import config as config_lib
 
   values = cli.parse_flags(
       argv, entry_point="dpr_jax.filter", doc=__doc__, define=define,
@@ -199,13 +202,23 @@ def _parse_judging(argv: Sequence[str]) -> tuple[flags.FlagValues, Any]:
   with values.config.unlocked():
     values.config.compare = (values.method,)
   _refuse(values, _OF_SCORED, "demos")
-  # Before the config is resolved: what it would say of another kind is of no use here.
-  method = values.config.methods.get(values.method, {})
-  if method.get("like") or "folds" not in method:
-    raise UserError(cleaning.WRONG_METHOD.format(values.method))
-  config = config_lib.resolve(values.config)
-  cleaning.check_method(config, values.method)
+  for arg in argv:
+    field = arg.partition("=")[0]
+    if field in _DECIDED or field.startswith("--config.sweep."):
+      raise UserError(f"{field} has no effect with --demos; leave it out")
+  config = cleaning.of_file(values.config, values.demos, values.method, bool(values.unjudged))
   return values, config
+
+
+def _given(parsed: tuple[flags.FlagValues, Any]) -> dict[str, Any]:
+  """What all processes must be given."""
+  from dpr_jax import config as config_lib
+  from dpr_jax.workdir import code_fingerprint, versions
+
+  values, config = parsed
+  return {"config": config_lib.to_json(config), "--method": values.method,
+          "--unjudged": bool(values.unjudged), "versions": versions(),
+          "code of dpr_jax": code_fingerprint()}
 
 
 def _page(name: str, kept_ones: Sequence[Any], cut: Sequence[Any], unjudged: Sequence[Any]) -> str:
@@ -216,14 +229,15 @@ def _page(name: str, kept_ones: Sequence[Any], cut: Sequence[Any], unjudged: Seq
   total = len(kept_ones) + len(cut) + len(unjudged)
   return heatmap_sections(
       {
-          "Cut, the lowest reward first": [row(x) for x in cut[:_SHOWN]],
+          "Cut, the lowest score first": [row(x) for x in cut[:_SHOWN]],
           "Kept, closest to the cut": [row(x) for x in nearest[: _SHOWN // 4]],
-          "Kept, the highest reward first": [row(x) for x in nearest[::-1][: _SHOWN // 8]],
+          "Kept, the highest score first": [row(x) for x in nearest[::-1][: _SHOWN // 8]],
       },
       f"What was cut of {name}",
       f"Of {total} demonstrations {len(kept_ones)} are kept, {len(cut)} cut and {len(unjudged)} "
       "not judged. A token is blue where models trained on other demonstrations came to find it "
-      f"likelier while they were trained, orange where less likely. At most {_SHOWN} are shown.",
+      "likelier while they were trained, orange where less likely. Of the cut at most "
+      f"{_SHOWN} are shown.",
   )
 
 

@@ -327,6 +327,7 @@ def set_up(
     like: Run | None = None,
     day: datetime.date | None = None,
     evaluated: bool = True,
+    check: Callable[[Run], None] = lambda run: None,
 ) -> Run:
   """Everything that can be wrong with the input shows here, before anything is written.
 
@@ -334,11 +335,18 @@ def set_up(
     like: a run set up before, whose data are taken if they are the same.
     day: what a chat template writes that writes the date, unless the run began before; today.
     evaluated: whether anything is sampled, so that prompts must be held out.
+    check: of the caller, before anything is written.
   """
+
+  def read() -> tuple[Run, dict[str, Any]]:
+    made = _read(config, workdir, mesh, like, day, evaluated)
+    check(made[0])
+    return made
+
   agree(lambda: workdir.check(config))
   workdir.set_aside_damaged()
   run, record = agree(
-      lambda: _read(config, workdir, mesh, like, day, evaluated),
+      read,
       lambda made: {
           "contents of config.data.demos": made[0].data.summary.get("blake2b"),
           **made[1],

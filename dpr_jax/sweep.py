@@ -14,7 +14,7 @@ import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpr_jax import config as config_lib
@@ -143,23 +143,38 @@ def shared(config: RunConfig) -> Shared:
   every = ("base", "ref", "sft")
   if top == "methods":
     swept = rest.partition(".")[0]
-    free = tuple(n for n, m in compared.items() if n != swept and swept not in m.refers())
+    free = _closed([n for n in compared if n != swept], compared, swept)
     return Shared(True, True, free, (*every, *free))
   if top == "budget":
     free = tuple(n for n, m in compared.items() if not m.trained and not m.refers())
     return Shared(True, True, (), (*every, *free))
   if top == "reference":
     same = {p.config.reference.ema_decay for p in points(config)} == {config.reference.ema_decay}
-    free = tuple(n for n, m in compared.items() if not m.reads_reference)
+    free = _closed([n for n, m in compared.items() if not m.reads_reference], compared)
     return Shared(True, False, free, ("base", "sft", *free), False) if same else Shared()
   if top == "eval":
     chosen, judged = config.reference.measured, rest.partition(".")[0] == "benchmark"
-    free = tuple(
+    free = [
         n for n, m in compared.items()
         if not (chosen and m.reads_reference) and not (judged and m.reads_benchmark)
-    )
+    ]
+    free = _closed(free, compared)
     return Shared(True, not chosen, free, (), False)
   return Shared()
+
+
+def _closed(
+    free: Sequence[str], compared: Mapping[str, Any], swept: str = ""
+) -> tuple[str, ...]:
+  """Those of the methods that do not read what differs between points.
+
+  A method that trains reads the result of those that it refers to, another one their settings.
+  """
+  bound = {swept, *compared} - {*free}
+  reads = lambda n: {*compared[n].refers()} & (bound if compared[n].trained else {swept})
+  while found := {n for n in compared if n not in bound and reads(n)}:
+    bound |= found
+  return tuple(n for n in free if n not in bound)
 
 
 def adopt(what: Shared, source: Workdir, point: Workdir) -> None:

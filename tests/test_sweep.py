@@ -170,6 +170,21 @@ def test_over_the_evaluation_what_learns_from_it_is_not_shared():
   assert under("eval.max_new_tokens", "3", methods=judged).methods == compare
 
 
+def test_what_starts_from_a_stage_is_shared_only_with_it():
+  compare = ("cleaned_sft", "masked_sft", "after", "continued_sft", "dpr")
+  methods = {**RunConfig().methods, "after": DPR(start="masked_sft")}
+
+  def under(field, value):
+    return sweep.shared(dataclasses.replace(
+        RunConfig(), compare=compare, methods=methods,
+        sweep=SweepSection(field=field, values=(value,)))).methods
+
+  assert under("methods.cleaned_sft.folds", "3") == ("continued_sft", "dpr")
+  assert under("methods.masked_sft.steps", "3") == ("cleaned_sft", "continued_sft", "dpr")
+  assert under("methods.dpr.beta", "2") == compare[:-1]
+  assert under("eval.benchmark", "exact") == ("continued_sft", "dpr")
+
+
 @pytest.mark.parametrize("field,value", [
     ("data.corrupt", "0"), ("sft.steps", "3"), ("sft.optimizer.b1", "0.5"),
     ("model.lora.rank", "2"),

@@ -31,8 +31,8 @@ def summarize(per_seed: Sequence[Lines]) -> dict[str, Any]:
 
   Returns:
     name -> {"mean", "ci95", "n"}: `kept`, `cut` and `unjudged`, of all; `wrong`, of those that were
-    judged, `wrong_kept`, of the kept, and `wrong_cut`, of the cut; `right_cut`, of the right ones
-    (of all, where nothing is known to be wrong), and right_cut/GROUP of a built-in task or of a
+    judged, `wrong_kept`, of the kept, and `wrong_cut`, of the cut; `right_cut`, of the right ones,
+    and right_cut/GROUP of a built-in task or of a
     minority; and `auc_SCORE`, the probability that a wrong demonstration has a lower score than a
     right one. Of tokens that were left out: `tokens_cut`. What no seed, or only some, can have is
     absent.
@@ -45,9 +45,9 @@ def summarize(per_seed: Sequence[Lines]) -> dict[str, Any]:
     out["tokens_cut"] = interval(
         [1 - np.concatenate([line["tokens_kept"] for line in lines]) for lines in judged]
     )
-  out |= _right_cut(judged)
   if not all("wrong" in line for lines in judged for line in lines):
     return out
+  out |= _right_cut(judged)
   wrong = [_flags(lines, "wrong") for lines in judged]
   kept = [_flags(lines, "kept") > 0 for lines in judged]
   of = {"wrong": wrong, "wrong_kept": [w[k] for w, k in zip(wrong, kept)],
@@ -67,7 +67,7 @@ def _right_cut(judged: Sequence[Lines]) -> dict[str, Any]:
   groups |= {f"/{task}": lambda line, t=task: line.get("task") == t for task in sorted(tasks)}
   groups["/minority"] = lambda line: line.get("minority", False)
   found = {
-      group: [1 - _flags([x for x in lines if of(x) and not x.get("wrong", False)], "kept")
+      group: [1 - _flags([x for x in lines if of(x) and not x["wrong"]], "kept")
               for lines in judged]
       for group, of in groups.items()
   }

@@ -68,7 +68,8 @@ def off_diagonal(
   def flagged(logits_BxCxV, targets_BxC):
     p_BxCxV = jax.nn.softmax(logits_BxCxV, axis=-1)
     hit_BxCxV = _is_target(logits_BxCxV, targets_BxC)
-    confident_BxCxV = p_BxCxV >= thresholds_V[None, None, :]
+    # The only token of its label has its own threshold: rounding must not decide.
+    confident_BxCxV = p_BxCxV >= (1.0 - 1e-5) * thresholds_V[None, None, :]
     best = lambda of: jnp.max(jnp.where(of & confident_BxCxV, p_BxCxV, 0.0), axis=-1)
     return (best(~hit_BxCxV) > best(hit_BxCxV)).astype(jnp.float32)
 

@@ -158,7 +158,11 @@ def train_side_by_side(stages: Sequence["PlannedStage"]) -> None:
   """Runs stages of one workdir whose runs have meshes without a common device."""
   for stage in stages:
     stage.run.release()
-  pairs = [(planned.stage, planned.begin) for planned in stages]
+  # One trace at a time: that of the first shows all devices.
+  unprofiled = lambda stage: dataclasses.replace(
+      stage, log=dataclasses.replace(stage.log, profile_steps=""))
+  pairs = [(unprofiled(planned.stage) if i else planned.stage, planned.begin)
+           for i, planned in enumerate(stages)]
   for planned, state in zip(stages, run_side_by_side(pairs), strict=True):
     if state is not None:
       planned.record()

@@ -36,6 +36,9 @@ _PLAIN = ("forgetting", "confident", "random", "oracle")
 _OF_TOKENS = ("reward", "logp_sft")  # kept token by token in `FILE`.
 _ZERO = ("reward", "confident", "oracle")  # Their sign is a cut.
 
+_CANNOT_TELL = ("config.eval.benchmark: it cannot tell which demonstrations are wrong, which "
+                "score='oracle' needs")
+
 Line = Mapping[str, Any]
 
 
@@ -98,7 +101,7 @@ class CleanedSFT(FromStart):
     if self.rival_checkpoints == 1 or self.rival_checkpoints > steps:
       raise ValueError(f"rival_checkpoints={self.rival_checkpoints} must be 2 to {steps}, the "
                        "steps of SFT; 0 leaves these scores out")
-    if self.score == "oracle" and (
+    if self.score == "oracle" and not config.data.demos and (
         not config.data.corrupt or config.data.corruption == "repeated"
     ):
       raise ValueError("score='oracle' needs built-in tasks of which some are wrong: "
@@ -110,6 +113,9 @@ class CleanedSFT(FromStart):
       if not isinstance(other, CleanedSFT) or other.like or order[:1] != [self.like]:
         raise ValueError(f"like={self.like!r} must be a method of this kind, without `like`, that "
                          "config.compare lists before this one")
+      if other.treatment != "cut" and self._takes_size:
+        raise ValueError(f"like={self.like!r} keeps all demonstrations, with "
+                         f"treatment={other.treatment!r}; set keep")
       if self.score in RIVALS and not other.rival_checkpoints:
         raise ValueError(f"score={self.score!r} needs config.methods.{self.like}."
                          "rival_checkpoints of at least 2")
@@ -142,9 +148,13 @@ class CleanedSFT(FromStart):
       raise ValueError(f"treatment='weight' needs a score in nats, not {self.score!r}")
     if self.score in RIVALS and not self.like and not self.rival_checkpoints:
       raise ValueError(f"score={self.score!r} needs rival_checkpoints of at least 2")
-    sized = self.keep is not None or self.treatment == "weight"
-    if not sized and self.score not in _ZERO and (not self.like or self.treatment == "mask"):
+    if self._takes_size and (not self.like or self.treatment == "mask"):
       raise ValueError(f"score={self.score!r} has no zero; set keep, or like")
+
+  @property
+  def _takes_size(self):
+    """Whether something else has to say how many are kept."""
+    return self.keep is None and self.treatment != "weight" and self.score not in _ZERO
 
   def programs(self, shapes, name):
     return sft_programs(shapes, name, self.budget(shapes.config))
@@ -188,6 +198,8 @@ class CleanedSFT(FromStart):
 
   def _cross_fit(self, run: Any, name: str) -> None:
     budget, earlier = self.budget(run.config), None
+    if self.score == "oracle" and run.benchmark.wrong_demos(run.data.demos) is None:
+      raise UserError(_CANNOT_TELL)
     for number in range(1, self.rounds + 1):
       file = FILE if number == self.rounds else f"round{number}_{FILE}"
       path = run.workdir.stage(name) / file
@@ -250,8 +262,7 @@ class CleanedSFT(FromStart):
     """What decides of each line, float64 [N]; -inf where it is not judged."""
     if self.score == "oracle":
       if not any("wrong" in line for line in lines):
-        raise UserError("config.eval.benchmark: it tells of no demonstration that it is wrong, "
-                        "which score='oracle' needs")
+        raise UserError(_CANNOT_TELL)
       return np.array([-1.0 if line.get("wrong", False) else 0.0 for line in lines])
     if self.score == "random":
       return np.random.default_rng([seed, 2]).random(len(lines))
@@ -295,14 +306,13 @@ def treated(example: Example, line: Line) -> Example | None:
 def _with_labels(run: Any, lines: Sequence[Line]) -> list[dict[str, Any]]:
   """The lines with the built-in task, what it says of them, and whether they are wrong."""
   demos = run.data.demos
-  wrong = [run.benchmark.demo_is_wrong(demo) for demo in demos]
-  tells = any(wrong)  # Else it cannot tell, or there is nothing to tell.
+  wrong = run.benchmark.wrong_demos(demos)
   out = []
-  for line, demo, w in zip(lines, demos, wrong, strict=True):
+  for line, demo, w in zip(lines, demos, wrong or [None] * len(demos), strict=True):
     groups = {"task": demo.task} if demo.task else {}
     if demo.meta.get("minority"):
       groups["minority"] = True
-    out.append({**line, **groups, **({"wrong": bool(w)} if tells else {})})
+    out.append({**line, **groups, **({} if w is None else {"wrong": bool(w)})})
   return out
 
 

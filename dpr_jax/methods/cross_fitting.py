@@ -70,9 +70,13 @@ class CrossFit:
       examples: what stands for each demonstration; None where it is left out.
 
     Raises:
-      UserError: nothing is left to train the model of a fold on.
+      UserError: a fold has nothing to judge, or nothing is left to train its model on.
     """
-    of_example = self.of_example
+    of_example, judged = self.of_example, self.judged
+    for fold in range(len(self.stages)):
+      if not (judged & (of_example == fold)).any():
+        raise UserError(f"config.methods.{self.name}: fold {fold} has no demonstration that can be "
+                        "judged; take fewer folds, or raise config.data.row_length")
     kept = (*filter(None, (self.reference_step,)), *self.rival_steps)
 
     def rows(fold: int) -> PackedRows:
@@ -98,6 +102,7 @@ class CrossFit:
     parts = sharding.split_mesh(self.run.mesh, count) if jax.process_count() == 1 else []
     if not parts:
       return [self.run] * count
+    self.run.release()
     return [dataclasses.replace(self.run, mesh=mesh, _held={}) for mesh in parts]
 
   def scores(self) -> list[dict[str, Any]]:
@@ -107,25 +112,28 @@ class CrossFit:
         {"source": e.source, "demo": i, "fold": int(f), "judged": bool(j)}
         for i, (e, f, j) in enumerate(zip(examples, of_example, judged, strict=True))
     ]
+    logps: dict[int, np.ndarray] = {}
     for fold in range(len(self.stages)):
       chosen = np.flatnonzero(judged & (of_example == fold))
-      if not len(chosen):
-        raise UserError(f"config.methods.{self.name}: fold {fold} has no demonstration that can be "
-                        "judged; take fewer folds, or raise config.data.row_length")
       sft, ref = (self._checkpoint(fold, step) for step in (self.budget.steps, self.reference_step))
       tokens = [self._tokens(i) for i in chosen]
       found = self.run.scorer.score(sft, Reference.of(ref), _none_before(tokens), tokens)
       for i, scores in zip(chosen, found, strict=True):
         mask_T = self._mask(i)
+        logps[int(i)] = scores.logp_sft[mask_T]
         lines[i] |= scores.of_response(mask_T)
         lines[i] |= {"token_rewards": _rounded(scores.token_rewards[mask_T]),
                      "logp_sft": _rounded(scores.logp_sft[mask_T])}
     if self.checkpoints:
-      self._add_rivals(lines, of_example, judged)
+      self._add_rivals(lines, of_example, judged, logps)
     return lines
 
-  def _add_rivals(self, lines: list[dict[str, Any]], of_example, judged) -> None:
-    """Area under the margin and forgetting of what a model was trained on; confident learning."""
+  def _add_rivals(self, lines: list[dict[str, Any]], of_example, judged, logps) -> None:
+    """Area under the margin and forgetting of what a model was trained on; confident learning.
+
+    Args:
+      logps: of the trained tokens of each judged demonstration under the model that judges it.
+    """
     margins: dict[int, list[np.ndarray]] = {int(i): [] for i in np.flatnonzero(judged)}
     for fold in range(len(self.stages)):
       chosen = np.flatnonzero(judged & (of_example != fold))
@@ -139,7 +147,7 @@ class CrossFit:
     every = np.flatnonzero(judged)
     thresholds_V = jnp.asarray(dynamics.class_thresholds(
         [self._tokens(i)[self._mask(i)] for i in every],
-        [np.asarray(lines[i]["logp_sft"]) for i in every], self.run.model.cfg.vocab_size,
+        [logps[int(i)] for i in every], self.run.model.cfg.vocab_size,
     ))
     for fold in range(len(self.stages)):
       chosen = np.flatnonzero(judged & (of_example == fold))

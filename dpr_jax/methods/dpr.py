@@ -213,6 +213,8 @@ class DPR(TrainedMethod):
     if self.target_kl and name not in config.compare:
       raise ValueError(f"config.methods.{name}.target_kl adapts beta in training, and {name} is "
                        "not in config.compare; add it, or set strength")
+    if self.start:
+      return None  # Its optimum extrapolates from other models than the run's sft and ref.
     beta = lines[-1]["beta"] if self.target_kl and lines else self.beta
     return (1.0 - self.beta_ref) / (beta + self.beta_ref) if beta + self.beta_ref else None
 

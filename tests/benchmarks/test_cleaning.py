@@ -40,7 +40,7 @@ def test_altered_answers_are_wrong_and_the_others_as_they_were(tmp_path):
       for i in range(30)))
   cli.run_entry_point(altered_gsm8k.main, [f"--data={source}", f"--output={out}", "--share=0.2"])
   benchmark, demos = GSM8K(), read_demos(out).demos
-  wrong = [benchmark.demo_is_wrong(d) for d in demos]
+  wrong = benchmark.wrong_demos(demos)
   assert sum(wrong) == 6 and len(demos) == 30
   for i, (demo, w) in enumerate(zip(demos, wrong)):
     text = demo.response.partition("#### ")[0]

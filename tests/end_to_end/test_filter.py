@@ -116,13 +116,14 @@ def test_bad_input(scored, tmp_path, capsys, flags, content, message):
 
 @pytest.fixture(scope="module")
 def demos_file(tmp_path_factory):
-  """40 demonstrations of the built-in tasks, a third of them wrong; one is longer than a row."""
+  """40 demonstrations, some of them wrong; one is longer than a row, and one is empty."""
   from dpr_jax.data.tasks import make_demos
 
   path = tmp_path_factory.mktemp("demos") / "demos.jsonl"
   records = [{"prompt": d.prompt[0]["content"], "response": d.response, "id": i}
              for i, d in enumerate(make_demos(("sort", "add"), 40, 5, corrupt=0.3))]
   records[7]["response"] = "long " * 30
+  records[11]["response"] = " "
   path.write_text("".join(json.dumps(r) + "\n" for r in records))
   return path, records
 
@@ -130,7 +131,7 @@ def demos_file(tmp_path_factory):
 def judge(demos, out, *argv):
   call(f"--demos={demos}", "--config=configs/smoke.py:debug", f"--workdir={out}/w",
        f"--kept={out}/kept.jsonl", f"--cut={out}/cut.jsonl", "--config.sft.steps=40",
-       "--config.sft.optimizer.learning_rate=0.03",
+       "--config.sft.optimizer.learning_rate=0.01",
        "--config.methods.cleaned_sft.reference_fraction=0.5", "--config.log.progress=False", *argv)
 
 
@@ -141,20 +142,26 @@ def test_every_record_is_kept_cut_or_not_judged(demos_file, tmp_path, capsys):
   with pytest.raises(SystemExit) as stopped:
     judge(path, tmp_path)
   error = capsys.readouterr().err
-  assert stopped.value.code == 2 and f"{path}:8: " in error and "1 of 40 records" in error
-  assert not (tmp_path / "kept.jsonl").exists()
+  assert stopped.value.code == 2 and f"{path}:12: empty response" in error
+  with pytest.raises(SystemExit):
+    judge(path, tmp_path, "--config.data.on_empty=drop")
+  error = capsys.readouterr().err
+  assert f"{path}:8: " in error and "2 of 40 records" in error
+  assert not (tmp_path / "kept.jsonl").exists() and not list(tmp_path.glob("w/config.json"))
   files = (f"--unjudged={tmp_path}/unjudged.jsonl", f"--html={tmp_path}/cut.html")
   judge(path, tmp_path, *files)
   parts = {name: lines(tmp_path / f"{name}.jsonl") for name in ("kept", "cut", "unjudged")}
   n = {name: len(part) for name, part in parts.items()}
-  assert f"kept {n['kept']}, cut {n['cut']}, not judged 1" in capsys.readouterr().out
-  assert sum(n.values()) == 40 and n["cut"] > 0 and [x["id"] for x in parts["unjudged"]] == [7]
+  assert f"kept {n['kept']}, cut {n['cut']}, not judged 2" in capsys.readouterr().out
+  assert sum(n.values()) == 40 and n["cut"] > 0 and [x["id"] for x in parts["unjudged"]] == [7, 11]
   assert "tokens exceed config.data.row_length" in parts["unjudged"][0]["filter_problem"]
-  judged = {x["demo"]: x for x in lines(tmp_path / "w" / "cleaned_sft" / FILE)}
+  assert parts["unjudged"][1]["filter_problem"] == "empty turn"
+  judged = {int(x["source"].rpartition(":")[2]) - 1: x
+            for x in lines(tmp_path / "w" / "cleaned_sft" / FILE)}
   for name, part in parts.items():
     for x in part:
       assert {k: x[k] for k in records[x["id"]]} == records[x["id"]]
-      assert judged[x["id"]]["kept"] == (name == "kept")
+      assert name == "unjudged" or judged[x["id"]]["kept"] == (name == "kept")
       if name != "unjudged":
         assert x["reward"] == pytest.approx(judged[x["id"]]["reward_sum"], abs=1e-6)
         assert sum(x["token_rewards"]) == pytest.approx(x["reward"], abs=1e-3)
@@ -165,7 +172,7 @@ def test_every_record_is_kept_cut_or_not_judged(demos_file, tmp_path, capsys):
   demos = read_demos(tmp_path / "kept.jsonl").demos  # What is kept is a file of demonstrations.
   assert [d.response for d in demos] == [x["response"] for x in parts["kept"]]
   page = (tmp_path / "cut.html").read_text()
-  assert page.index("Cut, the lowest reward first") < page.index("Kept, closest to the cut")
+  assert page.index("Cut, the lowest score first") < page.index("Kept, closest to the cut")
   again = tmp_path / "again"
   again.mkdir()
   (tmp_path / "w").rename(again / "w")  # The models of the folds are there; only files are made.
@@ -178,11 +185,23 @@ def test_every_record_is_kept_cut_or_not_judged(demos_file, tmp_path, capsys):
     (["--method=random_cut"], "--method=random_cut must be a method of the kind cleaned_sft"),
     (["--config.methods.cleaned_sft.treatment=mask"], "--method=cleaned_sft must be a method"),
     (["--unjudged={tmp}/u.jsonl", "--config.methods.cleaned_sft.folds=60"],
-     "folds=60 exceeds the 40 different demonstrations"),
+     "folds=60 exceeds the 39 different demonstrations"),
     (["--unjudged={tmp}/cut.jsonl"], "is the file of another flag"),
     (["--keep=0.5"], "--keep has no effect with --demos"),
+    (["--config.seeds=2"], "--config.seeds has no effect with --demos"),
+    (["--unjudged={tmp}/u.jsonl", "--config.methods.cleaned_sft.score=oracle"],
+     "config.eval.benchmark: it cannot tell which"),
 ])
 def test_what_cannot_be_judged_is_refused(demos_file, tmp_path, capsys, flags, message):
   with pytest.raises(SystemExit) as stopped:
     judge(demos_file[0], tmp_path, *(flag.format(tmp=tmp_path) for flag in flags))
   assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_field_that_would_be_overwritten_is_refused(demos_file, tmp_path, capsys):
+  path, records = demos_file
+  (tmp_path / "demos.jsonl").write_text(
+      "".join(json.dumps(r | ({"reward": 1.0} if r["id"] == 3 else {})) + "\n" for r in records))
+  with pytest.raises(SystemExit):
+    judge(tmp_path / "demos.jsonl", tmp_path, f"--unjudged={tmp_path}/unjudged.jsonl")
+  assert "demos.jsonl:4: field 'reward' is one that the scores" in capsys.readouterr().err

@@ -81,9 +81,9 @@ class Benchmark(Value):
     """Whether a demonstrated response of which one token was replaced is wrong for it."""
     return not self.score(demo, text)["accuracy"]
 
-  def demo_is_wrong(self, demo: Demo) -> bool:
-    """Whether the demonstrated response is wrong; False where the benchmark cannot tell."""
-    return "accuracy" in self.scores and not self.score(demo, demo.response)["accuracy"]
+  def wrong_demos(self, demos: Sequence[Demo]) -> list[bool] | None:
+    """Whether each demonstrated response is wrong; None where the benchmark cannot tell."""
+    return None
 
   def run(self, data: str, limit: int, **how: Any) -> Any:
     """What `evaluate` fills a folder with: a `BenchmarkRun`, or a subclass.

@@ -90,6 +90,11 @@ class GSM8K(Benchmark):
   def is_wrong(self, demo, text):
     return differs(demo, text)
 
+  def wrong_demos(self, demos):
+    """By the field `answer`; without one, an answer is that of the response itself."""
+    wrong = [not self.score(demo, demo.response)["accuracy"] for demo in demos]
+    return wrong if any(wrong) else None
+
   def answer(self, demo, text):
     strict = _STRICT.search(text)
     return _normal(strict[1]) if strict else text.strip()

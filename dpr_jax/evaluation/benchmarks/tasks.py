@@ -52,6 +52,9 @@ class Tasks(Benchmark):
     right = verify(demo.task, demo.messages[0]["content"], self.answer(demo, text))
     return {"accuracy": float(right)}
 
+  def wrong_demos(self, demos):
+    return [not self.score(demo, demo.response)["accuracy"] for demo in demos]
+
   def groups(self, demo):
     return demo.task, "unique" if TASKS[demo.task].unique else "varied"
 
