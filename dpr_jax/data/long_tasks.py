@@ -20,7 +20,7 @@ import functools
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from dpr_jax.data.task import Task, add_one, parser, swap_last
 
