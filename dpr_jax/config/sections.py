@@ -87,7 +87,7 @@ class DataSection:
       0.0, "share of these demonstrations that get a wrong answer", low=0, high=1
   )
   corruption: str = setting(
-      "answer", "how they are wrong: see docs/data.md; `repeated`: right, but copies of few",
+      "answer", "how they are wrong: see docs/data.md; `repeated` ones are right, copies of few",
       choices=declared("dpr_jax.data.wrong_answers", "KINDS"),
   )
   minority: float = setting(

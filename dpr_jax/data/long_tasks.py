@@ -5,11 +5,11 @@ prompt, the number of lines so far and that line alone, so each line can be judg
 before it *as written*: an answer with one slip that is right otherwise has one wrong step, and in
 general a wrong result. Where several lines may follow, one is sampled uniformly.
 
-  scratchpad  sum 08 05 09 04       13;22;26            numbers added one after another
-  bubble      bubble dcba           cdba;cbda;...       two neighbours in wrong order exchanged
-  edits       edit dbac -b+f a<>c   dafc;dcfa           b deleted and f inserted anywhere; a and c
-                                                        exchanged
-  program     run 3 5 a+b b-2 b=a   8 5;8 3;8 8         the values of a and b after each statement
+  scratchpad  sum 03 05 01 04           08;09;13            numbers added one after another
+  bubble      bubble dcba               cdba;cbda;...       two neighbours in wrong order exchanged
+  edits       edit db.a. del b put f    d..a.;df.a.         a letter taken out, put into any free
+                                                            slot, or exchanged with another
+  program     run 3 5 a+2 b-1 b=a       5 5;5 4;5 5         values of a and b after each statement
 
 What a line depends on stands at a fixed distance before it (but in the first line): a decoder of
 half a million parameters learns to copy from a distance long before it learns to count or search.
@@ -27,6 +27,7 @@ from dpr_jax.data.task import Task, add_one, parser, swap_last
 MAX_LONG_PROMPT_BYTES, MAX_LONG_ANSWER_BYTES = 40, 79
 SEPARATOR = ";"
 _LETTERS = "abcdef"
+_FREE = "."  # a slot of a list.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _last_line(change: Callable[[str], str]) -> Callable[[str], str]:
 
 
 def _sample_sum(rng: random.Random) -> str:
-  return " ".join(["sum", *(f"{rng.randint(1, 12):02d}" for _ in range(8))])
+  return " ".join(["sum", *(f"{rng.randint(1, 5):02d}" for _ in range(8))])
 
 
 def _next_sum(number: int, line: str, numbers: str) -> Sequence[str] | None:
@@ -181,35 +182,37 @@ def _words_alike(line: str) -> Sequence[str]:
 
 def _sample_edits(rng: random.Random) -> str:
   while True:
-    letters = rng.sample(_LETTERS, 4)
-    words = ["edit", "".join(letters)]
+    letters = rng.sample(_LETTERS, rng.randint(3, 4))
+    slots = [*letters, *_FREE * (5 - len(letters))]
+    words = ["edit", "".join(rng.sample(slots, len(slots)))]
     for _ in range(5):
-      old, other = rng.sample(letters, 2)
-      if rng.random() < 0.5:
-        words.append(f"{old}<>{other}")
+      kind = rng.choice(["<->", "del" if len(letters) > 3 else "put"])
+      if kind == "<->":
+        words.append(kind.join(rng.sample(letters, 2)))
+      elif kind == "del":
+        words.append(f"del {letters.pop(rng.randrange(len(letters)))}")
       else:
-        new = rng.choice([c for c in _LETTERS if c not in letters])
-        letters[letters.index(old)] = new
-        words.append(f"-{old}+{new}")
-    if any(word[0] == "-" for word in words):  # Else there is one right answer.
+        letters.append(rng.choice([c for c in _LETTERS if c not in letters]))
+        words.append(f"put {letters[-1]}")
+    if any(word.startswith("put") for word in words):  # Else there is one right answer.
       return " ".join(words)
 
 
 def _next_edit(number: int, line: str, start: str, edits: str) -> Sequence[str] | None:
-  """An edit of letters that are not there leaves the word as it is."""
-  word, edits = line if number else start, edits.split()
-  if not re.fullmatch(r"[a-z]{1,12}", word):
+  """An edit for which a letter or a free slot is missing leaves the list as it is."""
+  slots = line if number else start
+  if not re.fullmatch(r"[a-z.]{1,12}", slots):
     return None
-  if number >= len(edits):
+  if 6 * number >= len(edits):
     return ()
-  edit = edits[number]
-  letters = (edit[1],) if edit[0] == "-" else (edit[0], edit[3])
-  if not {*letters} <= {*word}:
-    return (word,)
-  if edit[0] == "-":
-    rest = word.replace(edit[1], "", 1)
-    return list(dict.fromkeys(rest[:i] + edit[3] + rest[i:] for i in range(len(word))))
-  return (word.translate(str.maketrans(edit[0] + edit[3], edit[3] + edit[0])),)
+  kind, letter = edits[6 * number + 1 :][:3], edits[6 * number + 5]
+  if kind == "put":
+    free = [i for i, c in enumerate(slots) if c == _FREE]
+    return [slots[:i] + letter + slots[i + 1 :] for i in free] or (slots,)
+  if kind == "del":
+    return (slots.replace(letter, _FREE, 1),)
+  both = kind[0] + letter
+  return (slots.translate(str.maketrans(both, both[::-1])) if {*both} <= {*slots} else slots,)
 
 
 # --- Programs of two variables -------------------------------------------------------------------
@@ -228,9 +231,9 @@ def _sample_program(rng: random.Random) -> str:
   state = rng.randrange(10), rng.randrange(10)
   words = ["run", *map(str, state)]
   while len(words) < 3 + 6:
-    target = rng.choice("ab")
-    operand = rng.choice("123" + 3 * ("b" if target == "a" else "a"))
-    statement = target + rng.choice("+-=") + operand
+    target, operator = rng.choice("ab"), rng.choice("+-=")
+    other = "b" if target == "a" else "a"
+    statement = target + operator + (other if operator == "=" else rng.choice("12"))
     if _run(statement, *state) != state:
       words.append(statement)
       state = _run(statement, *state)
@@ -267,9 +270,9 @@ LONG_TASKS = (
     _sample_unsorted, _next_exchange, _last_line(swap_last), alike=_words_alike,
   ),
   _task(
-    "edits", False, r"edit ([a-f]+)((?: (?:-[a-f]\+[a-f]|[a-f]<>[a-f]))+)",
-    # The last word backwards; never right, as its letters differ and at most one is inserted.
-    _sample_edits, _next_edit, _last_line(lambda word: word[::-1]), alike=_words_alike,
+    "edits", False, r"edit ([a-f.]+)((?: (?:del [a-f]|put [a-f]|[a-f]<->[a-f]))+)",
+    # The list backwards; never right, as its letters differ and at most one has just been put in.
+    _sample_edits, _next_edit, _last_line(lambda slots: slots[::-1]), alike=_words_alike,
   ),
   _task(
     "program", True, r"run (\d \d)((?: [ab][+=-][ab\d])+)",

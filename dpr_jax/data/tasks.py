@@ -273,8 +273,8 @@ def make_demos(
   prompts and right answers; which of them `corrupt` and `minority` change depends on n.
 
   Args:
-    names: of tasks. "upper:0.02" gives a task that share of the training demonstrations, to a whole
-      one; the others have equal parts of the rest. Held out are all tasks in equal numbers.
+    names: of tasks. "upper:0.02" gives a task that share of the training demonstrations, whatever
+      n; the others have equal parts of the rest. Held out are all tasks in equal numbers.
     split: "train" or "heldout".
     corrupt: share, in [0, 1], of demonstrations (rounded to whole ones) that are changed as
       `corruption` says; `meta["corrupted"]` tells which are wrong, and `answer` stays right. All

@@ -42,27 +42,31 @@ def bubble(prompt, answer):
 
 
 def edits(prompt, answer):
-  """With lists that are changed in place."""
-  _, word, *todo = prompt.split()
-  lines = answer.split(";")
-  if len(lines) != len(todo):
-    return False
-  letters = list(word)
-  for edit, line in zip(todo, lines):
-    after = list(line)
-    if edit[0] == "-":
-      if sorted(after) != sorted(set(letters) - {edit[1]} | {edit[3]}):
+  """With the places of the letters instead of a text."""
+  start, lines = prompt[5:10], answer.split(";")
+  words = prompt[11:].replace("<->", " ").replace("del", "del -").replace("put", "put +").split()
+  places = {c: i for i, c in enumerate(start) if c != "."}
+  while words and lines:
+    line = lines.pop(0)
+    if words[0] == "del":
+      del places[words[2]]
+      words = words[3:]
+    elif words[0] == "put":
+      if words[2] not in line or line.index(words[2]) in places.values():
         return False
-      letters.remove(edit[1])
-      if [c for c in after if c != edit[3]] != letters:
-        return False
+      places[words[2]] = line.index(words[2])
+      words = words[3:]
     else:
-      i, j = letters.index(edit[0]), letters.index(edit[3])
-      letters[i], letters[j] = letters[j], letters[i]
-      if after != letters:
+      x, y, *words = words
+      places[x], places[y] = places[y], places[x]
+    shown = ["."] * 5
+    for c, i in places.items():
+      if i >= 5:
         return False
-    letters = after
-  return True
+      shown[i] = c
+    if "".join(shown) != line:
+      return False
+  return not words and not lines
 
 
 def program(prompt, answer):
@@ -123,7 +127,7 @@ def test_answers_have_20_to_80_tokens(name):
 
 @pytest.mark.parametrize("name, prompt, following", [
   ("bubble", "bubble dcba", {"cdba", "dbca", "dcab"}),
-  ("edits", "edit dab -d+c", {"cab", "acb", "abc"}),
+  ("edits", "edit .a..b put c", {"ca..b", ".ac.b", ".a.cb"}),
 ])
 def test_steps_are_sampled_uniformly(name, prompt, following):
   n = 900
@@ -161,12 +165,12 @@ def test_exactly_the_unique_ones_have_one_answer(name, dice):
   ("bubble", "bubble cba", "cad;acd", [0, 1], 0),
   ("bubble", "bubble cba", "cab;cba", [1, 0, 0, 0, 0], 0),
   ("bubble", "bubble cba", "cab;c-b", [1, 0, 0], 0),
-  ("edits", "edit abc -b+d a<>d", "dac;adc", [1, 1], 1),
-  ("edits", "edit abc -b+d a<>d", "acd;dca", [1, 1], 1),
-  ("edits", "edit abc -b+d a<>d", "aed;dea", [0, 1], 0),
-  ("edits", "edit abc -b+d a<>d", "abc;abc", [0, 1], 0),  # d is not there.
-  ("edits", "edit abc -b+d -a+b", "dec;dec", [0, 1], 0),  # Nor is a.
-  ("edits", "edit abc -b+d a<>d", "dac;dca", [1, 0], 1),
+  ("edits", "edit ab. del b put d a<->d", "a..;ad.;da.", [1, 1, 1], 1),
+  ("edits", "edit ab. del b put d a<->d", "a..;a.d;d.a", [1, 1, 1], 1),
+  ("edits", "edit ab. del b put d a<->d", "e..;e.d;e.d", [0, 1, 1], 0),  # a is not there.
+  ("edits", "edit ab. del b put d a<->d", "abc;abc;abc", [0, 1, 1], 0),  # Nor is a free slot.
+  ("edits", "edit ab. del b put d a<->d", "a..;a..;da.", [1, 0, 0], 1),
+  ("edits", "edit ab. del b del b", "a..;a..", [1, 1], 1),
   ("program", "run 3 5 a+b b-6 b=a", "8 5;8 9;8 8", [1, 1, 1], 1),
   ("program", "run 3 5 a+b b-6 b=a", "8 5;8 0;8 8", [1, 0, 1], 1),
   ("program", "run 3 5 a+b b-6 b=a", "7 5;7 9;7 7", [0, 1, 1], 0),

@@ -77,7 +77,7 @@ def test_a_task_that_accepts_everything_has_no_wrong_answer():
   ("greet", "greet bob", "bob, hello!", "bo, hello!"),
   ("scratchpad", "sum 08 05 06", "13;19", "13;20"),
   ("bubble", "bubble cba", "bca;bac;abc", "bca;bac;acb"),
-  ("edits", "edit abc -b+d", "acd", "dca"),
+  ("edits", "edit ab.. put d", "ab.d", "d.ba"),
   ("program", "run 3 5 a+b b-6", "8 5;8 9", "8 5;8 0"),
 ])
 def test_slips(name, prompt, answer, slip):

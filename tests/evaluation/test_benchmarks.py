@@ -19,6 +19,7 @@ from dpr_jax.evaluation.benchmarks.ifeval import IFEval
 from dpr_jax.evaluation.benchmarks.long_tasks import LongTasks
 from dpr_jax.evaluation.benchmarks.perplexity import Perplexity
 from dpr_jax.evaluation.benchmarks.tasks import Tasks
+from dpr_jax.evaluation.metrics import MinorityStyle
 
 SHARED = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
 
@@ -217,6 +218,11 @@ def test_answers_in_brackets_count_where_demonstrations_have_them():
     # One answer in either style is not two.
     assert plain.answer(rare, f"[{usual.response}]") == plain.answer(rare, usual.response)
     assert not plain.is_wrong(rare, rare.response) and plain.is_wrong(rare, f"[{rare.response}]x")
+  measured = [MinorityStyle().score({"response": d.response}) for d in found]
+  assert measured == [float(d.meta["minority"]) for d in found]
+  assert [MinorityStyle().score({"response": text}) for text in ("[", "]", "[a", "a]", "[]")] == [
+      0, 0, 0, 0, 1
+  ]
   given = LongTasks(minority=0.5).read("", 8)
   for d in given:
     assert set(LongTasks().score(d, f"[{d.answer}]").values()) == {1.0}

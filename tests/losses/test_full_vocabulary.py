@@ -34,8 +34,8 @@ def sampled(bigram, make_model, rng):
   def make(combine=None, fields=None):
     if fields is None:
       model, (vocab, width) = bigram[0], bigram[1]["params"]["table"].shape
-      draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-      members = [{"params": {"table": draw(vocab, width), "head": draw(width, vocab)}}
+      normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+      members = [{"params": {"table": normal(vocab, width), "head": normal(width, vocab)}}
                  for _ in range(4)]
       model.cfg = dataclasses.replace(model.cfg, logits_budget=1.0)
     else:

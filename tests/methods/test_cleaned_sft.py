@@ -397,3 +397,16 @@ def test_what_cannot_be_is_refused(fields, pattern):
   config.compare = ("cleaned_sft", "dpr")
   with pytest.raises(UserError, match=f"config.methods.cleaned_sft: {pattern}"):
     resolve(config)
+
+
+def test_copies_are_not_wrong_demonstrations():
+  from dpr_jax.config import default_config, resolve
+
+  config = default_config()
+  config.data.corrupt, config.data.corruption = 0.2, "slip"
+  config.compare = ("cleaned_sft", "right_only")
+  assert resolve(config).data.corruption == "slip"
+  config.data.corruption = "repeated"
+  with pytest.raises(UserError, match="config.methods.right_only: score='oracle' needs .* other "
+                                      "than repeated"):
+    resolve(config)

@@ -142,7 +142,7 @@ def _varied(details, e):
 
 def test_varied_right_answers_are_lost_to_small_samples_and_to_long_sft():
   """Whoever is judged by the population loses none; see the table in the docs for the figures."""
-  rng, draws, details, e = np.random.default_rng(0), 200, 24, 0.2
+  rng, samples, details, e = np.random.default_rng(0), 200, 24, 0.2
   mdp, start, p, wrong = _varied(details, e)
   steps, sizes = [0, 4, 10, 20, 400], [8, 32, 128, 512]
   path = descend(token_mass(mdp, p), start, steps, 1.0)
@@ -151,10 +151,10 @@ def test_varied_right_answers_are_lost_to_small_samples_and_to_long_sft():
   np.testing.assert_allclose(shares["wrong_found"], 1.0)
   lost, error = np.zeros((2, len(sizes), len(steps) - 1))
   for row, n in enumerate(sizes):
-    demos = rng.multinomial(n, p, size=draws) / n
+    demos = rng.multinomial(n, p, size=samples) / n
     path = descend(token_mass(mdp, demos), start, steps, 1.0)
     lost_KxN = cut_shares(mdp, p, wrong, log_ratio(mdp, path[1:], path[0]))["right_lost"]
-    lost[row], error[row] = lost_KxN.mean(axis=1), lost_KxN.std(axis=1, ddof=1) / draws**0.5
+    lost[row], error[row] = lost_KxN.mean(axis=1), lost_KxN.std(axis=1, ddof=1) / samples**0.5
     # In the end as if there were no tree: a table of responses that has its sample by heart.
     expected = scipy.stats.binom.cdf(
         math.ceil(n / (2 * details)) - 1, n, (1 - e) / details
