@@ -65,10 +65,13 @@ def get_config(arg: str = ""):
   config.eval.batch_size = 128
   config.checkpoint.every = 1000  # A stage takes a minute.
   if args.tasks == "long":
-    config.data.prompt_length, config.data.row_length = 44, 128  # A prompt has 43 at most,
-    config.budget.max_new_tokens = config.eval.max_new_tokens = 64  # and an answer 60.
     # Smaller steps, more of them, and a longer memory of the second moment: copying is learned
     # late, and all else depends on it.
     config.sft.batch_size = 16
     config.sft.optimizer.b2, config.sft.optimizer.warmup_steps = 0.99, 100
-  return debug_config(config) if args.debug else config
+  if args.debug:
+    debug_config(config)
+  if args.tasks == "long":
+    config.data.prompt_length, config.data.row_length = 44, 128  # A prompt has 43 at most,
+    config.budget.max_new_tokens = config.eval.max_new_tokens = 64  # and an answer 60.
+  return config

@@ -122,12 +122,14 @@ def check_methods(argv: Sequence[str], used: Collection[str]) -> None:
 
 
 def _quoted(arg: str) -> str:
-  """--config.methods.dpr.transforms=clip:2,scale:0.5 with its entries in quotes.
+  """--config.methods.dpr.transforms=clip:2,scale:0.5 with its entries in quotes; also data.tasks.
 
-  A flag that is a tuple is read as Python, and clip:2 is not.
+  A flag that is a tuple is read as Python, and clip:2 or upper:0.02 is not.
   """
   name, _, value = arg.partition("=")
-  if not name.startswith("--config.") or not name.endswith(".transforms"):
+  if not name.startswith("--config.") or not name.endswith(
+      (".transforms", ".data.tasks")
+  ):
     return arg
   if not value or value[0] in "('\"[":
     return arg

@@ -13,7 +13,6 @@ from dpr_jax.data.packing import PackedRows, pack
 from dpr_jax.data.records import data_files
 from dpr_jax.data.tasks import SHORT_TASKS, get_task, make_demos, parse_tasks
 from dpr_jax.data.templates import Example, encode_demo
-from dpr_jax.errors import naming
 from dpr_jax.paths import as_path
 
 if TYPE_CHECKING:
@@ -58,14 +57,13 @@ def split_demos(
   """(demonstrations to train on, those held out, their benchmark, their origin) of a run."""
   if not section.demos:
     names = section.tasks or tuple(SHORT_TASKS)
-    with naming("config.data"):
-      train = make_demos(
-          names, section.num_demos, seed, corrupt=section.corrupt, corruption=section.corruption,
-          minority=section.minority,
-      )
-      heldout = make_demos(
-          names, section.holdout, HOLDOUT_SEED, split="heldout", minority=section.minority
-      )
+    train = make_demos(
+        names, section.num_demos, seed, corrupt=section.corrupt, corruption=section.corruption,
+        minority=section.minority,
+    )
+    heldout = make_demos(
+        names, section.holdout, HOLDOUT_SEED, split="heldout", minority=section.minority
+    )
     long = any(get_task(name).trace for name in parse_tasks(names))
     summary = {"source": "built-in tasks", "tasks": list(names)}
     return train, heldout, "long_tasks" if long else "tasks", summary

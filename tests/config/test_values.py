@@ -191,6 +191,15 @@ def test_lists_are_set_on_the_command_line(given, expected):
   assert run.methods["dpr"].transforms == expected and run.reference.fractions == (0.1, 0.75)
 
 
+@pytest.mark.parametrize("given,expected", [
+    ("sort,upper:0.02", ("sort", "upper:0.02")), ("upper:.5,sort:.5", ("upper:.5", "sort:.5")),
+    ("sort", ("sort",)), ("('sort', 'upper:0.02')", ("sort", "upper:0.02")), ("()", ()),
+])
+def test_tasks_and_their_shares_are_set_on_the_command_line(given, expected):
+  run, *_ = parse([*SMOKE, f"--config.data.tasks={given}"])
+  assert run.data.tasks == expected
+
+
 def test_fields_that_are_none_by_default_are_set_on_the_command_line():
   run, *_ = parse([
       *SMOKE, "--config.methods.dpr.steps=7", "--config.methods.dpr.optimizer.learning_rate=1e-5",

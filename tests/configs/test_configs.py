@@ -76,6 +76,9 @@ def test_the_settings_of_the_study():
 
 def test_long_answers_fit_the_settings_of_the_study():
   run = read("research.py:tasks=long,kind=step,corrupt=0.1,minority=0.1,sft=middle")
+  debug = read("research.py:tasks=long,debug")
+  assert debug.data.tasks == run.data.tasks and debug.sft.steps < 100
+  assert debug.data.prompt_length == run.data.prompt_length
   assert (run.data.corruption, run.data.minority) == ("step", 0.1)
   assert "minority_style" in run.eval.metrics and "minority_style" not in read(
     "research.py").eval.metrics
@@ -86,7 +89,6 @@ def test_long_answers_fit_the_settings_of_the_study():
     assert len(prompt) <= run.data.prompt_length
     assert len(response) <= run.eval.max_new_tokens == run.budget.max_new_tokens
     assert len(prompt) + len(response) <= run.data.row_length
-  assert read("research.py:tasks=long,debug").data.tasks == run.data.tasks
   with pytest.raises(UserError, match="tasks=some is not one of short, long"):
     read("research.py:tasks=some")
   with pytest.raises(UserError, match="corruption='lie' is not one of answer, token"):

@@ -67,12 +67,12 @@ def test_long_tasks_have_a_benchmark_of_their_own(tasks, benchmark):
 
 
 @pytest.mark.parametrize("fields, message", [
-  ({"tasks": ("sort", "dance")}, "config.data: task 'dance' is unknown; known: add, reverse"),
-  ({"tasks": ("sort:2", "add")}, "config.data: task 'sort:2': the share must be a number above 0"),
+  ({"tasks": ("sort", "dance")}, "task 'dance' is unknown; known: add, reverse"),
+  ({"tasks": ("sort:2", "add")}, "task 'sort:2': the share must be a number above 0"),
   ({"tasks": ("sort", "edits"), "corrupt": 0.1, "corruption": "step"},
-   "config.data: task sort: corruption='step' needs a task whose answers have steps"),
+   "task sort: corruption='step' needs a task whose answers have steps"),
   ({"tasks": ("count",), "corrupt": 0.1, "corruption": "truncated"},
-   "config.data: task count: corruption='truncated' makes none of its answers wrong"),
+   "task count: corruption='truncated' makes none of its answers wrong"),
 ])
 def test_what_cannot_be_made_is_refused_by_name(fields, message):
   section = DataSection(num_demos=20, holdout=4, **fields)
