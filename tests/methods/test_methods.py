@@ -12,15 +12,15 @@ from dpr_jax.config.fields import package_defaults
 from dpr_jax.config.run_config import RunConfig
 from dpr_jax.losses import make_sft_loss
 from dpr_jax.methods import DPR, DemoMethod
-from dpr_jax.methods.cleaned_sft import CleanedSFT
+from dpr_jax.methods.from_start import FromStart
 from dpr_jax.methods.programs import RolloutWork, Shapes, TrainWork
 from dpr_jax.methods.sft import sft_programs
 from dpr_jax.run import labels_of
 from dpr_jax.training.steps import TrainStep
 
 METHODS = package_defaults("dpr_jax.methods")
-TRAINED = sorted(name for name, method in METHODS.items()
-                 if method.trained and not isinstance(method, CleanedSFT))
+TRAINED = sorted(name for name, m in METHODS.items()
+                 if m.trained and not isinstance(m, FromStart) and not getattr(m, "start", ""))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,8 @@ def test_slots_take_memory_of_their_rows_alone():
 
 def test_every_method_that_trains_has_programs():
   names = tuple(n for n, m in package_defaults("dpr_jax.methods").items() if m.trained)
-  config = _config(names, **{"data.corrupt": 0.2})  # Else none of them is wrong.
+  config = _config(names, **{"data.corrupt": 0.2,  # Else none of them is wrong.
+                             "methods.cleaned_sft.rival_checkpoints": 2})
   _, programs = _programs(config)
   assert {p.stage for p in programs.values()} == {"sft", *names}
   for stage in ("sft", *names):

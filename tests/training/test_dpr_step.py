@@ -178,7 +178,8 @@ def test_a_verifier_sees_each_row_with_its_prompt_and_enters_the_reward(stage, t
   def make_verify(batches):
     def verify(step, rollout):
       first = np.asarray(rollout.tokens)[:, 3]  # rewards a first token of 2.
-      scores = np.where(first == 0, np.nan, first == 2).astype(np.float32)  # None for a 0.
+      none = np.arange(len(first)) % 3 == step % 3
+      scores = np.where(none, np.nan, first == 2).astype(np.float32)
       calls.append((step, batches.item_indices(step), np.asarray(rollout.prompt_lengths), scores))
       return scores
     return verify
