@@ -327,6 +327,7 @@ def test_an_interrupted_sweep_goes_on_and_shared_stages_run_once_and_first(run_s
     run_sweep("methods.swept.level", "1", "2", "3")
 
 
+@pytest.mark.slow
 def test_every_seed_shares_its_own_sft(run_sweep, tmp_path):
   assert run_sweep("methods.swept.level", "1", "2", seeds=2) == [
       ("seed_0", "other", 5.0), ("level=1", "swept", 1.0), ("level=2", "swept", 2.0),

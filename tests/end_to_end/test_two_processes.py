@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 from dpr_jax.training.metrics import read_metrics
 
@@ -50,6 +51,7 @@ def test_two_processes_train_like_one(entry_point, finished_run, tmp_path):
     np.testing.assert_allclose(a, b, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_in_every_process_and_the_run_goes_on(entry_point, finished_run, tmp_path):
   whole, workdir = finished_run[0], tmp_path / "preempted"
   environment = {**os.environ, "PYTHONPATH": str(entry_point.root), "DPR_GRACE_SECONDS": "60"}

@@ -1,5 +1,7 @@
 """Stop strings on meshes of 8 devices: the same responses as on one."""
 
+import pytest
+
 MESHES = ((1, 1, 1), (2, 2, 2), (1, 2, 4))
 
 
@@ -45,6 +47,7 @@ def respond_with_stops(shapes):
   return runs
 
 
+@pytest.mark.slow
 def test_meshes_and_queues_give_the_same_responses(run_on_devices):
   runs = run_on_devices(respond_with_stops, MESHES).result
   tokens, lengths, hit = runs[0]["found"]

@@ -35,6 +35,7 @@ def run(processes, output, *flags):
   return done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_with_what_one_wrote(model, tmp_path):
   flags = [f"--model={model}", "--benchmark=tasks", "--samples=2", "--temperature=1",
            "--max_prompts=20", "--max_new_tokens=6"]
