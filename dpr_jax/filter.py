@@ -40,8 +40,6 @@ _FIELDS = {**NAMES, "logp_ref": "logp_ref"}
 _LARGEST = 1e6  # nats per token.
 _SHOWN = 200  # demonstrations that a page shows of what was cut.
 _DECIDED = ("--config.compare", "--config.seeds", "--config.data.demos", "--config.data.holdout")
-
-
 _OF_SCORED = ("input", "by", "reduce", "above", "keep", "seed")  # Flags of one way alone,
 _OF_DEMOS = ("demos", "workdir", "method", "unjudged")  # and of the other.
 
@@ -199,8 +197,6 @@ def _parse_judging(argv: Sequence[str]) -> tuple[flags.FlagValues, Any]:
       required={"config": "configs/smollm2_135m.py", "workdir": "runs/filter",
                 "kept": "KEPT.jsonl", "cut": "CUT.jsonl"},
   )
-  with values.config.unlocked():
-    values.config.compare = (values.method,)
   _refuse(values, _OF_SCORED, "demos")
   for arg in argv:
     field = arg.partition("=")[0]

@@ -33,7 +33,6 @@ from dpr_jax.workdir import read_lines
 
 _REDUCED = (*NAMES, "aum")  # Scores of tokens.
 _PLAIN = ("forgetting", "confident", "random", "oracle")
-_OF_TOKENS = ("reward", "logp_sft")  # kept token by token in `FILE`.
 _ZERO = ("reward", "confident", "oracle")  # Their sign is a cut.
 
 _CANNOT_TELL = ("config.eval.benchmark: it cannot tell which demonstrations are wrong, which "
@@ -141,8 +140,8 @@ class CleanedSFT(FromStart):
       if getattr(self, name) != plain[name]:
         raise ValueError(f"{name}={getattr(self, name)!r} has no effect with {because}; leave it "
                          "out")
-    if self.treatment == "mask" and self.score not in _OF_TOKENS:
-      raise ValueError(f"treatment='mask' needs the score of a token: {' or '.join(_OF_TOKENS)}, "
+    if self.treatment == "mask" and self.score not in TOKENS:
+      raise ValueError(f"treatment='mask' needs the score of a token: {' or '.join(TOKENS)}, "
                        f"not {self.score!r}")
     if self.treatment == "weight" and self.score not in _REDUCED:
       raise ValueError(f"treatment='weight' needs a score in nats, not {self.score!r}")
