@@ -151,7 +151,9 @@ def test_signals_are_passed_on_once_and_waited_for(name, code):
     "  sys.exit(128 + number)\n"
     f"signal.signal(signal.{name}, stop)\n"
     "print('ready', flush=True)\n"
-    "time.sleep(300)\n")
+    # Not one long sleep: Python runs a handler between two of its instructions, and a signal that
+    # comes between the last of them and the sleep would wait for the end of it.
+    "for _ in range(6000): time.sleep(0.05)\n")
   # A shell cannot trap what it was started to ignore, as jobs in the background are SIGINT.
   heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
   with subprocess.Popen([SCRIPT, "2", "--", sys.executable, "-c", program], env=JAX_ENV, text=True,
